@@ -1,0 +1,1 @@
+"""Programs: one runner and one trainer for every method and task."""

@@ -1,0 +1,1 @@
+"""Data: tasks, readers, encoding and batches."""

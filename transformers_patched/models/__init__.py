@@ -1,0 +1,1 @@
+"""Models to edit: one readable file per model."""

@@ -1,0 +1,295 @@
+"""Where the tokens of a batch are: padded to a rectangle, or packed one after the other.
+
+A `Layout` is made once per forward pass and handed to every layer. It holds what attention needs to
+know and would otherwise work out again in each layer: the mask in every form and dtype asked for, and
+for packed tokens the row maps between the packed (T, ...) and the padded (B, L, ...) form.
+
+Both directions of such a move are one `index_select`, in the backward pass too: every token occurs
+exactly once, so no gradient is ever added up.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class Layout:
+    """The places of the tokens of `num_sequences` sequences. Make one with `padded` or `packed`.
+
+    Attributes:
+        is_packed: Whether hidden states are (T, hidden) rather than (B, L, hidden).
+        num_sequences: B, the number of sequences.
+        length: L, the length of the longest sequence, or of the padded rectangle.
+        num_tokens: Rows of the hidden states: T, or B·L.
+        device: Where the tokens are.
+        key_mask: (B, L) bool, True at real tokens of the padded form; None where all are real.
+        nonempty: (B,) bool, False at sequences without any real token; None where there are none.
+        cu_seqlens: (B + 1,) int32, where each packed sequence starts and the last ends; None padded.
+    """
+
+    def __init__(
+        self,
+        num_sequences: int,
+        length: int,
+        num_tokens: int,
+        device: torch.device,
+        key_mask: Tensor | None,
+        cu_seqlens: Tensor | None = None,
+    ) -> None:
+        self.num_sequences = num_sequences
+        self.length = length
+        self.num_tokens = num_tokens
+        self.device = device
+        self.key_mask = key_mask
+        self.nonempty: Tensor | None = None
+        self.cu_seqlens = cu_seqlens
+        self._bias: dict[torch.dtype, Tensor] = {}
+        self._rows: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    @property
+    def is_packed(self) -> bool:
+        return self.cu_seqlens is not None
+
+    # ------------------------------------------------------------------ construction
+
+    @classmethod
+    def padded(
+        cls,
+        attention_mask: Tensor | None,
+        batch: int,
+        length: int,
+        device: torch.device | str,
+    ) -> Layout:
+        """A rectangle (B, L) of tokens, of which `attention_mask` (B, L) marks the real ones.
+
+        Args:
+            attention_mask: bool or integer, nonzero at real tokens; None where all are real.
+            batch: B.
+            length: L.
+            device: Device of the hidden states.
+        """
+        device = torch.device(device)
+        if attention_mask is None:
+            return cls(batch, length, batch * length, device, None)
+        if tuple(attention_mask.shape) != (batch, length):
+            raise ValueError(
+                f"attention_mask must have the shape {(batch, length)} of the input, "
+                f"not {tuple(attention_mask.shape)}"
+            )
+        if attention_mask.is_floating_point():
+            raise TypeError(
+                "attention_mask must be bool or integer (1 at real tokens, 0 at padding), "
+                f"not {attention_mask.dtype}"
+            )
+        mask = attention_mask.to(device=device, dtype=torch.bool)
+        # Looking at the values is free on a CPU; elsewhere it would stall the launch of every kernel.
+        if device.type == "cpu" and bool(mask.all()):
+            return cls(batch, length, batch * length, device, None)
+        layout = cls(batch, length, batch * length, device, mask)
+        nonempty = mask.any(dim=1)
+        if device.type != "cpu" or not bool(nonempty.all()):
+            layout.nonempty = nonempty
+        return layout
+
+    @classmethod
+    def packed(
+        cls, cu_seqlens: Tensor, max_seqlen: int, num_tokens: int | None = None
+    ) -> Layout:
+        """Tokens (T,) of B sequences without padding; sequence i is cu_seqlens[i]:cu_seqlens[i+1].
+
+        Args:
+            cu_seqlens: (B + 1,) int32, from 0 to T, ascending: no sequence is empty.
+            max_seqlen: At least the length of the longest sequence.
+            num_tokens: T, checked against `cu_seqlens`; without it a GPU has to be asked.
+        """
+        if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
+            raise ValueError(
+                "cu_seqlens must be a vector of at least two offsets, the first 0 and the last the "
+                f"number of tokens, not a tensor of shape {tuple(cu_seqlens.shape)}"
+            )
+        if cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"cu_seqlens must be int32, not {cu_seqlens.dtype}")
+        cu_seqlens = cu_seqlens.to(torch.int32)
+        max_seqlen = int(max_seqlen)
+        if max_seqlen < 1:
+            raise ValueError(f"max_seqlen must be at least 1, not {max_seqlen}")
+        if cu_seqlens.device.type == "cpu":
+            max_seqlen, num_tokens = _check_offsets(cu_seqlens.tolist(), max_seqlen, num_tokens)
+        else:
+            num_tokens = _check_offsets_on_device(cu_seqlens, max_seqlen, num_tokens)
+        batch = cu_seqlens.numel() - 1
+        device = cu_seqlens.device
+        lengths = cu_seqlens.diff()
+        mask = torch.arange(max_seqlen, device=device) < lengths[:, None]  # (B, L)
+        full = batch * max_seqlen == num_tokens
+        return cls(batch, max_seqlen, num_tokens, device, None if full else mask, cu_seqlens)
+
+    # ------------------------------------------------------------------ where tokens are
+
+    def cls_index(self) -> Tensor:
+        """(B,) index of the first token of every sequence among the (flattened) tokens."""
+        if self.cu_seqlens is not None:
+            return self.cu_seqlens[:-1].long()
+        return torch.arange(0, self.num_tokens, self.length, device=self.device)
+
+    def position_ids(self, offset: int = 0) -> Tensor:
+        """Positions within each sequence, from `offset`: (T,) packed, (1, L) padded."""
+        if self.cu_seqlens is None:
+            return torch.arange(offset, offset + self.length, device=self.device)[None]
+        starts = self.cu_seqlens[:-1].long()
+        lengths = self.cu_seqlens.diff()
+        shift = starts.repeat_interleave(lengths, output_size=self.num_tokens)
+        return torch.arange(offset, offset + self.num_tokens, device=self.device) - shift
+
+    def sequence_ids(self) -> Tensor:
+        """(T,) number of the sequence that each packed token belongs to."""
+        if self.cu_seqlens is None:
+            raise ValueError("sequence_ids() asks for packed tokens; these are padded")
+        numbers = torch.arange(self.num_sequences, device=self.device)
+        return numbers.repeat_interleave(self.cu_seqlens.diff(), output_size=self.num_tokens)
+
+    def check_tokens(self, x: Tensor, name: str) -> None:
+        """Raises ValueError where the leading dimensions of `x` are not this layout's tokens."""
+        expected = (self.num_tokens,) if self.is_packed else (self.num_sequences, self.length)
+        if tuple(x.shape[: len(expected)]) != expected:
+            raise ValueError(
+                f"{name} has the shape {tuple(x.shape)}; its first dimensions must be the tokens "
+                f"{expected} of the {'packed' if self.is_packed else 'padded'} layout"
+            )
+
+    # ------------------------------------------------------------------ packed <-> padded
+
+    def pad(self, x: Tensor) -> Tensor:
+        """(T, ...) to (B, L, ...) with zeros at padding; padded tokens are returned as they are."""
+        self.check_tokens(x, "x")
+        if self.cu_seqlens is None:
+            return x
+        there, back, holes = self.rows()
+        padded = _MoveRows.apply(x, there, back, holes, None)
+        return padded.view(self.num_sequences, self.length, *x.shape[1:])
+
+    def unpad(self, x: Tensor) -> Tensor:
+        """(B, L, ...) to (T, ...), the inverse of `pad`; padded tokens are returned as they are."""
+        if tuple(x.shape[:2]) != (self.num_sequences, self.length):
+            raise ValueError(
+                f"x must start with the dimensions {(self.num_sequences, self.length)}, "
+                f"not {tuple(x.shape)}"
+            )
+        if self.cu_seqlens is None:
+            return x
+        there, back, holes = self.rows()
+        return _MoveRows.apply(x.flatten(0, 1), back, there, None, holes)
+
+    def rows(self, heads: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Row maps between packed and padded tokens, made on first use and kept.
+
+        Args:
+            heads: 0 for rows of tokens. For h > 0 a row is one head of one token: packed rows are
+                ordered (T, h), padded ones (B, h, L), so that one gather pads *and* transposes.
+
+        Returns:
+            there: (B·L,) packed row of each padded row (row 0 at padding).
+            back: (T,) padded row of each packed row.
+            holes: The padded rows that are padding.
+        """
+        if heads not in self._rows:
+            self._rows[heads] = self._token_rows() if heads == 0 else self._head_rows(heads)
+        return self._rows[heads]
+
+    def _token_rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        starts = self.cu_seqlens[:-1].long()
+        there = starts[:, None] + torch.arange(self.length, device=self.device)  # (B, L)
+        back = self.sequence_ids() * self.length + self.position_ids()
+        if self.key_mask is None:
+            return there.flatten(), back, there.new_empty(0)
+        there = there.masked_fill(~self.key_mask, 0)
+        return there.flatten(), back, (~self.key_mask).flatten().nonzero().flatten()
+
+    def _head_rows(self, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+        there, back, holes = self.rows()
+        head = torch.arange(heads, device=self.device)
+        there = there.view(-1, 1, self.length) * heads + head[:, None]  # (B, h, L)
+
+        def spread(rows: Tensor) -> Tensor:  # rows of (B, L) -> rows of (B, h, L), as (rows, h)
+            sequence = rows.div(self.length, rounding_mode="floor")
+            first = rows + sequence * (heads - 1) * self.length
+            return (first[:, None] + head * self.length).flatten()
+
+        return there.flatten(), spread(back), spread(holes)
+
+    # ------------------------------------------------------------------ masks for attention
+
+    def bias(self, dtype: torch.dtype) -> Tensor | None:
+        """(B, 1, 1, L) in `dtype`, added to the scores: 0 at real keys, the lowest number elsewhere."""
+        if self.key_mask is None:
+            return None
+        if dtype not in self._bias:
+            bias = torch.zeros(self.key_mask.shape, dtype=dtype, device=self.device)
+            bias.masked_fill_(~self.key_mask, torch.finfo(dtype).min)
+            self._bias[dtype] = bias[:, None, None, :]
+        return self._bias[dtype]
+
+
+class _MoveRows(torch.autograd.Function):
+    """y = x[forth], rows `holes_y` zero; dx = dy[back], rows `holes_x` zero."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        x: Tensor,
+        forth: Tensor,
+        back: Tensor,
+        holes_y: Tensor | None,
+        holes_x: Tensor | None,
+    ) -> Tensor:
+        ctx.back, ctx.holes_x = back, holes_x
+        y = x.index_select(0, forth)
+        return y if holes_y is None else y.index_fill_(0, holes_y, 0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        dx = grad.index_select(0, ctx.back)
+        if ctx.holes_x is not None:
+            dx.index_fill_(0, ctx.holes_x, 0)
+        return dx, None, None, None, None
+
+
+def _check_offsets(
+    offsets: list[int], max_seqlen: int, num_tokens: int | None
+) -> tuple[int, int]:
+    """Checks `cu_seqlens` by value; returns the longest length and the number of tokens."""
+    if offsets[0] != 0:
+        raise ValueError(f"cu_seqlens must start with 0, not {offsets[0]}")
+    lengths = [end - start for start, end in zip(offsets, offsets[1:], strict=False)]
+    for i, length in enumerate(lengths):
+        if length < 1:
+            what = "is empty" if length == 0 else f"ends before it starts (length {length})"
+            raise ValueError(
+                f"cu_seqlens must ascend: sequence {i}, from {offsets[i]} to {offsets[i + 1]}, {what}"
+            )
+    if num_tokens is not None and offsets[-1] != num_tokens:
+        raise ValueError(f"cu_seqlens ends at {offsets[-1]}, but there are {num_tokens} tokens")
+    if max(lengths) > max_seqlen:
+        raise ValueError(
+            f"max_seqlen is {max_seqlen}, but sequence {lengths.index(max(lengths))} "
+            f"has {max(lengths)} tokens"
+        )
+    return max(lengths), offsets[-1]
+
+
+def _check_offsets_on_device(cu_seqlens: Tensor, max_seqlen: int, num_tokens: int | None) -> int:
+    """The same checks without waiting for the device: a wrong value stops it with this message."""
+    if num_tokens is None:
+        num_tokens = int(cu_seqlens[-1])
+    lengths = cu_seqlens.diff()
+    good = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == num_tokens)
+    good = good & (lengths > 0).all() & (lengths <= max_seqlen).all()
+    torch._assert_async(
+        good,
+        "cu_seqlens must start with 0, ascend, end with the number of tokens, and have no sequence "
+        "longer than max_seqlen",
+    )
+    return num_tokens

@@ -1,0 +1,23 @@
+# Sourced by quickstart.sh and test.sh. `environment EXTRAS` makes $VENV (default: .venv beside this
+# folder), installs torch (${TORCH:-torch}: name a CPU build there) and the project with EXTRAS into
+# it, and puts it first on PATH. What is installed already is left alone.
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+VENV=${VENV:-$root/.venv}
+
+environment() {
+  local extras=$1 torch=${TORCH:-torch} stamp
+  stamp="$VENV/.rankwise-$extras-$(printf %s "$torch $root" | cat - "$root/pyproject.toml" | cksum | tr -d ' ')"
+  if [ ! -e "$stamp" ]; then
+    local python=${PYTHON:-python3}
+    "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || {
+      echo "Python 3.10 to 3.12 is needed, $python is $("$python" --version 2>&1): set PYTHON=/path/to/python3.11" >&2
+      return 1
+    }
+    echo "== installing into $VENV ($torch, then this project with [$extras])"
+    [ -x "$VENV/bin/python" ] || "$python" -m venv "$VENV"
+    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "$torch"
+    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -e "$root[$extras]"
+    touch "$stamp"
+  fi
+  export PATH="$VENV/bin:$PATH"
+}

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Fine-tunes a real pretrained BERT (MiniLM-L6, 22 M parameters) with LoRA, starting from nothing.
+# Arguments go to examples.run_glue and win over the settings below, for instance
+#   bash scripts/quickstart.sh --task_name mrpc --data_dir DIR --num_train_epochs 4
+#   bash scripts/quickstart.sh --lora_r 4
+#   bash scripts/quickstart.sh --model_name_or_path DIR
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+environment plots
+
+defaults=(--task_name wording --method lora --lora_r 8 --lora_alpha 16 --learning_rate 2e-3
+  --per_device_train_batch_size 32 --num_train_epochs 8 --warmup_ratio 0.06 --seed 0)
+[[ " $* " == *" --model_name_or_path"* ]] ||
+  defaults+=(--model_name_or_path "$(python -m examples.backbone)")
+[[ " $* " == *" --output_dir"* ]] ||
+  defaults+=(--output_dir "$root/runs/quickstart" --overwrite_output_dir)
+python -m examples.run_glue "${defaults[@]}" "$@"

@@ -1,0 +1,131 @@
+"""LoRA on real GLUE tasks, this project beside Transformers + PEFT: same data, settings and seeds.
+
+    python -m benchmarks.glue_vs_peft --model DIR --data_dir DIR/glue --seeds 0,1,2
+    python -m benchmarks.glue_vs_peft --table            # the table of what is there
+
+Each run is a process of its own and one JSON line in `--out`; a run that has its line is not
+repeated, so a study that was stopped goes on where it was. The table gives, per task and side, the
+mean and the 95 % interval (Student's t over seeds) of the last epoch's metric.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+METRIC = {"mrpc": "f1", "cola": "matthews_correlation", "stsb": "pearson", "sst2": "accuracy"}
+STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided 95 %, by number of seeds
+SETTINGS = {"lr": 1e-3, "batch": 32, "r": 8, "alpha": 16, "warmup_ratio": 0.06, "max_length": 128}
+
+
+def ours(o: argparse.Namespace, task: str, seed: int, folder: Path) -> dict:
+    command = [
+        sys.executable, "-m", "examples.run_glue", "--task_name", task, "--method", "lora",
+        "--model_name_or_path", o.model, "--data_dir", o.data_dir, "--output_dir", str(folder / "run"),
+        "--num_train_epochs", str(o.epochs), "--seed", str(seed), "--lora_r", str(SETTINGS["r"]),
+        "--lora_alpha", str(SETTINGS["alpha"]), "--learning_rate", str(SETTINGS["lr"]),
+        "--per_device_train_batch_size", str(SETTINGS["batch"]), "--weight_decay", "0.0",
+        "--warmup_ratio", str(SETTINGS["warmup_ratio"]), "--max_length", str(SETTINGS["max_length"]),
+        *o.ours_options,
+    ]  # fmt: skip
+    subprocess.run(command, check=True)
+    result = json.loads((folder / "run" / "all_results.json").read_text())
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    history = [row for row in map(json.loads, lines) if f"eval_{METRIC[task]}" in row]
+    return {
+        "history": [
+            {k.removeprefix("eval_"): v for k, v in row.items() if k.startswith("eval_")}
+            for row in history
+        ],
+        "train_seconds": result["train_seconds"],
+        "trainable": result["trainable_parameters"],
+    }
+
+
+def peer(o: argparse.Namespace, task: str, seed: int, folder: Path) -> dict:
+    command = [
+        sys.executable, "-m", "benchmarks.peer_glue", "--model", o.model, "--task", task,
+        "--data_dir", o.data_dir, "--epochs", str(o.epochs), "--seed", str(seed),
+        "--dtype", o.peer_dtype, "--out", str(folder / "peer.json"),
+    ]  # fmt: skip
+    for name, value in SETTINGS.items():
+        command += [f"--{name}", str(value)]
+    subprocess.run(command, check=True)
+    return json.loads((folder / "peer.json").read_text())
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def mean_and_interval(values: list[float]) -> str:
+    if len(values) < 2:
+        return f"{values[0]:.4f}"
+    half = STUDENT_T[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{statistics.mean(values):.4f} ± {half:.4f}"
+
+
+def table(rows: list[dict]) -> str:
+    lines = [
+        "| task | metric | epochs | seeds | this project | Transformers + PEFT | difference of means | training seconds, ours / peer |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for task in dict.fromkeys(row["task"] for row in rows):
+        last = {side: [] for side in ("ours", "peer")}
+        seconds = {side: [] for side in ("ours", "peer")}
+        for row in rows:
+            if row["task"] == task:
+                last[row["side"]].append(row["history"][-1][METRIC[task]])
+                seconds[row["side"]].append(row["train_seconds"])
+        if not last["ours"] or not last["peer"]:
+            continue
+        gap = statistics.mean(last["ours"]) - statistics.mean(last["peer"])
+        epochs = max(len(row["history"]) for row in rows if row["task"] == task)
+        mean = {side: statistics.mean(values) for side, values in seconds.items()}
+        lines.append(
+            f"| {task} | {METRIC[task]} | {epochs} | {len(last['ours'])} | "
+            f"{mean_and_interval(last['ours'])} | {mean_and_interval(last['peer'])} | {gap:+.4f} | "
+            f"{mean['ours']:.0f} / {mean['peer']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="folder of the pretrained model (MiniLM)")
+    parser.add_argument("--data_dir", help="folder of the GLUE task folders")
+    parser.add_argument("--tasks", default="mrpc,cola,stsb")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--peer_dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("glue_vs_peft.jsonl"))
+    parser.add_argument("--table", action="store_true", help="print the table and stop")
+    o, o.ours_options = parser.parse_known_args()
+    if o.table:
+        print(table(read(o.out)))
+        return
+    for seed in map(int, o.seeds.split(",")):
+        for task in o.tasks.split(","):
+            for side, run in (("ours", ours), ("peer", peer)):
+                key = {"task": task, "side": side, "seed": seed, "epochs": o.epochs}
+                if any(key.items() <= row.items() for row in read(o.out)):
+                    continue
+                started = time.perf_counter()
+                with tempfile.TemporaryDirectory() as folder:
+                    result = run(o, task, seed, Path(folder))
+                row = {**key, **result, "process_seconds": time.perf_counter() - started}
+                with open(o.out, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+                print(json.dumps({**key, "last": result["history"][-1]}), flush=True)
+    print(table(read(o.out)))
+
+
+if __name__ == "__main__":
+    main()

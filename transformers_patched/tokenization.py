@@ -484,6 +484,11 @@ class PreTrainedTokenizer:
     def all_special_ids(self) -> list[int]:
         return [self.backend_tokenizer.token_to_id(token) for token in self.all_special_tokens]
 
+    def fingerprint(self) -> str:
+        """A string that is equal for two tokenizers only if they encode alike."""
+        self._apply_settings(None, None)
+        return f"{self.truncation_side} {self.backend_tokenizer.to_str()}"
+
     def num_special_tokens_to_add(self, pair: bool = False) -> int:
         return self.backend_tokenizer.num_special_tokens_to_add(pair)
 

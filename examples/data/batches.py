@@ -1,0 +1,232 @@
+"""Which rows meet in which step, and how they become tensors.
+
+One optimiser step is a *window*: a global batch of rows, formed first, then split over processes
+and micro-batches. So p processes of b rows see what one process of p·b rows sees. The order is
+f(seed, epoch) through a counter-based generator: any epoch, any window, can be entered directly,
+which is how a resumed run skips what it has done.
+
+    random   rows in random order
+    bucket   random order, but rows of like length meet: within every CHUNK global batches rows
+             are sorted by length, then the batches are shuffled; little padding is left
+
+Collated batches are padded to their longest row, padded to a fixed width, or packed: the tokens
+of all rows end to end with `cu_seqlens`, no padding at all.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from examples.data.encode import EncodedSplit
+
+CHUNK = 50  # global batches sorted together: enough to fill buckets, few enough to stay random
+ORDERS = ("bucket", "random")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward pass.
+
+    Attributes:
+        rows: (b,) row numbers.
+        tokens: real tokens, padding not counted.
+        weight: its share of the window's rows: Σ weight · mean loss over all batches of all
+            processes is the mean loss of the window. 0 marks a batch that only keeps a process
+            in step with the others, which have one more.
+    """
+
+    rows: np.ndarray
+    tokens: int
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Window:
+    """One optimiser step of one process: its micro-batches, and the rows of all processes."""
+
+    index: int
+    batches: tuple[Batch, ...]
+    rows: int
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens of this process."""
+        return sum(batch.tokens for batch in self.batches if batch.weight)
+
+
+class TrainingBatches:
+    """The windows of every epoch of a split.
+
+    Args:
+        split: encoded rows.
+        batch_size: rows per micro-batch and process.
+        accumulation: micro-batches per window and process.
+        processes: how many there are; `process` is this one's number.
+        seed: of the order.
+        order: "bucket" or "random".
+        max_tokens: micro-batches hold at most this many tokens instead of `batch_size` rows; the
+            window keeps its rows and gets as many micro-batches as that takes.
+    """
+
+    def __init__(self, split: EncodedSplit, batch_size: int, *, accumulation: int = 1,
+                 processes: int = 1, process: int = 0, seed: int = 0, order: str = "bucket",
+                 max_tokens: int | None = None) -> None:
+        for name, value in (("batch_size", batch_size), ("accumulation", accumulation),
+                            ("processes", processes)):
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if not 0 <= process < processes:
+            raise ValueError(f"process={process} must be in 0..{processes - 1}")
+        if order not in ORDERS:
+            raise ValueError(f"order={order!r}: choose one of {', '.join(ORDERS)}")
+        _check_budget(split, max_tokens)
+        self.split = split
+        self.lengths = split.lengths
+        self.batch_size = batch_size
+        self.global_batch = batch_size * accumulation * processes
+        self.processes, self.process = processes, process
+        self.seed, self.order, self.max_tokens = seed, order, max_tokens
+
+    def __len__(self) -> int:
+        """Windows (optimiser steps) per epoch; the last may hold fewer rows."""
+        return -(-len(self.split) // self.global_batch)
+
+    def windows(self, epoch: int, start: int = 0) -> Iterator[Window]:
+        """The windows of an epoch, from number `start` on."""
+        rows = self._epoch_order(epoch)
+        size = self.global_batch
+        for index in range(start, len(self)):
+            yield self._window(index, rows[index * size:(index + 1) * size])
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        """(n,) row numbers; the global batches are consecutive pieces, the short one last."""
+        rows = permutation(len(self.split), self.seed, epoch)
+        if self.order == "random":
+            return rows
+        size = self.global_batch
+        full = len(rows) // size * size
+        pieces = [_by_length(piece, self.lengths).reshape(-1, size)
+                  for piece in np.split(rows[:full], range(CHUNK * size, full, CHUNK * size))]
+        batches = np.concatenate(pieces) if full else rows[:0].reshape(0, size)
+        # Another stream than the rows': the number of batches may equal the number of rows.
+        batches = batches[permutation(len(batches), self.seed, epoch, stream=1)]
+        return np.concatenate((batches.reshape(-1), rows[full:]))
+
+    def _window(self, index: int, rows: np.ndarray) -> Window:
+        """Splits a global batch; every process computes the same split and takes its own part."""
+        if self.order == "bucket" or self.max_tokens is not None:
+            rows = _by_length(rows, self.lengths)
+        if self.max_tokens is not None:
+            pieces = split_by_tokens(rows, self.lengths, self.max_tokens)
+            if len(pieces) < min(self.processes, len(rows)):
+                pieces = np.array_split(rows, min(self.processes, len(rows)))
+        else:
+            count = -(-len(rows) // self.batch_size)
+            # An even split: a short window must not leave one process without work.
+            pieces = np.array_split(rows, max(count, min(self.processes, len(rows))))
+        mine = [Batch(piece, int(self.lengths[piece].sum()), len(piece) / len(rows))
+                for piece in pieces[self.process::self.processes]]
+        if len(mine) < -(-len(pieces) // self.processes):
+            filler = rows[:1]
+            mine.append(Batch(filler, int(self.lengths[filler].sum()), 0.0))
+        return Window(index, tuple(mine), len(rows))
+
+
+def evaluation_batches(split: EncodedSplit, batch_size: int, *, processes: int = 1,
+                       process: int = 0, max_tokens: int | None = None) -> list[Batch]:
+    """This process's share of a split: longest rows first, each row in exactly one batch of one
+    process. `Batch.rows` puts results back: `out[batch.rows] = logits`.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    _check_budget(split, max_tokens)
+    lengths = split.lengths
+    rows = _by_length(np.arange(len(split)), lengths)[::-1]
+    if max_tokens is not None:
+        pieces = split_by_tokens(rows, lengths, max_tokens)
+    else:
+        pieces = np.split(rows, range(batch_size, len(rows), batch_size))
+    return [Batch(piece, int(lengths[piece].sum()), len(piece) / len(rows))
+            for piece in pieces[process::processes]]
+
+
+def permutation(n: int, seed: int, epoch: int, stream: int = 0) -> np.ndarray:
+    """(n,) a random order of 0..n-1 that is a function of its arguments alone.
+
+    Sorts the raw output of the Philox counter generator, which is fixed by its definition, where
+    the shuffles of a library may change with its version.
+    """
+    key = np.array([seed % 2**64, stream], np.uint64)
+    raw = np.random.Philox(key=key, counter=[0, 0, 0, epoch]).random_raw(n)
+    return np.argsort(raw, kind="stable")
+
+
+def split_by_tokens(rows: np.ndarray, lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
+    """Consecutive pieces of `rows` of at most `max_tokens` tokens each, none of them empty."""
+    ends = np.cumsum(lengths[rows])
+    cuts, done = [], 0
+    while True:
+        cut = int(np.searchsorted(ends, done + max_tokens, side="right"))
+        if cut >= len(rows):
+            return np.split(rows, cuts)
+        cuts.append(cut)
+        done = int(ends[cut - 1])
+
+
+def collate(split: EncodedSplit, batch: Batch, *, packed: bool = False,
+            width: int | None = None, multiple: int = 1) -> dict[str, torch.Tensor | int]:
+    """The tensors of a batch of b rows and T tokens, under the names of the model's arguments.
+
+    Args:
+        packed: `input_ids (T,)`, `cu_seqlens (b + 1,) int32`, `max_seqlen`; else padded to
+            `input_ids (b, width)` with `attention_mask`.
+        width: padded to this many tokens; default the longest row's.
+        multiple: the default width is rounded up to a multiple of this.
+    """
+    rows = batch.rows
+    starts, lengths = split.offsets[rows], split.offsets[rows + 1] - split.offsets[rows]
+    ends = np.cumsum(lengths)
+    # Token t of the batch is token `source[t]` of the split: each row's start plus 0, 1, 2, …
+    source = np.arange(ends[-1]) + np.repeat(starts - (ends - lengths), lengths)
+    tokens = split.tokens[source].astype(np.int64)
+    longest = int(lengths.max())
+    data: dict[str, torch.Tensor | int]
+    if packed:
+        data = {"input_ids": torch.from_numpy(tokens),
+                "cu_seqlens": torch.from_numpy(np.concatenate(([0], ends)).astype(np.int32)),
+                "max_seqlen": longest}
+        if split.token_types:
+            place = source - np.repeat(starts, lengths)
+            second = place >= np.repeat(split.first[rows], lengths)
+            data["token_type_ids"] = torch.from_numpy(second.astype(np.int64))
+    else:
+        if width is not None and width < longest:
+            raise ValueError(f"width={width}, but a row has {longest} tokens")
+        size = width if width is not None else -(-longest // multiple) * multiple
+        place = np.arange(size)[None]  # (1, size)
+        real = place < lengths[:, None]  # (b, size)
+        ids = np.full(real.shape, split.pad_id, np.int64)
+        ids[real] = tokens
+        data = {"input_ids": torch.from_numpy(ids),
+                "attention_mask": torch.from_numpy(real.astype(np.int64))}
+        if split.token_types:
+            second = (place >= split.first[rows][:, None]) & real
+            data["token_type_ids"] = torch.from_numpy(second.astype(np.int64))
+    if split.labels is not None:
+        data["labels"] = torch.from_numpy(split.labels[rows])
+    return data
+
+
+def _by_length(rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    return rows[np.argsort(lengths[rows], kind="stable")]
+
+
+def _check_budget(split: EncodedSplit, max_tokens: int | None) -> None:
+    if max_tokens is None or not len(split):
+        return
+    longest = int(split.lengths.max())
+    if max_tokens < longest:
+        raise ValueError(f"max_tokens={max_tokens}, but a row has {longest} tokens; use at least "
+                         "that, or a smaller max_length")

@@ -1,0 +1,175 @@
+"""Tokenises a split once, into flat arrays, and keeps them on disk.
+
+The cache key is a hash of everything the tokens depend on: the texts, the tokenizer itself, the
+maximal length, the version of this code. A file that is cut short or altered is noticed (size and
+checksum), reported and made anew; a full disk costs the cache, never the run.
+"""
+
+import hashlib
+import os
+import tempfile
+import warnings
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from examples.data.readers import Rows
+
+if TYPE_CHECKING:
+    from transformers_patched.tokenization import PreTrainedTokenizer
+
+VERSION = "1"  # raise it when the meaning of the cached arrays changes
+CHUNK = 4096  # sentences tokenised at once: bounds the memory of Python lists
+
+
+@dataclass(frozen=True)
+class EncodedSplit:
+    """The token ids of a split of n rows, one after another.
+
+    Attributes:
+        tokens: (T,) int32, row i at `tokens[offsets[i]:offsets[i + 1]]`.
+        offsets: (n + 1,) int64.
+        first: (n,) int32, tokens of type 0; the rest of the row has type 1.
+        labels: (n,) int64 classes or float32 scores; None for a split without labels.
+        pad_id: what padding is filled with.
+        token_types: the model takes `token_type_ids`.
+    """
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    first: np.ndarray
+    labels: np.ndarray | None
+    pad_id: int
+    token_types: bool
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(n,) int64, tokens per row."""
+        return np.diff(self.offsets)
+
+
+def default_cache_dir() -> Path:
+    """`$RANKWISE_CACHE`, else `~/.cache/rankwise`."""
+    return Path(os.environ.get("RANKWISE_CACHE") or Path.home() / ".cache" / "rankwise")
+
+
+def encode(rows: Rows, tokenizer: "PreTrainedTokenizer", max_length: int, *,
+           cache_dir: str | os.PathLike[str] | None = None, cache: bool = True) -> EncodedSplit:
+    """Token ids of every row, cut to `max_length` (the longer sentence of a pair first).
+
+    Args:
+        rows: from `examples.data.readers`.
+        tokenizer: from `transformers_patched`.
+        max_length: tokens per row, special tokens included.
+        cache_dir: where the arrays are kept; default `default_cache_dir()`.
+        cache: False neither reads nor writes the cache.
+    """
+    limit = tokenizer.model_max_length
+    if max_length > limit:
+        raise ValueError(f"max_length={max_length} is more than the {limit} tokens this model "
+                         f"takes; use {limit} or less")
+    path = None
+    if cache:
+        folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+        path = folder / "encoded" / f"{_key(rows, tokenizer, max_length)}.safetensors"
+    arrays = _load(path) if path is not None else None
+    if arrays is None:
+        arrays = _tokenise(rows, tokenizer, max_length)
+        if path is not None:
+            _store(path, arrays)
+    labels = None
+    if rows.labels is not None:
+        labels = np.asarray(rows.labels, np.float32 if rows.task.regression else np.int64)
+    if tokenizer.pad_token_id is None:
+        raise ValueError("this tokenizer has no pad_token: set one before encoding")
+    return EncodedSplit(arrays["tokens"], arrays["offsets"], arrays["first"], labels,
+                        tokenizer.pad_token_id, "token_type_ids" in tokenizer.model_input_names)
+
+
+def _tokenise(rows: Rows, tokenizer: "PreTrainedTokenizer",
+              max_length: int) -> dict[str, np.ndarray]:
+    pieces, lengths, first = [], [], []
+    for start in range(0, len(rows), CHUNK):
+        text = [column[start:start + CHUNK] for column in rows.text]
+        batch = tokenizer(*text, truncation=True, max_length=max_length,
+                          return_token_type_ids=True, return_attention_mask=False)
+        size = np.fromiter(map(len, batch["input_ids"]), np.int64, len(batch["input_ids"]))
+        types = _flat(batch["token_type_ids"], size.sum())
+        ends = np.cumsum(size)
+        ones = np.diff(np.concatenate(([0], np.cumsum(types)))[np.concatenate(([0], ends))])
+        expected = np.arange(len(types)) - np.repeat(ends - size, size) >= np.repeat(
+            size - ones, size)
+        if not np.array_equal(types != 0, expected):
+            raise ValueError("this tokenizer's token types are not 0 then 1 in every row")
+        pieces.append(_flat(batch["input_ids"], size.sum()))
+        lengths.append(size)
+        first.append(size - ones)
+    offsets = np.concatenate(([0], np.cumsum(np.concatenate(lengths)))).astype(np.int64)
+    return {"tokens": np.concatenate(pieces), "offsets": offsets,
+            "first": np.concatenate(first).astype(np.int32)}
+
+
+def _flat(lists: Iterable[list[int]], total: int) -> np.ndarray:
+    return np.fromiter((value for row in lists for value in row), np.int32, int(total))
+
+
+def _key(rows: Rows, tokenizer: "PreTrainedTokenizer", max_length: int) -> str:
+    digest = hashlib.sha256()
+    for part in (VERSION, tokenizer.fingerprint(), str(max_length), str(len(rows.text))):
+        digest.update(part.encode() + b"\0")
+    for column in rows.text:
+        # Lengths first: the same characters split otherwise are other rows.
+        digest.update(np.fromiter(map(len, column), np.int64, len(column)).tobytes())
+        digest.update("".join(column).encode())
+    return digest.hexdigest()[:40]
+
+
+def _checksum(arrays: dict[str, np.ndarray]) -> str:
+    total = 0
+    for name in ("tokens", "offsets", "first"):
+        total = zlib.crc32(np.ascontiguousarray(arrays[name]).tobytes(), total)
+    return f"{total:08x}"
+
+
+def _load(path: Path) -> dict[str, np.ndarray] | None:
+    """The cached arrays; None where there are none, or, with a warning, where they are damaged."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="numpy") as file:
+            arrays = {name: file.get_tensor(name) for name in ("tokens", "offsets", "first")}
+            known = (file.metadata() or {}).get("crc32")
+        if known != _checksum(arrays):
+            raise ValueError("the checksum does not match")
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        warnings.warn(f"{path}: this cache file is damaged ({error}); it is made anew",
+                      stacklevel=3)
+        return None
+    return arrays
+
+
+def _store(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes beside the place and renames, so that a reader sees all of a file or none."""
+    data: Any = save(arrays, metadata={"crc32": _checksum(arrays)})
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".partial")
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.replace(temporary, path)
+    except OSError as error:
+        warnings.warn(f"{path.parent}: cannot keep the encoded data ({error.strerror or error}); "
+                      "it will be made again next time, or set RANKWISE_CACHE to another folder",
+                      stacklevel=3)
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)

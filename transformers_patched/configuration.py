@@ -1,0 +1,274 @@
+"""Model configurations: the `config.json` beside every checkpoint, as a dataclass without torch.
+
+Known keys are fields; unknown keys of a file are kept, readable as attributes, and written back. A
+key that is neither known nor in the file is an error where it is passed by hand: a misspelt option
+must not train the wrong model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+CONFIG_NAME = "config.json"
+LORA_TYPES = ("lora",)  # what `lora_type` may say; each modelling file's `linear` builds these
+_LORA_FIELDS = ("apply_lora", "lora_r", "lora_alpha", "lora_dropout", "lora_type", "lora_modules")
+_RUNTIME_FIELDS = ("num_labels", "extra", "name_or_path")  # not keys of config.json
+
+ConfigT = TypeVar("ConfigT", bound="PretrainedConfig")
+
+
+class ConfigError(ValueError):
+    """A configuration that names no possible model."""
+
+
+@dataclass(kw_only=True)
+class PretrainedConfig:
+    """What every model's configuration has.
+
+    `num_labels` and `id2label` follow each other: setting one renews the other. With
+    `apply_lora=True` the linear layers named in `lora_modules` are built as `loralib` layers,
+    y = Wx + (lora_alpha / lora_r)·B·A·x.
+    """
+
+    model_type: ClassVar[str] = ""
+    lora_targets: ClassVar[tuple[str, ...]] = ()
+
+    num_labels: int = 2
+    id2label: dict[int, str] | None = None
+    label2id: dict[str, int] | None = None
+    problem_type: str | None = None  # "regression", "single_label_..." or "multi_label_classification"
+    architectures: list[str] | None = None
+    output_attentions: bool = False
+    output_hidden_states: bool = False
+    return_dict: bool = True
+    tie_word_embeddings: bool = True
+
+    apply_lora: bool = False
+    lora_r: int = 8
+    lora_alpha: float = 16
+    lora_dropout: float = 0.0
+    lora_type: str = "lora"
+    lora_modules: tuple[str, ...] = ("query", "value")
+
+    name_or_path: str = ""
+    extra: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.id2label is None:
+            self.num_labels = self.num_labels  # names the labels
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "num_labels" and len(self.__dict__.get("id2label") or ()) != value:
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"num_labels must be a positive integer, not {value!r}")
+            self.__dict__["id2label"] = {i: f"LABEL_{i}" for i in range(value)}
+            self.__dict__["label2id"] = {f"LABEL_{i}": i for i in range(value)}
+        if name == "id2label" and value:
+            value = {int(key): label for key, label in value.items()}
+            self.__dict__["num_labels"] = len(value)
+            self.__dict__["label2id"] = {label: key for key, label in value.items()}
+        if name in ("id2label", "label2id") and not value:
+            return  # null in a file means: as many as num_labels says
+        object.__setattr__(self, name, tuple(value) if name == "lora_modules" else value)
+
+    def __getattr__(self, name: str) -> Any:
+        extra = self.__dict__.get("extra", {})
+        if name in extra:
+            return extra[name]
+        raise AttributeError(f"{type(self).__name__} has no field {name!r}")
+
+    # ------------------------------------------------------------------ checks
+
+    def validate(self) -> None:
+        """Raises ConfigError where no model can be built; models call it before they are built."""
+        if self.problem_type not in (
+            None,
+            "regression",
+            "single_label_classification",
+            "multi_label_classification",
+        ):
+            raise ConfigError(
+                f"problem_type is {self.problem_type!r}; it may be 'regression', "
+                "'single_label_classification', 'multi_label_classification' or None"
+            )
+        if self.apply_lora:
+            self._validate_lora()
+
+    def _validate_lora(self) -> None:
+        if self.lora_type not in LORA_TYPES:
+            raise ConfigError(f"lora_type is {self.lora_type!r}; known are {', '.join(LORA_TYPES)}")
+        if isinstance(self.lora_r, bool) or not isinstance(self.lora_r, int) or self.lora_r < 1:
+            raise ConfigError(
+                f"lora_r is {self.lora_r!r}; the rank must be a positive integer, for example 8 "
+                "(apply_lora=False builds the model without LoRA)"
+            )
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise ConfigError(f"lora_dropout is {self.lora_dropout!r}; it must be in [0, 1)")
+        unknown = [name for name in self.lora_modules if name not in self.lora_targets]
+        if unknown or not self.lora_modules:
+            raise ConfigError(
+                f"lora_modules names {', '.join(map(repr, unknown)) or 'nothing'}; "
+                f"{self.model_type} has {', '.join(map(repr, self.lora_targets))}"
+            )
+
+    # ------------------------------------------------------------------ files
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what `config.json` holds; LoRA's fields only where LoRA is applied."""
+        values = dict(self.extra)
+        for item in dataclasses.fields(self):
+            if item.name in _RUNTIME_FIELDS or (item.name in _LORA_FIELDS and not self.apply_lora):
+                continue
+            value = getattr(self, item.name)
+            values[item.name] = list(value) if isinstance(value, tuple) else value
+        return {**values, "model_type": self.model_type}
+
+    def update(self, values: Mapping[str, Any]) -> None:
+        """Sets fields, by their names; raises ConfigError at a name that is none."""
+        names = {item.name for item in dataclasses.fields(self)}
+        for key, value in values.items():
+            if key in names:
+                setattr(self, key, value)
+            elif key in self.extra:
+                self.extra[key] = value
+            else:
+                raise ConfigError(f"{type(self).__name__} has no field {key!r} (see its dataclass)")
+
+    @classmethod
+    def from_dict(cls: type[ConfigT], values: Mapping[str, Any], **overrides: Any) -> ConfigT:
+        """Builds a configuration from the keys of a `config.json`, keeping those it does not know."""
+        names = {item.name for item in dataclasses.fields(cls)} - {"extra"}
+        known = {key: value for key, value in values.items() if key in names}
+        extra = {k: v for k, v in values.items() if k not in names and k != "model_type"}
+        config = cls(**known, extra=extra)
+        config.update(overrides)
+        return config
+
+    @classmethod
+    def from_pretrained(
+        cls: type[ConfigT],
+        name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        **overrides: Any,
+    ) -> ConfigT:
+        """Reads the `config.json` of a folder or a hub id; `overrides` replace single fields."""
+        values, path = read_config(
+            name_or_path, revision=revision, local_files_only=local_files_only
+        )
+        found = values.get("model_type", cls.model_type)
+        if found != cls.model_type:
+            raise ConfigError(
+                f"{path} says model_type {found!r}, which is no {cls.__name__}; "
+                "load it with AutoConfig or an AutoModel class, or with the classes of its own type"
+            )
+        return cls.from_dict(values, **{"name_or_path": str(name_or_path), **overrides})
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes `config.json` into `folder`, which is made where it is missing."""
+        from .checkpoint import write_atomically
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+        write_atomically(folder / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def read_config(
+    name_or_path: str | Path, *, revision: str | None = None, local_files_only: bool = False
+) -> tuple[dict[str, Any], Path]:
+    """Returns the keys of the `config.json` of a folder or hub id, and the file they are from."""
+    from .checkpoint import CheckpointError, find_file
+
+    path = find_file(
+        name_or_path, CONFIG_NAME, revision=revision, local_files_only=local_files_only
+    )
+    if path is None:
+        raise CheckpointError(
+            f"{name_or_path} has no {CONFIG_NAME}: give the folder (or hub id) of a model saved by "
+            "save_pretrained, or pass config=..."
+        )
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); restore it from its source") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} must hold one JSON object, not a {type(values).__name__}")
+    return values, path
+
+
+@dataclass(kw_only=True)
+class BertConfig(PretrainedConfig):
+    """The sizes of a BERT; the defaults are bert-base-uncased's."""
+
+    model_type: ClassVar[str] = "bert"
+    lora_targets: ClassVar[tuple[str, ...]] = (
+        "query",
+        "key",
+        "value",
+        "attention.output",
+        "intermediate",
+        "output",
+    )
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    classifier_dropout: float | None = None  # None: hidden_dropout_prob
+    max_position_embeddings: int = 512
+    position_embedding_type: str = "absolute"
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    is_decoder: bool = False
+
+    def validate(self) -> None:
+        super().validate()
+        for name in ("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} must be a positive integer, not {value!r}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"hidden_size {self.hidden_size} is no multiple of the "
+                f"{self.num_attention_heads} attention heads"
+            )
+        if self.position_embedding_type != "absolute":
+            raise ConfigError(
+                f"position_embedding_type {self.position_embedding_type!r} is not supported; "
+                "these models have 'absolute' position embeddings"
+            )
+        if self.is_decoder or self.extra.get("add_cross_attention"):
+            raise ConfigError("is_decoder and add_cross_attention are not supported: encoders only")
+
+    @property
+    def head_dropout(self) -> float:
+        """Dropout before a classification head."""
+        chosen = self.classifier_dropout
+        return self.hidden_dropout_prob if chosen is None else chosen
+
+
+@dataclass(kw_only=True)
+class RobertaConfig(BertConfig):
+    """The sizes of a RoBERTa; position ids start at `pad_token_id` + 1."""
+
+    model_type: ClassVar[str] = "roberta"
+
+    vocab_size: int = 50265
+    pad_token_id: int | None = 1
+    bos_token_id: int | None = 0
+    eos_token_id: int | None = 2

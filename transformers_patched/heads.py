@@ -1,0 +1,235 @@
+"""What the heads of all models share: outputs, losses, activations, and the places of tokens.
+
+Nothing here has parameters. Every function takes the tokens of a batch padded, (B, L, ...), or
+packed, (T, ...), with the `Layout` that tells which, and gives equal results for both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .configuration import ConfigError, PretrainedConfig
+from .layout import Layout
+
+# ---------------------------------------------------------------------- outputs
+
+
+class ModelOutput(dict):
+    """A dictionary whose entries are attributes too, in the order of the class's annotations.
+
+    `output["logits"]`, `output.logits` and `output[0]` all work; what was not computed is left out of
+    the dictionary and of `to_tuple()`, and is None as an attribute.
+    """
+
+    def __init__(self, values: Mapping[str, Any] | Iterable = (), **fields: Any) -> None:
+        given = {**dict(values), **fields}
+        names = type(self).__annotations__
+        if unknown := [name for name in given if name not in names]:
+            raise TypeError(f"{type(self).__name__} has no field {', '.join(map(repr, unknown))}")
+        super().__init__({name: given[name] for name in names if given.get(name) is not None})
+
+    def __getattr__(self, name: str) -> Any:
+        if name in type(self).__annotations__:
+            return self.get(name)
+        raise AttributeError(f"{type(self).__name__} has no field {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self[name] = value
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        return tuple(self.values())
+
+
+class BaseModelOutput(ModelOutput):
+    last_hidden_state: Tensor  # (B, L, H) or (T, H)
+    hidden_states: tuple[Tensor, ...] | None
+    attentions: tuple[Tensor, ...] | None
+
+
+class BaseModelOutputWithPooling(ModelOutput):
+    last_hidden_state: Tensor  # (B, L, H) or (T, H)
+    pooler_output: Tensor | None  # (B, H)
+    hidden_states: tuple[Tensor, ...] | None
+    attentions: tuple[Tensor, ...] | None
+
+
+class MaskedLMOutput(ModelOutput):
+    loss: Tensor | None
+    logits: Tensor  # (B, L, vocabulary) or (T, vocabulary)
+    hidden_states: tuple[Tensor, ...] | None
+    attentions: tuple[Tensor, ...] | None
+
+
+class SequenceClassifierOutput(ModelOutput):
+    loss: Tensor | None
+    logits: Tensor  # (B, labels)
+    hidden_states: tuple[Tensor, ...] | None
+    attentions: tuple[Tensor, ...] | None
+
+
+class QuestionAnsweringModelOutput(ModelOutput):
+    loss: Tensor | None
+    start_logits: Tensor  # (B, L) or (T,)
+    end_logits: Tensor  # (B, L) or (T,)
+    hidden_states: tuple[Tensor, ...] | None
+    attentions: tuple[Tensor, ...] | None
+
+
+class MultipleChoiceModelOutput(ModelOutput):
+    loss: Tensor | None
+    logits: Tensor  # (B, choices)
+    hidden_states: tuple[Tensor, ...] | None
+    attentions: tuple[Tensor, ...] | None
+
+
+# ---------------------------------------------------------------------- tokens
+
+
+def layout_of(
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+) -> Layout:
+    """Makes the layout of a call: packed where it has `cu_seqlens`, padded otherwise."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("give either input_ids or inputs_embeds")
+    tokens = input_ids if input_ids is not None else inputs_embeds[..., 0]
+    if cu_seqlens is None:
+        if tokens.dim() != 2:
+            raise ValueError(
+                f"input of shape {tuple(tokens.shape)}: padded tokens are (batch, length); "
+                "packed ones, (tokens,), need cu_seqlens and max_seqlen"
+            )
+        return Layout.padded(attention_mask, *tokens.shape, tokens.device)
+    if tokens.dim() != 1 or max_seqlen is None or attention_mask is not None:
+        raise ValueError(
+            "a packed call has tokens (T,), cu_seqlens and max_seqlen, and no attention_mask; here "
+            f"tokens are {tuple(tokens.shape)}, max_seqlen is {max_seqlen} and attention_mask is "
+            f"{'None' if attention_mask is None else 'given'}"
+        )
+    return Layout.packed(cu_seqlens, max_seqlen, tokens.shape[0])
+
+
+def first_tokens(hidden: Tensor, layout: Layout) -> Tensor:
+    """(B, H): the hidden state of the first token of every sequence."""
+    return hidden[layout.cls_index()] if layout.is_packed else hidden[:, 0]
+
+
+def in_dtype_of(hidden: Tensor, layer: nn.Module) -> Tensor:
+    """Casts to the dtype of `layer`'s weights: an fp32 head reads the states of a bf16 base."""
+    return hidden.to(next(layer.parameters()).dtype)
+
+
+def count_choices(choices: int | None, labels: Tensor | None, layout: Layout) -> int:
+    """The choices per question of a packed call, from the argument or the number of labels."""
+    if choices is None and labels is None:
+        raise ValueError("packed multiple choice needs num_choices, or labels to count questions")
+    choices = choices or layout.num_sequences // labels.numel()
+    if choices < 1 or layout.num_sequences % choices:
+        raise ValueError(f"{layout.num_sequences} sequences are no multiple of {choices} choices")
+    return choices
+
+
+# ---------------------------------------------------------------------- losses
+
+
+def classification_loss(logits: Tensor, labels: Tensor, config: PretrainedConfig) -> Tensor:
+    """Mean squared error, cross-entropy or binary cross-entropy, as `config.problem_type` says.
+
+    Without a problem type, one label means regression, integer labels one class per row, and other
+    labels (B, labels) several.
+
+    Args:
+        logits: (B, num_labels).
+        labels: (B,), or (B, num_labels) for several labels per row.
+        config: Has `num_labels` and `problem_type`.
+    """
+    kind = config.problem_type
+    if kind is None and config.num_labels == 1:
+        kind = "regression"
+    if kind is None:
+        whole = labels.dtype in (torch.int64, torch.int32)
+        kind = "single_label_classification" if whole else "multi_label_classification"
+    logits = logits.float()
+    if kind == "regression":
+        return F.mse_loss(logits.reshape(labels.shape), labels.float())
+    if kind == "single_label_classification":
+        return F.cross_entropy(logits.view(-1, config.num_labels), labels.view(-1).long())
+    return F.binary_cross_entropy_with_logits(logits, labels.float())
+
+
+def masked_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy over the tokens whose label is not -100.
+
+    Args:
+        logits: (B, L, vocabulary) or (T, vocabulary).
+        labels: (B, L) or (T,).
+    """
+    return F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten())
+
+
+def span_loss(
+    start_logits: Tensor,
+    end_logits: Tensor,
+    start_positions: Tensor,
+    end_positions: Tensor,
+    layout: Layout,
+) -> Tensor:
+    """Mean of the cross-entropies of a span's start and end over the tokens of its sequence.
+
+    Padding takes no part in the softmax, so that the loss does not depend on how a batch is padded.
+    Spans that lie outside the sequence are left out of the mean.
+
+    Args:
+        start_logits: (B, L) or (T,); `end_logits` likewise.
+        start_positions: (B,) relative to each sequence; `end_positions` likewise.
+        layout: Of the tokens.
+    """
+
+    def one(logits: Tensor, positions: Tensor) -> Tensor:
+        logits = layout.pad(logits).float()  # (B, L)
+        positions = positions.view(-1).clamp(min=0)
+        inside = positions < layout.length
+        if layout.key_mask is not None:
+            logits = logits.masked_fill(~layout.key_mask, torch.finfo(logits.dtype).min)
+            column = positions.clamp(max=layout.length - 1)[:, None]
+            inside = inside & layout.key_mask.gather(1, column)[:, 0]
+        return F.cross_entropy(logits, positions.where(inside, -100))
+
+    return (one(start_logits, start_positions) + one(end_logits, end_positions)) / 2
+
+
+# ---------------------------------------------------------------------- activations
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    """0.5·x·(1 + tanh(√(2/π)·(x + 0.044715·x³)))"""
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_new": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "relu": F.relu,
+    "silu": F.silu,
+    "swish": F.silu,
+    "tanh": torch.tanh,
+}
+
+
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """Returns the function that `hidden_act` names."""
+    if name not in ACTIVATIONS:
+        raise ConfigError(f"hidden_act {name!r} is unknown; known are {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]

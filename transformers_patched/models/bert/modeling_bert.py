@@ -1,0 +1,317 @@
+"""BERT, made to be edited: one class per screen, from the linear layer at the top to the heads.
+
+Module and parameter names are those of Hugging Face checkpoints, so that their weights load here and
+these weights load there. Hidden states are (*tokens, H), where the tokens of a batch are padded,
+(B, L), or packed without padding, (T,); a `Layout` knows which, and the same lines serve both.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import loralib as lora
+
+from ...attention import attention, attention_probabilities
+from ...configuration import BertConfig
+from ...dropout import Dropout
+from ...heads import (
+    BaseModelOutputWithPooling,
+    MaskedLMOutput,
+    MultipleChoiceModelOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    activation,
+    classification_loss,
+    count_choices,
+    first_tokens,
+    in_dtype_of,
+    layout_of,
+    masked_lm_loss,
+    span_loss,
+)
+from ...layout import Layout
+from ...pretrained import PreTrainedModel
+
+
+def linear(config: BertConfig, name: str, inputs: int, outputs: int) -> nn.Linear:
+    """The dense layer `name`; a low-rank one where `config.lora_modules` names it."""
+    if config.apply_lora and name in config.lora_modules:  # loralib is wired in here, nowhere else
+        return lora.Linear(
+            inputs,
+            outputs,
+            r=config.lora_r,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            merge_weights=False,
+        )
+    return nn.Linear(inputs, outputs)
+
+
+class BertEmbeddings(nn.Module):
+    """LayerNorm(word + token type + position), then dropout."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.word_embeddings = nn.Embedding(
+            config.vocab_size, size, padding_idx=config.pad_token_id
+        )
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, size)
+        self.LayerNorm = nn.LayerNorm(size, eps=config.layer_norm_eps)
+        self.dropout = Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        layout: Layout,
+        input_ids: Tensor | None,
+        token_type_ids: Tensor | None,
+        position_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+    ) -> Tensor:
+        if position_ids is None:
+            if layout.length > self.position_embeddings.num_embeddings:
+                raise ValueError(
+                    f"a sequence of {layout.length} tokens is longer than this model's "
+                    f"{self.position_embeddings.num_embeddings} positions: truncate it"
+                )
+            position_ids = layout.position_ids()  # (1, L) or (T,)
+        words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        if token_type_ids is None:
+            types = self.token_type_embeddings.weight[0]  # (H,): all tokens are of type 0
+        else:
+            types = self.token_type_embeddings(token_type_ids)
+        hidden = words + types + self.position_embeddings(position_ids)  # (*tokens, H)
+        return self.dropout(self.LayerNorm(hidden))
+
+
+class BertSelfAttention(nn.Module):
+    """softmax(Q·Kᵀ / √d)·V in every head, over the tokens of one sequence."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.query = linear(config, "query", size, size)
+        self.key = linear(config, "key", size, size)
+        self.value = linear(config, "value", size, size)
+        self.dropout_prob = config.attention_probs_dropout_prob
+
+    def forward(
+        self, hidden: Tensor, layout: Layout, output_attentions: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        heads = (*hidden.shape[:-1], self.num_heads, -1)
+        query = self.query(hidden).view(heads)  # (*tokens, heads, d)
+        key = self.key(hidden).view(heads)
+        value = self.value(hidden).view(heads)
+        p = self.dropout_prob if self.training else 0.0
+        context = attention(query, key, value, layout, p).flatten(-2)  # (*tokens, H)
+        weights = attention_probabilities(query, key, layout) if output_attentions else None
+        return context, weights
+
+
+class BertSelfOutput(nn.Module):
+    """LayerNorm(residual + dropout(W·x)) after attention."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.dense = linear(config, "attention.output", config.hidden_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = Dropout(config.hidden_dropout_prob)
+
+    def forward(self, context: Tensor, residual: Tensor) -> Tensor:
+        return self.LayerNorm(self.dropout(self.dense(context)) + residual)
+
+
+class BertAttention(nn.Module):
+    """Self-attention with its output layer."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.self = BertSelfAttention(config)
+        self.output = BertSelfOutput(config)
+
+    def forward(
+        self, hidden: Tensor, layout: Layout, output_attentions: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        context, weights = self.self(hidden, layout, output_attentions)
+        return self.output(context, hidden), weights
+
+
+class BertIntermediate(nn.Module):
+    """The widening half of the feed-forward block, with its activation."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.dense = linear(
+            config, "intermediate", config.hidden_size, config.intermediate_size
+        )
+        self.activation = activation(config.hidden_act)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.activation(self.dense(hidden))  # (*tokens, intermediate)
+
+
+class BertOutput(nn.Module):
+    """LayerNorm(residual + dropout(W·x)), the narrowing half of the feed-forward block."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.dense = linear(config, "output", config.intermediate_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = Dropout(config.hidden_dropout_prob)
+
+    def forward(self, wide: Tensor, residual: Tensor) -> Tensor:
+        return self.LayerNorm(self.dropout(self.dense(wide)) + residual)
+
+
+class BertLayer(nn.Module):
+    """Attention, then feed-forward, each with its residual and LayerNorm."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.attention = BertAttention(config)
+        self.intermediate = BertIntermediate(config)
+        self.output = BertOutput(config)
+
+    def forward(
+        self, hidden: Tensor, layout: Layout, output_attentions: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        hidden, weights = self.attention(hidden, layout, output_attentions)
+        return self.output(self.intermediate(hidden), hidden), weights
+
+
+class BertEncoder(nn.Module):
+    """The stack of layers; returns the last state, all states, and all attention weights."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
+        self.gradient_checkpointing = False
+
+    def forward(
+        self, hidden: Tensor, layout: Layout, output_attentions: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        states, attentions = [hidden], []
+        for layer in self.layer:
+            if self.gradient_checkpointing and self.training:
+                hidden, weights = checkpoint(
+                    layer, hidden, layout, output_attentions, use_reentrant=False
+                )
+            else:
+                hidden, weights = layer(hidden, layout, output_attentions)
+            states.append(hidden)
+            attentions.append(weights)
+        return hidden, tuple(states), tuple(attentions)
+
+
+class BertPooler(nn.Module):
+    """tanh(W·x) of the first token of every sequence."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden: Tensor, layout: Layout) -> Tensor:
+        first = in_dtype_of(first_tokens(hidden, layout), self.dense)
+        return torch.tanh(self.dense(first))  # (B, H)
+
+
+class BertPreTrainedModel(PreTrainedModel):
+    config_class = BertConfig
+    base_model_prefix = "bert"
+
+
+class BertModel(BertPreTrainedModel):
+    """Embeddings, encoder and, unless `add_pooling_layer=False`, the pooler."""
+
+    def __init__(self, config: BertConfig, add_pooling_layer: bool = True) -> None:
+        super().__init__(config)
+        self.embeddings = BertEmbeddings(config)
+        self.encoder = BertEncoder(config)
+        self.pooler = BertPooler(config) if add_pooling_layer else None
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, embeddings: nn.Embedding) -> None:
+        self.embeddings.word_embeddings = embeddings
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        layout: Layout | None = None,  # a head that has made it passes it on
+    ) -> BaseModelOutputWithPooling | tuple:
+        if layout is None:
+            layout = layout_of(input_ids, inputs_embeds, attention_mask, cu_seqlens, max_seqlen)
+        want_attentions = self.asked_for("output_attentions", output_attentions)
+        want_states = self.asked_for("output_hidden_states", output_hidden_states)
+        hidden = self.embeddings(layout, input_ids, token_type_ids, position_ids, inputs_embeds)
+        hidden, states, attentions = self.encoder(hidden, layout, want_attentions)
+        output = BaseModelOutputWithPooling(
+            last_hidden_state=hidden,
+            pooler_output=None if self.pooler is None else self.pooler(hidden, layout),
+            hidden_states=states if want_states else None,
+            attentions=attentions if want_attentions else None,
+        )
+        return self.result(output, return_dict)
+
+
+class BertForSequenceClassification(BertPreTrainedModel):
+    """One or several labels, or one number, for a sequence or a pair of them."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config)
+        self.bert = BertModel(config)
+        self.dropout = Dropout(config.head_dropout)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,  # (B,), or (B, num_labels) for several labels per row
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> SequenceClassifierOutput | tuple:
+        outputs = self.bert(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
+            output_attentions,
+            output_hidden_states,
+            return_dict=True,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
+        )
+        pooled = self.dropout(in_dtype_of(outputs.pooler_output, self.classifier))
+        logits = self.classifier(pooled)  # (B, num_labels)
+        loss = None if labels is None else classification_loss(logits, labels, self.config)
+        output = SequenceClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return self.result(output, return_dict)

@@ -9,9 +9,18 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from transformers_patched.dropout import dropout
-from transformers_patched.layout import Layout
+from transformers_patched.dropout import (
+    apply_mask,
+    dropout,
+    keep_bytes,
+    scale_in_force,
+    widen,
+)
+from transformers_patched.layout import HeadPlan, Layout
+
+FUSED_FROM = 512
 
 
 def attention(
@@ -30,28 +39,157 @@ def attention(
         The context, of the shape of `query`. Sequences without any real token get zeros.
     """
     layout.check_tokens(query, "query")
-    q, k, v = (layout.pad(x).transpose(1, 2) for x in (query, key, value))  # (B, h, L, d)
-    bias = layout.bias(q.dtype)
-    if p == 0.0:
-        context = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    else:
-        context = dropout(_probabilities(q, k, bias), p) @ v
-    context = context.transpose(1, 2)
-    if layout.nonempty is not None:
-        context = context * layout.nonempty[:, None, None, None]
-    return layout.unpad(context)
+    if query.device.type == "cpu" and not torch.compiler.is_compiling():
+        if p > 0.0 or layout.length < FUSED_FROM:
+            plan = layout.head_plan(query.shape[-2])
+            return _clear_empty(_BatchedProducts.apply(query, key, value, plan, p), layout)
+    if query.is_cuda and layout.is_packed and p == 0.0 and _varlen_takes(query):
+        return _varlen(query, key, value, layout)
+    return _padded_attention(query, key, value, layout, p)
 
 
 def attention_probabilities(query: Tensor, key: Tensor, layout: Layout) -> Tensor:
     """softmax(Q Kᵀ / sqrt(d)) as (B, heads, L, L), padded whatever the layout; zero at padding keys."""
     layout.check_tokens(query, "query")
     q, k = (layout.pad(x).transpose(1, 2) for x in (query, key))
-    probabilities = _probabilities(q, k, layout.bias(q.dtype))
-    if layout.nonempty is None:
-        return probabilities
-    return probabilities * layout.nonempty[:, None, None, None]
+    return _clear_empty(_probabilities(q, k, layout.bias(q.dtype)), layout)
+
+
+# ---------------------------------------------------------------------- torch's fused kernels
+
+
+def _padded_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, p: float
+) -> Tensor:
+    """torch's fused kernel on the padded form (B, heads, L, d)."""
+    q, k, v = (layout.pad(x).transpose(1, 2) for x in (query, key, value))
+    bias = layout.bias(q.dtype)
+    if p > 0.0 and q.device.type == "cpu":
+        context = dropout(_probabilities(q, k, bias), p) @ v
+    else:
+        context = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p)
+    return layout.unpad(_clear_empty(context.transpose(1, 2), layout))
+
+
+def _varlen_takes(query: Tensor) -> bool:
+    """Whether torch's kernel for packed tokens takes this dtype and head size."""
+    d = query.shape[-1]
+    return query.dtype in (torch.float16, torch.bfloat16) and d % 8 == 0 and d <= 256
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    offsets, longest = layout.cu_seqlens, layout.length
+    return varlen_attn(query, key, value, offsets, offsets, longest, longest)
 
 
 def _probabilities(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
     scores = (q @ k.transpose(-1, -2)) * (1.0 / math.sqrt(q.shape[-1]))  # (B, h, L, L)
     return torch.softmax(scores if bias is None else scores + bias, dim=-1)
+
+
+def _clear_empty(x: Tensor, layout: Layout) -> Tensor:
+    """Zeroes what belongs to sequences without any real token."""
+    return x if layout.nonempty is None else x * layout.nonempty[:, None, None, None]
+
+
+# ---------------------------------------------------------------------- batched products on a CPU
+
+
+class _BatchedProducts(torch.autograd.Function):
+    """O = D(P) V with P = softmax(s Q Kᵀ), s = 1/sqrt(d), D(P) = c M∘P, as batched matrix products.
+
+    With G = dL/dO:
+
+        dV = D(P)ᵀ G
+        dS = P ∘ (c M∘(G Vᵀ) - rowsum(P ∘ c M∘(G Vᵀ)))
+        dQ = s dS K,   dK = s dSᵀ Q
+
+    Kept for backward: Q, K, V in padded form, P in the compute dtype, and M as one byte per score.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, query: Tensor, key: Tensor, value: Tensor, plan: HeadPlan, p: float
+    ) -> Tensor:
+        q, k, v = plan.gather(query), plan.gather(key), plan.gather(value)  # (rows, d)
+        probabilities = _grouped_softmax(q, k, plan)  # (scores,)
+        keep, dropped, c = None, probabilities, 1.0
+        if p > 0.0:
+            keep, c = keep_bytes(plan.num_scores, p), scale_in_force(p)
+            dropped = apply_mask(probabilities, widen(keep, q.dtype))
+        context = torch.empty_like(v)
+        for group in plan.groups:
+            _product(group.squares(dropped), group.matrices(v), c, group.matrices(context))
+        ctx.save_for_backward(q, k, v, probabilities, keep)
+        ctx.plan, ctx.c = plan, c
+        return plan.scatter(context)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        q, k, v, probabilities, keep = ctx.saved_tensors
+        plan, c, s = ctx.plan, ctx.c, 1.0 / math.sqrt(q.shape[-1])
+        g = plan.gather(grad, zero_padding=True)
+        dp, dropped = torch.empty_like(probabilities), probabilities
+        for group in plan.groups:
+            gv = group.matrices(v).transpose(1, 2)
+            _product(group.matrices(g), gv, c, group.squares(dp))
+        if keep is not None:
+            mask = widen(keep, q.dtype)
+            dropped = apply_mask(probabilities, mask)
+            apply_mask(dp, mask, out=dp)
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        for group in plan.groups:
+            pd, gg = group.squares(dropped), group.matrices(g)
+            _product(pd.transpose(1, 2), gg, c, group.matrices(dv))
+            probs = group.squares(probabilities)
+            ds = torch.ops.aten._softmax_backward_data(group.squares(dp), probs, -1, probs.dtype)
+            _product(ds, group.matrices(k), s, group.matrices(dq))
+            _product(ds.transpose(1, 2), group.matrices(q), s, group.matrices(dk))
+        return plan.scatter(dq), plan.scatter(dk), plan.scatter(dv), None, None
+
+
+def _product(a: Tensor, b: Tensor, factor: float, out: Tensor) -> None:
+    """out = factor · a b, batched; the factor is applied inside the product."""
+    torch.baddbmm(out, a, b, beta=0.0, alpha=factor, out=out)
+
+
+def _grouped_softmax(q: Tensor, k: Tensor, plan: HeadPlan) -> Tensor:
+    """P = softmax(Q Kᵀ / sqrt(d) + bias) of every group, as one vector (scores,).
+
+    A softmax may be shifted by any constant. Shifting by the row maximum guards against overflow,
+    but in bf16 it costs twice the exponential itself. So the exponentials are taken unshifted, and
+    only where a row sum then leaves the safe range is everything done again with the shift.
+    """
+    flat = q.new_empty(plan.num_scores)
+    squares = [group.squares(flat) for group in plan.groups]
+    _grouped_scores(q, k, plan, squares)
+    if q.dtype != torch.float16:  # its range is too small
+        flat.exp_()
+        sums = [x.sum(-1, keepdim=True) for x in squares]
+        if all(_in_range(x) for x in sums):
+            for x, total in zip(squares, sums, strict=True):
+                x.div_(total)
+            return flat
+        _grouped_scores(q, k, plan, squares)
+    for x in squares:
+        x.copy_(torch.softmax(x, dim=-1))
+    return flat
+
+
+def _grouped_scores(q: Tensor, k: Tensor, plan: HeadPlan, out: list[Tensor]) -> None:
+    s = 1.0 / math.sqrt(q.shape[-1])
+    for group, bias, scores in zip(plan.groups, plan.biases(q.dtype), out, strict=True):
+        a, b = group.matrices(q), group.matrices(k).transpose(1, 2)
+        if bias is None:
+            _product(a, b, s, scores)
+        else:
+            torch.baddbmm(bias, a, b, alpha=s, out=scores)
+
+
+def _in_range(sums: Tensor) -> bool:
+    """Whether no row sum of exponentials has come near overflow or vanished (NaN: no)."""
+    low, high = torch.aminmax(sums)
+    return float(low) > 1e-20 and float(high) < 1e30

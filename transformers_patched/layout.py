@@ -10,9 +10,17 @@ exactly once, so no gradient is ever added up.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+# The lowest number added to the score of a padding key. It is finite, so that a row without any key
+# has a softmax; and representable in bf16, whose range is that of fp32.
+LOWEST = torch.finfo(torch.bfloat16).min
+# Sequences at least this fraction as long as the longest of their group share its matrix products.
+SHORTEST_IN_GROUP = 0.75
 
 
 class Layout:
@@ -46,7 +54,8 @@ class Layout:
         self.nonempty: Tensor | None = None
         self.cu_seqlens = cu_seqlens
         self._bias: dict[torch.dtype, Tensor] = {}
-        self._rows: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._rows: tuple[Tensor, Tensor] | None = None
+        self._plans: dict[int, HeadPlan] = {}
 
     @property
     def is_packed(self) -> bool:
@@ -166,8 +175,8 @@ class Layout:
         self.check_tokens(x, "x")
         if self.cu_seqlens is None:
             return x
-        there, back, holes = self.rows()
-        padded = _MoveRows.apply(x, there, back, holes, None)
+        forth, back = self._token_rows()
+        padded = _MoveRows.apply(x, forth, back, self._holes(), None)
         return padded.view(self.num_sequences, self.length, *x.shape[1:])
 
     def unpad(self, x: Tensor) -> Tensor:
@@ -179,45 +188,32 @@ class Layout:
             )
         if self.cu_seqlens is None:
             return x
-        there, back, holes = self.rows()
-        return _MoveRows.apply(x.flatten(0, 1), back, there, None, holes)
+        forth, back = self._token_rows()
+        return _MoveRows.apply(x.flatten(0, 1), back, forth, None, self._holes())
 
-    def rows(self, heads: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """Row maps between packed and padded tokens, made on first use and kept.
+    def _token_rows(self) -> tuple[Tensor, Tensor]:
+        """(B·L,) packed row of each padded row (0 at padding), and (T,) padded row of each token."""
+        if self._rows is None:
+            starts = self.cu_seqlens[:-1].long()
+            forth = starts[:, None] + torch.arange(self.length, device=self.device)  # (B, L)
+            if self.key_mask is not None:
+                forth = forth.masked_fill(~self.key_mask, 0)
+            back = self.sequence_ids() * self.length + self.position_ids()
+            self._rows = forth.flatten(), back
+        return self._rows
 
-        Args:
-            heads: 0 for rows of tokens. For h > 0 a row is one head of one token: packed rows are
-                ordered (T, h), padded ones (B, h, L), so that one gather pads *and* transposes.
+    def _holes(self) -> Tensor | None:
+        """(B·L,) bool, True at padding; None where there is none."""
+        return None if self.key_mask is None else ~self.key_mask.flatten()
 
-        Returns:
-            there: (B·L,) packed row of each padded row (row 0 at padding).
-            back: (T,) padded row of each packed row.
-            holes: The padded rows that are padding.
-        """
-        if heads not in self._rows:
-            self._rows[heads] = self._token_rows() if heads == 0 else self._head_rows(heads)
-        return self._rows[heads]
-
-    def _token_rows(self) -> tuple[Tensor, Tensor, Tensor]:
-        starts = self.cu_seqlens[:-1].long()
-        there = starts[:, None] + torch.arange(self.length, device=self.device)  # (B, L)
-        back = self.sequence_ids() * self.length + self.position_ids()
-        if self.key_mask is None:
-            return there.flatten(), back, there.new_empty(0)
-        there = there.masked_fill(~self.key_mask, 0)
-        return there.flatten(), back, (~self.key_mask).flatten().nonzero().flatten()
-
-    def _head_rows(self, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-        there, back, holes = self.rows()
-        head = torch.arange(heads, device=self.device)
-        there = there.view(-1, 1, self.length) * heads + head[:, None]  # (B, h, L)
-
-        def spread(rows: Tensor) -> Tensor:  # rows of (B, L) -> rows of (B, h, L), as (rows, h)
-            sequence = rows.div(self.length, rounding_mode="floor")
-            first = rows + sequence * (heads - 1) * self.length
-            return (first[:, None] + head * self.length).flatten()
-
-        return there.flatten(), spread(back), spread(holes)
+    def head_plan(self, heads: int) -> HeadPlan:
+        """How attention on a CPU lays out the rows and scores of `heads` heads; made once."""
+        if heads not in self._plans:
+            if self.is_packed:
+                self._plans[heads] = _plan_packed(self.cu_seqlens, heads)
+            else:
+                self._plans[heads] = _plan_padded(self, heads)
+        return self._plans[heads]
 
     # ------------------------------------------------------------------ masks for attention
 
@@ -233,7 +229,7 @@ class Layout:
 
 
 class _MoveRows(torch.autograd.Function):
-    """y = x[forth], rows `holes_y` zero; dx = dy[back], rows `holes_x` zero."""
+    """y = x[forth], zero at `holes_y`; dx = dy[back], zero at `holes_x`."""
 
     @staticmethod
     def forward(
@@ -244,17 +240,161 @@ class _MoveRows(torch.autograd.Function):
         holes_y: Tensor | None,
         holes_x: Tensor | None,
     ) -> Tensor:
-        ctx.back, ctx.holes_x = back, holes_x
+        ctx.save_for_backward(back, holes_x)
         y = x.index_select(0, forth)
-        return y if holes_y is None else y.index_fill_(0, holes_y, 0)
+        return y if holes_y is None else y.masked_fill_(_beside(holes_y, y), 0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        dx = grad.index_select(0, ctx.back)
-        if ctx.holes_x is not None:
-            dx.index_fill_(0, ctx.holes_x, 0)
+        back, holes_x = ctx.saved_tensors
+        dx = grad.index_select(0, back)
+        if holes_x is not None:
+            dx.masked_fill_(_beside(holes_x, dx), 0)
         return dx, None, None, None, None
+
+
+def _beside(mask: Tensor, x: Tensor) -> Tensor:
+    """`mask` (rows,) with as many dimensions as `x` (rows, ...)."""
+    return mask.view(-1, *[1] * (x.dim() - 1))
+
+
+# ---------------------------------------------------------------------- plans for batched products
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sequences of similar length that share their matrix products.
+
+    Attributes:
+        count: Products in the batch: sequences of the group times heads.
+        length: L, the length of the longest of them.
+        rows: Where the group's count·L rows of d numbers are among all rows.
+        scores: Where its count·L·L scores are among all scores.
+        bias: (count, 1, L) fp32, 0 at real keys and the lowest bf16 number elsewhere, or None.
+    """
+
+    count: int
+    length: int
+    rows: slice
+    scores: slice
+    bias: Tensor | None
+
+    def matrices(self, x: Tensor) -> Tensor:
+        """This group's (count, L, d) among all rows (rows, d)."""
+        return x[self.rows].view(self.count, self.length, -1)
+
+    def squares(self, x: Tensor) -> Tensor:
+        """This group's (count, L, L) among all scores (scores,)."""
+        return x[self.scores].view(self.count, self.length, self.length)
+
+
+class HeadPlan:
+    """Rows (group, sequence, head, position) of d numbers, and how tokens move there and back.
+
+    One `index_select` over rows of a single head pads *and* transposes the packed tokens
+    (T, heads, d); its inverse brings context and gradients back.
+    """
+
+    def __init__(
+        self,
+        heads: int,
+        groups: list[Group],
+        forth: Tensor | None,
+        back: Tensor | None,
+        holes: Tensor | None,
+    ) -> None:
+        self.heads = heads
+        self.groups = groups
+        self.num_rows = groups[-1].rows.stop
+        self.num_scores = groups[-1].scores.stop
+        self.forth, self.back, self.holes = forth, back, holes
+        self._bias: dict[torch.dtype, list[Tensor | None]] = {}
+
+    def gather(self, x: Tensor, zero_padding: bool = False) -> Tensor:
+        """(*tokens, heads, d) to (rows, d); padding repeats some token unless it is to be zero."""
+        if self.forth is None:  # (B, L, heads, d)
+            return x.transpose(1, 2).reshape(self.num_rows, -1)
+        rows = x.reshape(-1, x.shape[-1]).index_select(0, self.forth)
+        if zero_padding and self.holes is not None:
+            rows.index_fill_(0, self.holes, 0)
+        return rows
+
+    def scatter(self, rows: Tensor) -> Tensor:
+        """(rows, d) to (*tokens, heads, d), the inverse of `gather`."""
+        d = rows.shape[-1]
+        if self.back is None:
+            group = self.groups[0]
+            padded = rows.view(-1, self.heads, group.length, d).transpose(1, 2)
+            return padded.contiguous()
+        return rows.index_select(0, self.back).view(-1, self.heads, d)
+
+    def biases(self, dtype: torch.dtype) -> list[Tensor | None]:
+        """The bias of every group in `dtype`."""
+        if dtype not in self._bias:
+            self._bias[dtype] = [
+                None if group.bias is None else _lowered(group.bias, dtype) for group in self.groups
+            ]
+        return self._bias[dtype]
+
+
+def _lowered(bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """`bias` in `dtype`, finite also where that has less range than bf16."""
+    return bias.clamp(min=torch.finfo(dtype).min).to(dtype)
+
+
+def _plan_padded(layout: Layout, heads: int) -> HeadPlan:
+    """One group, the rectangle as it is."""
+    count, length = layout.num_sequences * heads, layout.length
+    bias = layout.bias(torch.float32)
+    if bias is not None:
+        bias = bias[:, 0].repeat_interleave(heads, dim=0)  # (B·h, 1, L)
+    rows, scores = slice(0, count * length), slice(0, count * length * length)
+    return HeadPlan(heads, [Group(count, length, rows, scores, bias)], None, None, None)
+
+
+def _plan_packed(cu_seqlens: Tensor, heads: int) -> HeadPlan:
+    """Sequences sorted by length and cut into groups, so that short ones do not pay for long ones."""
+    offsets = cu_seqlens.tolist()
+    lengths = [end - start for start, end in zip(offsets, offsets[1:], strict=False)]
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    groups: list[Group] = []
+    forth, real = [], []
+    rows = scores = 0
+    head = torch.arange(heads)[:, None]  # (h, 1)
+    for members in _cut(order, lengths):
+        length = lengths[members[0]]
+        starts = torch.tensor([offsets[i] for i in members])[:, None, None]
+        sizes = torch.tensor([lengths[i] for i in members])[:, None, None]
+        position = torch.arange(length)
+        inside = position < sizes  # (members, 1, L)
+        forth.append(((starts + position * inside) * heads + head).flatten())  # (members, h, L)
+        real.append(inside.expand(-1, heads, -1).flatten())
+        bias = None
+        if lengths[members[-1]] < length:
+            bias = torch.zeros(inside.shape).masked_fill_(~inside, LOWEST)
+            bias = bias.repeat_interleave(heads, dim=0)  # (members·h, 1, L)
+        count = len(members) * heads
+        rows_end, scores_end = rows + count * length, scores + count * length**2
+        groups.append(Group(count, length, slice(rows, rows_end), slice(scores, scores_end), bias))
+        rows, scores = rows_end, scores_end
+    there, is_real = torch.cat(forth), torch.cat(real)
+    occupied = is_real.nonzero().flatten()
+    back = torch.empty_like(occupied)
+    back[there[occupied]] = occupied
+    holes = (~is_real).nonzero().flatten()
+    return HeadPlan(heads, groups, there, back, holes if holes.numel() else None)
+
+
+def _cut(order: list[int], lengths: list[int]) -> list[list[int]]:
+    """Cuts sequences, longest first, where one falls below SHORTEST_IN_GROUP of its group's longest."""
+    groups: list[list[int]] = []
+    for i in order:
+        if groups and lengths[i] >= SHORTEST_IN_GROUP * lengths[groups[-1][0]]:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
 
 
 def _check_offsets(

@@ -111,7 +111,7 @@ def _find_on_hub(
 
 @lru_cache(maxsize=8)
 def hub_answers(endpoint: str, seconds: float = HUB_SECONDS) -> bool:
-    """Whether anything answers at `endpoint` within `seconds`, name look-up and proxies included."""
+    """Whether anything answers at `endpoint` in `seconds`, look-up of its name included."""
     answers: list[bool] = []
 
     def ask() -> None:
@@ -178,7 +178,7 @@ def _read_shards(
     for shard in shards:
         if not re.fullmatch(r"[\w.-]+", str(shard)) or not str(shard).endswith(suffix):
             raise CheckpointError(
-                f"{index} names the shard {shard!r}: a shard must be a {suffix} file beside its index"
+                f"{index} names the shard {shard!r}: shards are {suffix} files beside their index"
             )
         path = find(shard)
         if path is None:
@@ -211,8 +211,8 @@ def read_bin(path: Path) -> dict[str, Tensor]:
         if _is_pointer(path):
             raise CheckpointError(_damaged(path, "weights", None)) from None
         raise CheckpointError(
-            f"{path} is damaged or holds more than tensors; loading such objects could run code, so "
-            "it is refused. Save its state dict as safetensors where it is trusted, or load that"
+            f"{path} is damaged or holds more than tensors; loading such objects could run code, "
+            "so it is refused. Save its state dict as safetensors where it is trusted, or load that"
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(_damaged(path, "weights", error)) from None

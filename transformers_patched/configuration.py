@@ -41,7 +41,7 @@ class PretrainedConfig:
     num_labels: int = 2
     id2label: dict[int, str] | None = None
     label2id: dict[str, int] | None = None
-    problem_type: str | None = None  # "regression", "single_label_..." or "multi_label_classification"
+    problem_type: str | None = None  # None: as labels and num_labels suggest
     architectures: list[str] | None = None
     output_attentions: bool = False
     output_hidden_states: bool = False
@@ -141,7 +141,7 @@ class PretrainedConfig:
 
     @classmethod
     def from_dict(cls: type[ConfigT], values: Mapping[str, Any], **overrides: Any) -> ConfigT:
-        """Builds a configuration from the keys of a `config.json`, keeping those it does not know."""
+        """Builds a configuration from the keys of a `config.json`; unknown ones are kept."""
         names = {item.name for item in dataclasses.fields(cls)} - {"extra"}
         known = {key: value for key, value in values.items() if key in names}
         extra = {k: v for k, v in values.items() if k not in names and k != "model_type"}

@@ -1,7 +1,7 @@
 """What the heads of all models share: outputs, losses, activations, and the places of tokens.
 
-Nothing here has parameters. Every function takes the tokens of a batch padded, (B, L, ...), or
-packed, (T, ...), with the `Layout` that tells which, and gives equal results for both.
+Every function takes the tokens of a batch padded, (B, L, ...), or packed, (T, ...), with the
+`Layout` that tells which, and gives equal results for both.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from .layout import Layout
 class ModelOutput(dict):
     """A dictionary whose entries are attributes too, in the order of the class's annotations.
 
-    `output["logits"]`, `output.logits` and `output[0]` all work; what was not computed is left out of
-    the dictionary and of `to_tuple()`, and is None as an attribute.
+    `output["logits"]`, `output.logits` and `output[0]` all work; what was not computed is left
+    out of the dictionary and of `to_tuple()`, and is None as an attribute.
     """
 
     def __init__(self, values: Mapping[str, Any] | Iterable = (), **fields: Any) -> None:
@@ -48,17 +48,15 @@ class ModelOutput(dict):
         return tuple(self.values())
 
 
-class BaseModelOutput(ModelOutput):
-    last_hidden_state: Tensor  # (B, L, H) or (T, H)
-    hidden_states: tuple[Tensor, ...] | None
-    attentions: tuple[Tensor, ...] | None
-
-
 class BaseModelOutputWithPooling(ModelOutput):
     last_hidden_state: Tensor  # (B, L, H) or (T, H)
     pooler_output: Tensor | None  # (B, H)
     hidden_states: tuple[Tensor, ...] | None
     attentions: tuple[Tensor, ...] | None
+
+    def traced(self) -> dict[str, tuple[Tensor, ...] | None]:
+        """What a head passes on from the base model: hidden states and attention weights."""
+        return {"hidden_states": self.hidden_states, "attentions": self.attentions}
 
 
 class MaskedLMOutput(ModelOutput):
@@ -130,14 +128,38 @@ def in_dtype_of(hidden: Tensor, layer: nn.Module) -> Tensor:
     return hidden.to(next(layer.parameters()).dtype)
 
 
-def count_choices(choices: int | None, labels: Tensor | None, layout: Layout) -> int:
-    """The choices per question of a packed call, from the argument or the number of labels."""
-    if choices is None and labels is None:
-        raise ValueError("packed multiple choice needs num_choices, or labels to count questions")
-    choices = choices or layout.num_sequences // labels.numel()
-    if choices < 1 or layout.num_sequences % choices:
-        raise ValueError(f"{layout.num_sequences} sequences are no multiple of {choices} choices")
+def flatten_choices(*tokens: Tensor | None) -> tuple[int, tuple[Tensor | None, ...]]:
+    """(B, choices, L, ...) each to (B·choices, L, ...); returns the number of choices as well."""
+    given = [x for x in tokens if x is not None]
+    if not given or any(x.dim() < 3 or x.shape[:2] != given[0].shape[:2] for x in given):
+        shapes = ", ".join(str(tuple(x.shape)) for x in given) or "none"
+        raise ValueError(f"padded multiple choice takes (batch, choices, length); given: {shapes}")
+    return given[0].shape[1], tuple(None if x is None else x.flatten(0, 1) for x in tokens)
+
+
+def count_choices(labels: Tensor | None, layout: Layout) -> int:
+    """The choices per question of a packed call, whose labels tell the number of questions."""
+    if labels is None:
+        raise ValueError("packed multiple choice without labels needs num_choices")
+    choices, rest = divmod(layout.num_sequences, labels.numel())
+    if rest:
+        raise ValueError(
+            f"{layout.num_sequences} sequences are no choices of {labels.numel()} questions"
+        )
     return choices
+
+
+class Decoder(nn.Linear):
+    """Logits over the vocabulary, computed in the dtype of the weight, returned in the input's.
+
+    The weight is usually the word embedding, which may be frozen in bf16 while the bias is trained
+    in fp32.
+    """
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        dtype = self.weight.dtype
+        logits = F.linear(hidden.to(dtype), self.weight, self.bias.to(dtype))
+        return logits.to(hidden.dtype)
 
 
 # ---------------------------------------------------------------------- losses

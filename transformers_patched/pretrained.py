@@ -63,10 +63,11 @@ class PreTrainedModel(nn.Module):
         self.newly_initialised: tuple[str, ...] = ()
 
     def post_init(self) -> None:
-        """Ties weights, and draws all of them anew unless the model is only a sketch (meta device)."""
+        """Ties weights, and draws the head's (or the bare model's) unless on the meta device."""
         self.tie_weights()
-        names = [name for name, weight in self.named_parameters() if not weight.is_meta]
-        _initialise(self, names)
+        drawn = "" if self.base_model is self else self.base_model_prefix + "."
+        weights = [(name, weight) for name, weight in self.named_parameters() if not weight.is_meta]
+        _initialise(self, [name for name, _ in weights if not (drawn and name.startswith(drawn))])
 
     # ------------------------------------------------------------------ loading and saving
 
@@ -298,7 +299,7 @@ def _assign(
 
 @torch.no_grad()
 def _initialise(model: PreTrainedModel, names: list[str]) -> None:
-    """Draws the named parameters: N(0, initializer_range), zero biases, LoRA's A uniform, B zero."""
+    """Draws parameters: N(0, initializer_range), zero biases, LoRA's A uniform and its B zero."""
     std = getattr(model.config, "initializer_range", 0.02)
     for full_name in names:
         owner, _, name = full_name.rpartition(".")

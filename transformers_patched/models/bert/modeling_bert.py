@@ -1,13 +1,14 @@
 """BERT, made to be edited: one class per screen, from the linear layer at the top to the heads.
 
-Module and parameter names are those of Hugging Face checkpoints, so that their weights load here and
-these weights load there. Hidden states are (*tokens, H), where the tokens of a batch are padded,
+Module and parameter names are those of Hugging Face checkpoints, so that their weights load here
+and these weights load there. Hidden states are (*tokens, H), where the tokens of a batch are padded,
 (B, L), or packed without padding, (T,); a `Layout` knows which, and the same lines serve both.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,6 +19,7 @@ from ...configuration import BertConfig
 from ...dropout import Dropout
 from ...heads import (
     BaseModelOutputWithPooling,
+    Decoder,
     MaskedLMOutput,
     MultipleChoiceModelOutput,
     QuestionAnsweringModelOutput,
@@ -26,6 +28,7 @@ from ...heads import (
     classification_loss,
     count_choices,
     first_tokens,
+    flatten_choices,
     in_dtype_of,
     layout_of,
     masked_lm_loss,
@@ -145,9 +148,7 @@ class BertIntermediate(nn.Module):
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        self.dense = linear(
-            config, "intermediate", config.hidden_size, config.intermediate_size
-        )
+        self.dense = linear(config, "intermediate", config.hidden_size, config.intermediate_size)
         self.activation = activation(config.hidden_act)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -293,25 +294,166 @@ class BertForSequenceClassification(BertPreTrainedModel):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
     ) -> SequenceClassifierOutput | tuple:
-        outputs = self.bert(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            inputs_embeds,
-            output_attentions,
-            output_hidden_states,
-            return_dict=True,
-            cu_seqlens=cu_seqlens,
-            max_seqlen=max_seqlen,
-        )
+        layout = layout_of(input_ids, inputs_embeds, attention_mask, cu_seqlens, max_seqlen)
+        tokens = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        asked = (output_attentions, output_hidden_states)
+        outputs = self.bert(*tokens, *asked, return_dict=True, layout=layout)
         pooled = self.dropout(in_dtype_of(outputs.pooler_output, self.classifier))
         logits = self.classifier(pooled)  # (B, num_labels)
         loss = None if labels is None else classification_loss(logits, labels, self.config)
-        output = SequenceClassifierOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+        output = SequenceClassifierOutput(loss=loss, logits=logits, **outputs.traced())
+        return self.result(output, return_dict)
+
+
+class BertForQuestionAnswering(BertPreTrainedModel):
+    """The start and the end of the answer among the tokens."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config)
+        self.bert = BertModel(config, add_pooling_layer=False)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        start_positions: Tensor | None = None,  # (B,) relative to each sequence
+        end_positions: Tensor | None = None,  # (B,)
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> QuestionAnsweringModelOutput | tuple:
+        layout = layout_of(input_ids, inputs_embeds, attention_mask, cu_seqlens, max_seqlen)
+        tokens = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        asked = (output_attentions, output_hidden_states)
+        outputs = self.bert(*tokens, *asked, return_dict=True, layout=layout)
+        hidden = in_dtype_of(outputs.last_hidden_state, self.qa_outputs)
+        start, end = self.qa_outputs(hidden).unbind(-1)  # (*tokens) each
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = span_loss(start, end, start_positions, end_positions, layout)
+        output = QuestionAnsweringModelOutput(
+            loss=loss, start_logits=start, end_logits=end, **outputs.traced()
         )
+        return self.result(output, return_dict)
+
+
+class BertForMultipleChoice(BertPreTrainedModel):
+    """A score for every choice; the choices of a question are sequences one after the other."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config)
+        self.bert = BertModel(config)
+        self.dropout = Dropout(config.head_dropout)
+        self.classifier = nn.Linear(config.hidden_size, 1)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,  # (B, choices, L), or packed (T,)
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,  # (B,)
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        num_choices: int | None = None,  # of a packed call without labels
+    ) -> MultipleChoiceModelOutput | tuple:
+        tokens = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        if cu_seqlens is None:
+            num_choices, tokens = flatten_choices(*tokens)
+            input_ids, attention_mask, _, _, inputs_embeds = tokens
+        layout = layout_of(input_ids, inputs_embeds, attention_mask, cu_seqlens, max_seqlen)
+        asked = (output_attentions, output_hidden_states)
+        outputs = self.bert(*tokens, *asked, return_dict=True, layout=layout)
+        num_choices = num_choices or count_choices(labels, layout)
+        pooled = self.dropout(in_dtype_of(outputs.pooler_output, self.classifier))
+        logits = self.classifier(pooled).view(-1, num_choices)  # (B, choices)
+        loss = None if labels is None else F.cross_entropy(logits.float(), labels)
+        output = MultipleChoiceModelOutput(loss=loss, logits=logits, **outputs.traced())
+        return self.result(output, return_dict)
+
+
+class BertPredictionHeadTransform(nn.Module):
+    """LayerNorm(activation(W·x)) before the decoder."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = activation(config.hidden_act)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.LayerNorm(self.activation(self.dense(in_dtype_of(hidden, self.dense))))
+
+
+class BertLMPredictionHead(nn.Module):
+    """A score for every word of the vocabulary at every token."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.transform = BertPredictionHeadTransform(config)
+        self.decoder = Decoder(config.hidden_size, config.vocab_size)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))  # the decoder's, by its old name
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.decoder(self.transform(hidden))
+
+
+class BertOnlyMLMHead(nn.Module):
+    """Holds the head under the name it has in checkpoints."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.predictions = BertLMPredictionHead(config)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.predictions(hidden)
+
+
+class BertForMaskedLM(BertPreTrainedModel):
+    """The words behind [MASK]; the decoder is the word embedding, unless untied."""
+
+    _tied_weights_keys = {
+        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+        "cls.predictions.decoder.bias": "cls.predictions.bias",
+    }
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config)
+        self.bert = BertModel(config, add_pooling_layer=False)
+        self.cls = BertOnlyMLMHead(config)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,  # (*tokens), -100 where nothing is asked
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> MaskedLMOutput | tuple:
+        layout = layout_of(input_ids, inputs_embeds, attention_mask, cu_seqlens, max_seqlen)
+        tokens = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        asked = (output_attentions, output_hidden_states)
+        outputs = self.bert(*tokens, *asked, return_dict=True, layout=layout)
+        logits = self.cls(outputs.last_hidden_state)  # (*tokens, vocabulary)
+        loss = None if labels is None else masked_lm_loss(logits, labels)
+        output = MaskedLMOutput(loss=loss, logits=logits, **outputs.traced())
         return self.result(output, return_dict)

@@ -1,0 +1,198 @@
+"""One LoRA training step, this project beside the newest Transformers + PEFT, in one process tree.
+
+    python -m benchmarks.lora_step --size roberta-base --batch 16 --dtype bfloat16
+
+Work: sequence classification, LoRA r 8 on query and value, the models' default dropout 0.1, AdamW,
+batches of `--batch` sequences whose lengths are uniform on 25..89 (MRPC's), random weights. Each
+side runs in a worker process of its own; the workers take turns, round by round, so that both meet
+the same machine. The peer has its best attention ("sdpa"), dynamic padding and, for bfloat16,
+autocast over fp32 weights; ours packs the tokens and, for bfloat16, keeps the frozen weights in it.
+Prints real (non-padding) tokens per second of the fastest round and of the median round, the peak
+resident memory of each worker, and the ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+
+SIZES = {
+    "minilm": {
+        "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12,
+        "intermediate_size": 1536, "vocab_size": 30522,
+    },
+    "roberta-base": {
+        "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+        "intermediate_size": 3072, "vocab_size": 50265, "max_position_embeddings": 514,
+        "type_vocab_size": 1, "pad_token_id": 1,
+    },
+}  # fmt: skip
+SHORTEST, LONGEST = 25, 90
+LEARNING_RATE = 1e-3
+
+
+def batches(o: argparse.Namespace, count: int) -> list[list]:
+    """`count` batches of token lists (no token is padding), the same ones for both sides."""
+    import numpy as np
+
+    draw = np.random.default_rng(o.seed)
+    vocabulary = SIZES[o.size]["vocab_size"]
+    return [
+        [
+            draw.integers(5, vocabulary, size=draw.integers(SHORTEST, LONGEST)).tolist()
+            for _ in range(o.batch)
+        ]
+        for _ in range(count)
+    ]
+
+
+def our_side(o: argparse.Namespace):
+    """The model, and what makes its inputs of a batch."""
+    import torch
+
+    import transformers_patched as patched
+    from peft_custom import LoraConfig, get_peft_model
+
+    kind = "Bert" if o.size == "minilm" else "Roberta"
+    config = getattr(patched, f"{kind}Config")(**SIZES[o.size])
+    model = getattr(patched, f"{kind}ForSequenceClassification")(config)
+    if o.dtype == "bfloat16":
+        model.to(torch.bfloat16)
+        model.classifier.float()
+    targets = o.targets.split(",")
+    model = get_peft_model(
+        model, LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=targets)
+    )
+
+    def inputs(batch: list[list[int]]) -> dict:
+        lengths = torch.tensor([0] + [len(row) for row in batch])
+        return {
+            "input_ids": torch.tensor([token for row in batch for token in row]),
+            "cu_seqlens": lengths.cumsum(0).int(),
+            "max_seqlen": int(lengths.max()),
+        }
+
+    return model, inputs
+
+
+def peer_side(o: argparse.Namespace):
+    import torch
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    kind = "Bert" if o.size == "minilm" else "Roberta"
+    config = getattr(transformers, f"{kind}Config")(**SIZES[o.size], attn_implementation="sdpa")
+    model = getattr(transformers, f"{kind}ForSequenceClassification")(config)
+    targets = o.targets.split(",")
+    model = get_peft_model(
+        model, LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=targets)
+    )
+    pad = config.pad_token_id or 0
+
+    def inputs(batch: list[list[int]]) -> dict:
+        longest = max(map(len, batch))
+        return {
+            "input_ids": torch.tensor([row + [pad] * (longest - len(row)) for row in batch]),
+            "attention_mask": torch.tensor(
+                [[1] * len(row) + [0] * (longest - len(row)) for row in batch]
+            ),
+        }
+
+    return model, inputs
+
+
+def work(o: argparse.Namespace) -> None:
+    """A worker: for every line on standard input, trains over all batches once and answers."""
+    import resource
+
+    import torch
+
+    torch.manual_seed(o.seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, inputs = (our_side if o.side == "ours" else peer_side)(o)
+    model.to(device).train()
+    if o.compile:
+        model = torch.compile(model, dynamic=True)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=LEARNING_RATE, fused=o.side == "ours")
+    work_list = batches(o, o.steps)
+    tokens = sum(len(row) for batch in work_list for row in batch)
+    labels = torch.arange(o.batch, device=device) % 2
+    autocast = torch.autocast(
+        device, torch.bfloat16, enabled=o.side == "peer" and o.dtype == "bfloat16"
+    )
+    for _ in sys.stdin:
+        started = time.perf_counter()
+        for batch in work_list:
+            given = {
+                k: v.to(device) if torch.is_tensor(v) else v for k, v in inputs(batch).items()
+            }
+            with autocast:
+                loss = model(**given, labels=labels).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        if device == "cuda":
+            peak = torch.cuda.max_memory_allocated() / 2**30
+        print(json.dumps({"tokens_per_second": tokens / seconds, "peak_gib": peak}), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=SIZES, default="roberta-base")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--targets", default="query,value")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=4, help="training steps per round")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--side", choices=("ours", "peer"), help=argparse.SUPPRESS)
+    o = parser.parse_args()
+    if o.side:
+        work(o)
+        return
+    command = [sys.executable, "-m", "benchmarks.lora_step", *sys.argv[1:]]
+    workers = {
+        side: subprocess.Popen(
+            [*command, "--side", side], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for side in ("ours", "peer")
+    }
+    speeds: dict[str, list[float]] = {side: [] for side in workers}
+    peak = {}
+    for turn in range(o.rounds + 1):  # the first round warms up
+        for side, worker in workers.items():
+            print("go", file=worker.stdin, flush=True)
+            answer = json.loads(worker.stdout.readline())
+            peak[side] = answer["peak_gib"]
+            if turn:
+                speeds[side].append(answer["tokens_per_second"])
+    for worker in workers.values():
+        worker.stdin.close()
+        worker.wait()
+    result = {"size": o.size, "batch": o.batch, "dtype": o.dtype, "targets": o.targets}
+    for side, found in speeds.items():
+        result[side] = {
+            "best_tokens_per_second": round(max(found)),
+            "median_tokens_per_second": round(statistics.median(found)),
+            "peak_gib": round(peak[side], 3),
+        }
+    result["speed_ratio"] = round(
+        statistics.median(a / b for a, b in zip(speeds["ours"], speeds["peer"], strict=True)), 3
+    )
+    result["memory_ratio"] = round(peak["ours"] / peak["peer"], 3)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

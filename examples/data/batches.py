@@ -70,11 +70,23 @@ class TrainingBatches:
             window keeps its rows and gets as many micro-batches as that takes.
     """
 
-    def __init__(self, split: EncodedSplit, batch_size: int, *, accumulation: int = 1,
-                 processes: int = 1, process: int = 0, seed: int = 0, order: str = "bucket",
-                 max_tokens: int | None = None) -> None:
-        for name, value in (("batch_size", batch_size), ("accumulation", accumulation),
-                            ("processes", processes)):
+    def __init__(
+        self,
+        split: EncodedSplit,
+        batch_size: int,
+        *,
+        accumulation: int = 1,
+        processes: int = 1,
+        process: int = 0,
+        seed: int = 0,
+        order: str = "bucket",
+        max_tokens: int | None = None,
+    ) -> None:
+        for name, value in (
+            ("batch_size", batch_size),
+            ("accumulation", accumulation),
+            ("processes", processes),
+        ):
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
         if not 0 <= process < processes:
@@ -98,7 +110,7 @@ class TrainingBatches:
         rows = self._epoch_order(epoch)
         size = self.global_batch
         for index in range(start, len(self)):
-            yield self._window(index, rows[index * size:(index + 1) * size])
+            yield self._window(index, rows[index * size : (index + 1) * size])
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         """(n,) row numbers; the global batches are consecutive pieces, the short one last."""
@@ -107,8 +119,10 @@ class TrainingBatches:
             return rows
         size = self.global_batch
         full = len(rows) // size * size
-        pieces = [_by_length(piece, self.lengths).reshape(-1, size)
-                  for piece in np.split(rows[:full], range(CHUNK * size, full, CHUNK * size))]
+        pieces = [
+            _by_length(piece, self.lengths).reshape(-1, size)
+            for piece in np.split(rows[:full], range(CHUNK * size, full, CHUNK * size))
+        ]
         batches = np.concatenate(pieces) if full else rows[:0].reshape(0, size)
         # Another stream than the rows': the number of batches may equal the number of rows.
         batches = batches[permutation(len(batches), self.seed, epoch, stream=1)]
@@ -126,16 +140,24 @@ class TrainingBatches:
             count = -(-len(rows) // self.batch_size)
             # An even split: a short window must not leave one process without work.
             pieces = np.array_split(rows, max(count, min(self.processes, len(rows))))
-        mine = [Batch(piece, int(self.lengths[piece].sum()), len(piece) / len(rows))
-                for piece in pieces[self.process::self.processes]]
+        mine = [
+            Batch(piece, int(self.lengths[piece].sum()), len(piece) / len(rows))
+            for piece in pieces[self.process :: self.processes]
+        ]
         if len(mine) < -(-len(pieces) // self.processes):
             filler = rows[:1]
             mine.append(Batch(filler, int(self.lengths[filler].sum()), 0.0))
         return Window(index, tuple(mine), len(rows))
 
 
-def evaluation_batches(split: EncodedSplit, batch_size: int, *, processes: int = 1,
-                       process: int = 0, max_tokens: int | None = None) -> list[Batch]:
+def evaluation_batches(
+    split: EncodedSplit,
+    batch_size: int,
+    *,
+    processes: int = 1,
+    process: int = 0,
+    max_tokens: int | None = None,
+) -> list[Batch]:
     """This process's share of a split: longest rows first, each row in exactly one batch of one
     process. `Batch.rows` puts results back: `out[batch.rows] = logits`.
     """
@@ -148,8 +170,10 @@ def evaluation_batches(split: EncodedSplit, batch_size: int, *, processes: int =
         pieces = split_by_tokens(rows, lengths, max_tokens)
     else:
         pieces = np.split(rows, range(batch_size, len(rows), batch_size))
-    return [Batch(piece, int(lengths[piece].sum()), len(piece) / len(rows))
-            for piece in pieces[process::processes]]
+    return [
+        Batch(piece, int(lengths[piece].sum()), len(piece) / len(rows))
+        for piece in pieces[process::processes]
+    ]
 
 
 def permutation(n: int, seed: int, epoch: int, stream: int = 0) -> np.ndarray:
@@ -175,8 +199,14 @@ def split_by_tokens(rows: np.ndarray, lengths: np.ndarray, max_tokens: int) -> l
         done = int(ends[cut - 1])
 
 
-def collate(split: EncodedSplit, batch: Batch, *, packed: bool = False,
-            width: int | None = None, multiple: int = 1) -> dict[str, torch.Tensor | int]:
+def collate(
+    split: EncodedSplit,
+    batch: Batch,
+    *,
+    packed: bool = False,
+    width: int | None = None,
+    multiple: int = 1,
+) -> dict[str, torch.Tensor | int]:
     """The tensors of a batch of b rows and T tokens, under the names of the model's arguments.
 
     Args:
@@ -194,9 +224,11 @@ def collate(split: EncodedSplit, batch: Batch, *, packed: bool = False,
     longest = int(lengths.max())
     data: dict[str, torch.Tensor | int]
     if packed:
-        data = {"input_ids": torch.from_numpy(tokens),
-                "cu_seqlens": torch.from_numpy(np.concatenate(([0], ends)).astype(np.int32)),
-                "max_seqlen": longest}
+        data = {
+            "input_ids": torch.from_numpy(tokens),
+            "cu_seqlens": torch.from_numpy(np.concatenate(([0], ends)).astype(np.int32)),
+            "max_seqlen": longest,
+        }
         if split.token_types:
             place = source - np.repeat(starts, lengths)
             second = place >= np.repeat(split.first[rows], lengths)
@@ -209,8 +241,10 @@ def collate(split: EncodedSplit, batch: Batch, *, packed: bool = False,
         real = place < lengths[:, None]  # (b, size)
         ids = np.full(real.shape, split.pad_id, np.int64)
         ids[real] = tokens
-        data = {"input_ids": torch.from_numpy(ids),
-                "attention_mask": torch.from_numpy(real.astype(np.int64))}
+        data = {
+            "input_ids": torch.from_numpy(ids),
+            "attention_mask": torch.from_numpy(real.astype(np.int64)),
+        }
         if split.token_types:
             second = (place >= split.first[rows][:, None]) & real
             data["token_type_ids"] = torch.from_numpy(second.astype(np.int64))
@@ -228,5 +262,7 @@ def _check_budget(split: EncodedSplit, max_tokens: int | None) -> None:
         return
     longest = int(split.lengths.max())
     if max_tokens < longest:
-        raise ValueError(f"max_tokens={max_tokens}, but a row has {longest} tokens; use at least "
-                         "that, or a smaller max_length")
+        raise ValueError(
+            f"max_tokens={max_tokens}, but a row has {longest} tokens; use at least "
+            "that, or a smaller max_length"
+        )

@@ -62,8 +62,14 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("RANKWISE_CACHE") or Path.home() / ".cache" / "rankwise")
 
 
-def encode(rows: Rows, tokenizer: "PreTrainedTokenizer", max_length: int, *,
-           cache_dir: str | os.PathLike[str] | None = None, cache: bool = True) -> EncodedSplit:
+def encode(
+    rows: Rows,
+    tokenizer: "PreTrainedTokenizer",
+    max_length: int,
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+    cache: bool = True,
+) -> EncodedSplit:
     """Token ids of every row, cut to `max_length` (the longer sentence of a pair first).
 
     Args:
@@ -75,8 +81,10 @@ def encode(rows: Rows, tokenizer: "PreTrainedTokenizer", max_length: int, *,
     """
     limit = tokenizer.model_max_length
     if max_length > limit:
-        raise ValueError(f"max_length={max_length} is more than the {limit} tokens this model "
-                         f"takes; use {limit} or less")
+        raise ValueError(
+            f"max_length={max_length} is more than the {limit} tokens this model "
+            f"takes; use {limit} or less"
+        )
     path = None
     if cache:
         folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
@@ -91,31 +99,47 @@ def encode(rows: Rows, tokenizer: "PreTrainedTokenizer", max_length: int, *,
         labels = np.asarray(rows.labels, np.float32 if rows.task.regression else np.int64)
     if tokenizer.pad_token_id is None:
         raise ValueError("this tokenizer has no pad_token: set one before encoding")
-    return EncodedSplit(arrays["tokens"], arrays["offsets"], arrays["first"], labels,
-                        tokenizer.pad_token_id, "token_type_ids" in tokenizer.model_input_names)
+    return EncodedSplit(
+        arrays["tokens"],
+        arrays["offsets"],
+        arrays["first"],
+        labels,
+        tokenizer.pad_token_id,
+        "token_type_ids" in tokenizer.model_input_names,
+    )
 
 
-def _tokenise(rows: Rows, tokenizer: "PreTrainedTokenizer",
-              max_length: int) -> dict[str, np.ndarray]:
+def _tokenise(
+    rows: Rows, tokenizer: "PreTrainedTokenizer", max_length: int
+) -> dict[str, np.ndarray]:
     pieces, lengths, first = [], [], []
     for start in range(0, len(rows), CHUNK):
-        text = [column[start:start + CHUNK] for column in rows.text]
-        batch = tokenizer(*text, truncation=True, max_length=max_length,
-                          return_token_type_ids=True, return_attention_mask=False)
+        text = [column[start : start + CHUNK] for column in rows.text]
+        batch = tokenizer(
+            *text,
+            truncation=True,
+            max_length=max_length,
+            return_token_type_ids=True,
+            return_attention_mask=False,
+        )
         size = np.fromiter(map(len, batch["input_ids"]), np.int64, len(batch["input_ids"]))
         types = _flat(batch["token_type_ids"], size.sum())
         ends = np.cumsum(size)
         ones = np.diff(np.concatenate(([0], np.cumsum(types)))[np.concatenate(([0], ends))])
         expected = np.arange(len(types)) - np.repeat(ends - size, size) >= np.repeat(
-            size - ones, size)
+            size - ones, size
+        )
         if not np.array_equal(types != 0, expected):
             raise ValueError("this tokenizer's token types are not 0 then 1 in every row")
         pieces.append(_flat(batch["input_ids"], size.sum()))
         lengths.append(size)
         first.append(size - ones)
     offsets = np.concatenate(([0], np.cumsum(np.concatenate(lengths)))).astype(np.int64)
-    return {"tokens": np.concatenate(pieces), "offsets": offsets,
-            "first": np.concatenate(first).astype(np.int32)}
+    return {
+        "tokens": np.concatenate(pieces),
+        "offsets": offsets,
+        "first": np.concatenate(first).astype(np.int32),
+    }
 
 
 def _flat(lists: Iterable[list[int]], total: int) -> np.ndarray:
@@ -151,8 +175,9 @@ def _load(path: Path) -> dict[str, np.ndarray] | None:
         if known != _checksum(arrays):
             raise ValueError("the checksum does not match")
     except (SafetensorError, OSError, ValueError, KeyError) as error:
-        warnings.warn(f"{path}: this cache file is damaged ({error}); it is made anew",
-                      stacklevel=3)
+        warnings.warn(
+            f"{path}: this cache file is damaged ({error}); it is made anew", stacklevel=3
+        )
         return None
     return arrays
 
@@ -168,8 +193,10 @@ def _store(path: Path, arrays: dict[str, np.ndarray]) -> None:
             file.write(data)
         os.replace(temporary, path)
     except OSError as error:
-        warnings.warn(f"{path.parent}: cannot keep the encoded data ({error.strerror or error}); "
-                      "it will be made again next time, or set RANKWISE_CACHE to another folder",
-                      stacklevel=3)
+        warnings.warn(
+            f"{path.parent}: cannot keep the encoded data ({error.strerror or error}); "
+            "it will be made again next time, or set RANKWISE_CACHE to another folder",
+            stacklevel=3,
+        )
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)

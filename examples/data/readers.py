@@ -1,30 +1,23 @@
 """Reads a split of a task from files or the hub into plain columns.
 
 Formats: official GLUE TSV (with and without header), TSV with header, CSV, JSON array, JSON lines,
-parquet, and ids on the hub. TSV is never quoted, as in GLUE: a quote is a character like any
-other and a tab always separates. CSV is quoted as RFC 4180 says. Text is UTF-8, with or without a
-byte-order mark, lines ending in LF or CRLF.
-
-Whatever is wrong raises `DataError`, which names the file, the line and what to do. Labels are
-never guessed: a name must be one of the task's, a number must be one of its indices.
+parquet (`examples.data.tables`), and ids on the hub. Whatever is wrong raises `DataError`, which
+names the file, the line and what to do. Labels are never guessed: a name must be one of the
+task's, a number must be one of its indices.
 """
 
-import csv
-import io
-import json
 import math
 import os
 import re
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from examples.data.tables import FORMATS, DataError, Table, find, join, read_table
 from examples.data.tasks import CUSTOM, Task, plain_name
 
 EMBEDDED = Path(__file__).resolve().parent / "embedded"
-FORMATS = (".tsv", ".csv", ".jsonl", ".json", ".parquet")
 SPLIT_FILES = {
     "validation": ("validation", "dev", "valid", "val"),
     "validation_matched": ("validation_matched", "dev_matched"),
@@ -32,11 +25,6 @@ SPLIT_FILES = {
 }
 INDEX_COLUMNS = ("idx", "index", "id")
 UNLABELLED = (None, "", -1, "-1", "-")
-LONGEST_FIELD = 1 << 27  # characters in one CSV field
-
-
-class DataError(ValueError):
-    """A data file is missing or wrong; the message names it, the line and the reason."""
 
 
 @dataclass(frozen=True)
@@ -72,22 +60,12 @@ class Rows:
     def take(self, rows: Sequence[int]) -> "Rows":
         """The rows of these numbers, in this order."""
         return replace(
-            self, text=tuple([column[i] for i in rows] for column in self.text),
+            self,
+            text=tuple([column[i] for i in rows] for column in self.text),
             labels=None if self.labels is None else [self.labels[i] for i in rows],
-            ids=[self.ids[i] for i in rows], lines=[self.lines[i] for i in rows])
-
-
-@dataclass(frozen=True)
-class Table:
-    """A file as read, before anything is known about its task: names and columns of values."""
-
-    source: str
-    columns: dict[str, list[Any]]
-    lines: list[int]
-    unit: str = "line"
-
-    def fail(self, row: int, reason: str) -> DataError:
-        return DataError(f"{self.source}, {self.unit} {self.lines[row]}: {reason}")
+            ids=[self.ids[i] for i in rows],
+            lines=[self.lines[i] for i in rows],
+        )
 
 
 # -- the three ways in --------------------------------------------------------------------------
@@ -109,13 +87,15 @@ def read_split(task: Task, data_dir: str | os.PathLike[str] | None, split: str) 
         data_dir = EMBEDDED
     if data_dir is None:
         if task.hub is None:
-            raise DataError(f"task {task.name!r} has no data of its own: give --data_dir, or "
-                            "--train_file and --validation_file")
+            raise DataError(
+                f"task {task.name!r} has no data of its own: give --data_dir, or "
+                "--train_file and --validation_file"
+            )
         return read_hub(task, *task.hub, split)
     files = find_split(task, Path(data_dir), split)
     if len(files) == 1:
         return read_file(task, files[0], split)
-    return _rows(_join([_read_table(path, task) for path in files], files[0].parent), task, split)
+    return _rows(join([read_table(path, task) for path in files], files[0].parent), task, split)
 
 
 def read_file(task: Task, path: str | os.PathLike[str], split: str = "train") -> Rows:
@@ -125,7 +105,7 @@ def read_file(task: Task, path: str | os.PathLike[str], split: str = "train") ->
     the first two that are neither the label nor an index; the classes are its sorted labels, and
     float labels make it a regression. The result's `.task` says so: read the other files with it.
     """
-    return _rows(_read_table(Path(path), task), task, split)
+    return _rows(read_table(Path(path), task), task, split)
 
 
 def read_hub(task: Task, name: str, config: str | None, split: str) -> Rows:
@@ -133,16 +113,19 @@ def read_hub(task: Task, name: str, config: str | None, split: str) -> Rows:
     try:
         import datasets
     except ImportError as error:
-        raise DataError(f"reading {name} from the hub needs the datasets package: "
-                        "pip install 'rankwise[data]', or give --data_dir") from error
+        raise DataError(
+            f"reading {name} from the hub needs the datasets package: "
+            "pip install 'rankwise[data]', or give --data_dir"
+        ) from error
     source = f"{name}/{config}" if config else name
     try:
         data = datasets.load_dataset(name, config, split=split)
         columns = {column: list(data[column]) for column in data.column_names}
     except Exception as error:  # the hub, the network and datasets each raise their own
-        raise DataError(f"{source}, split {split}: cannot be read from the hub "
-                        f"({type(error).__name__}: {error}); give --data_dir to read files"
-                        ) from error
+        raise DataError(
+            f"{source}, split {split}: cannot be read from the hub "
+            f"({type(error).__name__}: {error}); give --data_dir to read files"
+        ) from error
     count = len(next(iter(columns.values()), []))
     table = Table(f"{source}, split {split}", columns, list(range(count)), "row")
     return _rows(table, task, split)
@@ -156,245 +139,36 @@ def find_split(task: Task, data_dir: Path, split: str) -> list[Path]:
     """
     if not data_dir.is_dir():
         raise DataError(f"{data_dir}: no such folder (--data_dir)")
-    named = [child for child in sorted(data_dir.iterdir())
-             if child.is_dir() and plain_name(child.name) == task.name]
+    named = [
+        child
+        for child in sorted(data_dir.iterdir())
+        if child.is_dir() and plain_name(child.name) == task.name
+    ]
     if len(named) > 1:
-        raise DataError(f"{data_dir}: both {named[0].name} and {named[1].name} could be the folder "
-                        f"of {task.name}; give one of them as --data_dir")
+        raise DataError(
+            f"{data_dir}: both {named[0].name} and {named[1].name} could be the folder "
+            f"of {task.name}; give one of them as --data_dir"
+        )
     folder = named[0] if named else data_dir
     stems = SPLIT_FILES.get(split, (split,))
     present = sorted(path for path in folder.iterdir() if path.is_file())
     found = [path for path in present if path.suffix in FORMATS and path.stem in stems]
     if len(found) > 1:
-        raise DataError(f"{folder}: {found[0].name} and {found[1].name} both could be the split "
-                        f"{split}; leave one of them there")
+        raise DataError(
+            f"{folder}: {found[0].name} and {found[1].name} both could be the split "
+            f"{split}; leave one of them there"
+        )
     if found:
         return found
     shard = re.compile(rf"({'|'.join(stems)})-\d+-of-\d+\.parquet")
     if shards := [path for path in present if shard.fullmatch(path.name)]:
         return shards
-    holds = ", ".join(path.name for path in present[:12]) or "no files"
-    raise DataError(f"{folder}: no file for the split {split} of {task.name}; looked for "
-                    f"{' or '.join(stems)} with {', '.join(FORMATS)}; the folder holds {holds}")
-
-
-# -- one reader per format ----------------------------------------------------------------------
-
-
-def _read_table(path: Path, task: Task) -> Table:
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
-        raise DataError(f"{path}: unknown format {path.suffix!r}; known are {', '.join(FORMATS)}")
-    table = reader(path, task)
-    if not table.lines:
-        raise DataError(f"{path}: empty, there is no row in it")
-    return table
-
-
-def _read_text(path: Path) -> str:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-    mark = 3 if data.startswith(b"\xef\xbb\xbf") else 0
-    try:
-        text = data[mark:].decode("utf-8")
-    except UnicodeDecodeError as error:
-        at = mark + error.start
-        hint = "it looks like UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else (
-            "another encoding, perhaps Latin-1 or Windows-1252")
-        line = data.count(b"\n", 0, at) + 1
-        raise DataError(f"{path}, line {line}: not UTF-8 (byte "
-                        f"0x{data[at]:02x} at offset {at}); {hint}: convert the file, e.g. with "
-                        "iconv -t UTF-8") from error
-    if "\0" in text:
-        line = text.count("\n", 0, text.index("\0")) + 1
-        raise DataError(f"{path}, line {line}: a NUL character; the file is damaged or binary")
-    return text
-
-
-def _lines(text: str) -> Iterator[tuple[int, str]]:
-    """Numbered lines that hold something. Only LF ends one: sentences may hold U+2028 or U+0085."""
-    for number, line in enumerate(text.split("\n"), 1):
-        line = line.removesuffix("\r")
-        if line:
-            yield number, line
-
-
-def _read_tsv(path: Path, task: Task) -> Table:
-    lines = _lines(_read_text(path))
-    first = next(lines, None)
-    if first is None:
-        raise DataError(f"{path}: empty, there is no row in it")
-    names = first[1].split("\t")
-    body: Iterable[tuple[int, str]] = lines
-    if not _is_header(names, task) and len(names) in task.headerless:
-        names = list(task.headerless[len(names)])
-        body = [first, *lines]
-    _check_names(path, names)
-    rows, numbers, short = [], [], []
-    for number, line in body:
-        fields = line.split("\t")
-        if len(fields) != len(names):
-            if task.skip_short_rows and len(fields) < len(names):
-                short.append(number)
-                continue
-            raise DataError(f"{path}, line {number}: {len(fields)} columns where {len(names)} are "
-                            f"expected ({', '.join(names)}); look for a stray tab or line end")
-        rows.append(fields)
-        numbers.append(number)
-    if short:
-        warnings.warn(f"{path}: {len(short)} rows broken by stray line ends are left out (lines "
-                      f"{', '.join(map(str, short[:5]))}{', …' if len(short) > 5 else ''})",
-                      stacklevel=2)
-    return Table(str(path), _transpose(names, rows), numbers)
-
-
-def _read_csv(path: Path, task: Task) -> Table:
-    previous = csv.field_size_limit(LONGEST_FIELD)
-    try:
-        reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
-        names: list[str] | None = None
-        rows, numbers, start = [], [], 1
-        try:
-            for fields in reader:
-                number, start = start, reader.line_num + 1
-                if not fields:
-                    continue
-                if names is None:
-                    names = fields
-                    _check_names(path, names)
-                elif len(fields) != len(names):
-                    raise DataError(f"{path}, line {number}: {len(fields)} columns where "
-                                    f"{len(names)} are expected ({', '.join(names)}); look for a "
-                                    "stray comma, or quote the field")
-                else:
-                    rows.append(fields)
-                    numbers.append(number)
-        except csv.Error as error:
-            raise DataError(f"{path}, line {start}: a stray or unclosed quote ({error}); a quote "
-                            "inside a quoted field is written twice") from error
-    finally:
-        csv.field_size_limit(previous)
-    return Table(str(path), _transpose(names or [], rows), numbers)
-
-
-def _read_json(path: Path, task: Task) -> Table:
-    """An array of objects, `{"data": [...]}`, or JSON lines under this name, as the hub has it."""
-    text = _read_text(path)
-    start = text.lstrip()[:1]
-    if start != "[":
-        first = next(_lines(text), (1, ""))[1]
-        if start != "{" or _parses(first):
-            return _read_jsonl(path, task)
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: {_json_reason(error)}") from error
-    items = data.get("data") if isinstance(data, dict) else data
-    if not isinstance(items, list):
-        raise DataError(f"{path}: an array of objects is expected, or an object with an array "
-                        "named data")
-    return _from_objects(path, list(enumerate(items, 1)), "item")
-
-
-def _read_jsonl(path: Path, task: Task) -> Table:
-    items = []
-    for number, line in _lines(_read_text(path)):
-        if not line.strip():
-            continue
-        try:
-            items.append((number, json.loads(line)))
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}, line {number}: {_json_reason(error)}") from error
-    return _from_objects(path, items, "line")
-
-
-def _parses(text: str) -> bool:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def _json_reason(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError) and (
-            error.pos >= len(error.doc.rstrip()) or "Unterminated" in error.msg):
-        return f"truncated JSON ({error.msg}); the file was cut off, write it again"
-    return f"not JSON ({error})"
-
-
-def _from_objects(path: Path, items: list[tuple[int, Any]], unit: str) -> Table:
-    columns: dict[str, list[Any]] = {}
-    for position, (number, item) in enumerate(items):
-        if not isinstance(item, dict):
-            raise DataError(f"{path}, {unit} {number}: an object is expected, found "
-                            f"{json.dumps(item)[:60]}")
-        if position == 0:
-            columns = {name: [] for name in item}
-        elif item.keys() != columns.keys():
-            lacking = [name for name in columns if name not in item]
-            if lacking:
-                raise DataError(f"{path}, {unit} {number}: no {lacking[0]!r}; the first one has "
-                                f"{', '.join(columns)}, this one {', '.join(item) or 'nothing'}")
-            extra = next(name for name in item if name not in columns)
-            raise DataError(f"{path}, {unit} {number}: {extra!r} is not in the first one, which "
-                            f"has {', '.join(columns) or 'nothing'}")
-        for name, value in item.items():
-            columns[name].append(value)
-    return Table(str(path), columns, [number for number, _ in items], unit)
-
-
-def _read_parquet(path: Path, task: Task) -> Table:
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise DataError(f"{path}: parquet needs pyarrow: pip install 'rankwise[data]'") from error
-    try:
-        table = parquet.read_table(path)
-        names = list(table.column_names)
-        columns = [column.to_pylist() for column in table.columns]
-    except Exception as error:  # pyarrow's own errors, OSError and plain ValueError
-        raise DataError(f"{path}: damaged or not parquet ({error})") from error
-    _check_names(path, names)
-    return Table(str(path), dict(zip(names, columns, strict=True)),
-                 list(range(1, table.num_rows + 1)), "row")
-
-
-READERS: dict[str, Callable[[Path, Task], Table]] = {
-    ".tsv": _read_tsv, ".csv": _read_csv, ".jsonl": _read_jsonl, ".json": _read_json,
-    ".parquet": _read_parquet,
-}
-
-
-def _is_header(names: list[str], task: Task) -> bool:
-    return all(_find(names, column, task) is not None for column in task.text)
-
-
-def _check_names(path: Path, names: list[str]) -> None:
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise DataError(f"{path}, line 1: two columns are called {twice!r}; the first line of a "
-                        "file must name its columns")
-
-
-def _transpose(names: list[str], rows: list[list[str]]) -> dict[str, list[Any]]:
-    return {name: list(column) for name, column in zip(names, zip(*rows), strict=False)}
-
-
-def _join(tables: list[Table], folder: Path) -> Table:
-    first = tables[0]
-    for table in tables[1:]:
-        if table.columns.keys() != first.columns.keys():
-            raise DataError(f"{table.source}: columns {', '.join(table.columns)}, but "
-                            f"{first.source} has {', '.join(first.columns)}")
-    columns = {name: [value for table in tables for value in table.columns[name]]
-               for name in first.columns}
-    count = sum(len(table.lines) for table in tables)
-    return Table(str(folder), columns, list(range(1, count + 1)), "row")
+    children = [f"{path.name}/" for path in sorted(folder.iterdir()) if path.is_dir()]
+    holds = ", ".join([path.name for path in present[:12]] + children[:12]) or "nothing"
+    raise DataError(
+        f"{folder}: no file for the split {split} of {task.name}; looked for "
+        f"{' or '.join(stems)} with {', '.join(FORMATS)}; the folder holds {holds}"
+    )
 
 
 # -- from columns to rows -----------------------------------------------------------------------
@@ -412,17 +186,14 @@ def _rows(table: Table, task: Task, split: str) -> Rows:
     return Rows(task, split, text, labels, ids, table.source, table.lines, table.unit)
 
 
-def _find(names: Iterable[str], column: str, task: Task) -> str | None:
-    names = set(names)
-    return next((name for name in (column, *task.aliases.get(column, ())) if name in names), None)
-
-
 def _column(table: Table, column: str, task: Task) -> str:
-    found = _find(table.columns, column, task)
+    found = find(table.columns, column, task)
     if found is None:
         wanted = " or ".join(repr(name) for name in (column, *task.aliases.get(column, ())))
-        raise DataError(f"{table.source}: no column {wanted}, which {task.name} needs; found "
-                        f"{', '.join(map(repr, table.columns))}")
+        raise DataError(
+            f"{table.source}: no column {wanted}, which {task.name} needs; found "
+            f"{', '.join(map(repr, table.columns))}"
+        )
     return found
 
 
@@ -437,28 +208,35 @@ def _text(table: Table, column: str) -> list[str]:
     except UnicodeEncodeError:
         for row, value in enumerate(values):
             if any("\ud800" <= char <= "\udfff" for char in value):
-                raise table.fail(row, f"{column!r} holds half a surrogate pair; write the "
-                                 "character whole") from None
+                raise table.fail(
+                    row, f"{column!r} holds half a surrogate pair; write the character whole"
+                ) from None
         raise
     return values
 
 
 def _labels(table: Table, task: Task, split: str) -> list[int] | list[float] | None:
     testing = split.startswith("test")
-    if testing and _find(table.columns, "label", task) is None:
+    if testing and find(table.columns, "label", task) is None:
         return None
     name = _column(table, "label", task)
     values = table.columns[name]
     missing = UNLABELLED if task.labels_by_index and task.label_range is None else (None, "")
     # Equality alone would let True pass for 1 and -1.0 for -1.
-    blank = [row for row, value in enumerate(values)
-             if not isinstance(value, (bool, float, list, dict)) and value in missing]
+    blank = [
+        row
+        for row, value in enumerate(values)
+        if not isinstance(value, (bool, float, list, dict)) and value in missing
+    ]
     if blank and testing:
         return None
     if blank:
-        raise table.fail(blank[0], f"no label ({values[blank[0]]!r}) in {len(blank)} of "
-                         f"{len(values)} rows, but {split} needs them: this is an unlabelled "
-                         "split, or the rows are damaged")
+        raise table.fail(
+            blank[0],
+            f"no label ({values[blank[0]]!r}) in {len(blank)} of "
+            f"{len(values)} rows, but {split} needs them: this is an unlabelled "
+            "split, or the rows are damaged",
+        )
     convert = _score if task.regression else _class_index
     labels = []
     known = {label: index for index, label in enumerate(task.labels)}
@@ -472,15 +250,18 @@ def _labels(table: Table, task: Task, split: str) -> list[int] | list[float] | N
 
 def _class_index(value: Any, task: Task, known: dict[str, int]) -> int | str:
     """The index of a label, or why it is none."""
-    choices = ", ".join(f"{i} ({name})" if task.labels_by_index else name
-                        for i, name in enumerate(task.labels))
+    choices = ", ".join(
+        f"{i} ({name})" if task.labels_by_index else name for i, name in enumerate(task.labels)
+    )
     if isinstance(value, str) and value in known:
         return known[value]
     if not task.labels_by_index:
         plain = isinstance(value, (bool, int))
-        return known.get(str(value), f"unknown label {value!r:.60}; the training file has "
-                         f"{choices}") if plain else (
-            f"unknown label {value!r:.60}; the training file has {choices}")
+        return (
+            known.get(str(value), f"unknown label {value!r:.60}; the training file has {choices}")
+            if plain
+            else (f"unknown label {value!r:.60}; the training file has {choices}")
+        )
     index = _whole(value)
     if index is None:
         return f"unknown label {value!r:.60}; {task.name} has {choices}"
@@ -521,28 +302,31 @@ def _describe(table: Table, task: Task) -> Task:
     """Finds text columns and labels of a custom training file."""
     names = list(table.columns)
     if "label" not in names:
-        raise DataError(f"{table.source}: no column 'label'; found "
-                        f"{', '.join(map(repr, names))}")
+        raise DataError(f"{table.source}: no column 'label'; found {', '.join(map(repr, names))}")
     if "sentence1" in names:
         text = ("sentence1", "sentence2") if "sentence2" in names else ("sentence1",)
     else:
         text = tuple(name for name in names if name not in ("label", *INDEX_COLUMNS))[:2]
     if not text:
-        raise DataError(f"{table.source}: no text column beside 'label'; found "
-                        f"{', '.join(map(repr, names))}")
+        raise DataError(
+            f"{table.source}: no text column beside 'label'; found {', '.join(map(repr, names))}"
+        )
     values = [value for value in table.columns["label"] if value not in (None, "")]
     if any(isinstance(value, (list, dict)) for value in values):
         raise DataError(f"{table.source}: labels must be names or numbers")
     if values and any(_fraction(value) for value in values) and all(map(_number, values)):
-        return replace(task, text=text, labels=(), metrics=("pearson", "spearmanr"),
-                       main_metric="pearson")
+        return replace(
+            task, text=text, labels=(), metrics=("pearson", "spearmanr"), main_metric="pearson"
+        )
     if values and all(_whole(value) is not None for value in values):
         labels = tuple(str(number) for number in sorted({_whole(value) for value in values}))
     else:
         labels = tuple(sorted({str(value) for value in values}))
     if len(labels) < 2:
-        raise DataError(f"{table.source}: {len(labels)} kinds of label "
-                        f"({', '.join(labels) or 'all empty'}); a classifier needs at least two")
+        raise DataError(
+            f"{table.source}: {len(labels)} kinds of label "
+            f"({', '.join(labels) or 'all empty'}); a classifier needs at least two"
+        )
     return replace(task, text=text, labels=labels)
 
 
@@ -558,4 +342,5 @@ def _number(value: Any) -> bool:
 def _fraction(value: Any) -> bool:
     """A float, or a string that spells one rather than a whole number."""
     return isinstance(value, float) or (
-        isinstance(value, str) and _whole(value) is None and _number(value))
+        isinstance(value, str) and _whole(value) is None and _number(value)
+    )

@@ -75,33 +75,89 @@ PAIR = ("sentence1", "sentence2")
 GLUE = "nyu-mll/glue"
 
 _ALL = (
-    Task("cola", ("sentence",), ("unacceptable", "acceptable"),
-         ("matthews_correlation",), "matthews_correlation",
-         headerless={4: ("source", "label", "star", "sentence")},
-         submission={"test": "CoLA.tsv"}, hub=(GLUE, "cola")),
-    Task("mnli", ("premise", "hypothesis"), ("entailment", "neutral", "contradiction"),
-         aliases={"premise": ("sentence1",), "hypothesis": ("sentence2",),
-                  "label": ("gold_label",)},
-         evaluation={"validation_matched": "validation_matched",
-                     "validation_mismatched": "validation_mismatched"},
-         submission={"test_matched": "MNLI-m.tsv", "test_mismatched": "MNLI-mm.tsv"},
-         submit_names=True, hub=(GLUE, "mnli")),
-    Task("mrpc", PAIR, ("not_equivalent", "equivalent"), ("accuracy", "f1"),
-         aliases={"sentence1": ("#1 String",), "sentence2": ("#2 String",), "label": ("Quality",)},
-         submission={"test": "MRPC.tsv"}, hub=(GLUE, "mrpc")),
-    Task("qnli", ("question", "sentence"), ("entailment", "not_entailment"),
-         submission={"test": "QNLI.tsv"}, submit_names=True, hub=(GLUE, "qnli")),
-    Task("qqp", ("question1", "question2"), ("not_duplicate", "duplicate"), ("accuracy", "f1"),
-         aliases={"label": ("is_duplicate",)}, submission={"test": "QQP.tsv"}, hub=(GLUE, "qqp"),
-         skip_short_rows=True),
-    Task("rte", PAIR, ("entailment", "not_entailment"), submission={"test": "RTE.tsv"},
-         submit_names=True, hub=(GLUE, "rte")),
-    Task("sst2", ("sentence",), ("negative", "positive"), submission={"test": "SST-2.tsv"},
-         hub=(GLUE, "sst2")),
-    Task("stsb", PAIR, (), ("pearson", "spearmanr"), "pearson", label_range=(0.0, 5.0),
-         aliases={"label": ("score",)}, submission={"test": "STS-B.tsv"}, hub=(GLUE, "stsb")),
-    Task("wnli", PAIR, ("not_entailment", "entailment"), submission={"test": "WNLI.tsv"},
-         hub=(GLUE, "wnli")),
+    Task(
+        "cola",
+        ("sentence",),
+        ("unacceptable", "acceptable"),
+        ("matthews_correlation",),
+        "matthews_correlation",
+        headerless={4: ("source", "label", "star", "sentence")},
+        submission={"test": "CoLA.tsv"},
+        hub=(GLUE, "cola"),
+    ),
+    Task(
+        "mnli",
+        ("premise", "hypothesis"),
+        ("entailment", "neutral", "contradiction"),
+        aliases={"premise": ("sentence1",), "hypothesis": ("sentence2",), "label": ("gold_label",)},
+        evaluation={
+            "validation_matched": "validation_matched",
+            "validation_mismatched": "validation_mismatched",
+        },
+        submission={"test_matched": "MNLI-m.tsv", "test_mismatched": "MNLI-mm.tsv"},
+        submit_names=True,
+        hub=(GLUE, "mnli"),
+    ),
+    Task(
+        "mrpc",
+        PAIR,
+        ("not_equivalent", "equivalent"),
+        ("accuracy", "f1"),
+        aliases={"sentence1": ("#1 String",), "sentence2": ("#2 String",), "label": ("Quality",)},
+        submission={"test": "MRPC.tsv"},
+        hub=(GLUE, "mrpc"),
+    ),
+    Task(
+        "qnli",
+        ("question", "sentence"),
+        ("entailment", "not_entailment"),
+        submission={"test": "QNLI.tsv"},
+        submit_names=True,
+        hub=(GLUE, "qnli"),
+    ),
+    Task(
+        "qqp",
+        ("question1", "question2"),
+        ("not_duplicate", "duplicate"),
+        ("accuracy", "f1"),
+        aliases={"label": ("is_duplicate",)},
+        submission={"test": "QQP.tsv"},
+        hub=(GLUE, "qqp"),
+        skip_short_rows=True,
+    ),
+    Task(
+        "rte",
+        PAIR,
+        ("entailment", "not_entailment"),
+        submission={"test": "RTE.tsv"},
+        submit_names=True,
+        hub=(GLUE, "rte"),
+    ),
+    Task(
+        "sst2",
+        ("sentence",),
+        ("negative", "positive"),
+        submission={"test": "SST-2.tsv"},
+        hub=(GLUE, "sst2"),
+    ),
+    Task(
+        "stsb",
+        PAIR,
+        (),
+        ("pearson", "spearmanr"),
+        "pearson",
+        label_range=(0.0, 5.0),
+        aliases={"label": ("score",)},
+        submission={"test": "STS-B.tsv"},
+        hub=(GLUE, "stsb"),
+    ),
+    Task(
+        "wnli",
+        PAIR,
+        ("not_entailment", "entailment"),
+        submission={"test": "WNLI.tsv"},
+        hub=(GLUE, "wnli"),
+    ),
     Task("order", PAIR, ("not_same", "same"), bundled=True),
 )
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}
@@ -124,6 +180,8 @@ def get_task(name: str) -> Task:
     """
     task = TASKS.get(plain_name(name))
     if task is None:
-        raise ValueError(f"unknown task {name!r}; choose among {', '.join(TASKS)}, or give "
-                         "--train_file and --validation_file")
+        raise ValueError(
+            f"unknown task {name!r}; choose among {', '.join(TASKS)}, or give "
+            "--train_file and --validation_file"
+        )
     return task

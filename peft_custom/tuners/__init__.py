@@ -1,1 +1,14 @@
-"""Tuners: one folder per method."""
+"""Tuners: one folder per method. Every folder here is imported, so that its types are registered."""
+
+import importlib
+import pkgutil
+from types import ModuleType
+
+
+def load_all() -> list[ModuleType]:
+    """Imports every method's package and returns them."""
+    return [
+        importlib.import_module(f"{__name__}.{found.name}")
+        for found in pkgutil.iter_modules(__path__)
+        if found.ispkg
+    ]

@@ -1,0 +1,184 @@
+"""Adapter configurations: dataclasses that read and write PEFT's `adapter_config.json`."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+CONFIG_NAME = "adapter_config.json"
+SAFETENSORS_NAME = "adapter_model.safetensors"
+BIN_NAME = "adapter_model.bin"
+
+# Keys newer PEFT releases write whose inert default is not an empty value. Any other unknown key is
+# inert when it is None, False or empty; `peft_version` only says who wrote the file.
+INERT_VALUES: dict[str, tuple[Any, ...]] = {"qalora_group_size": (16,)}
+INFORMATIVE_KEYS = frozenset({"peft_version"})
+
+CONFIG_CLASSES: dict[str, type[PeftConfig]] = {}  # peft_type -> class, filled by `register_tuner`
+
+
+class TaskType(str, enum.Enum):
+    """What the wrapped model is trained for; chooses the `PeftModelFor…` class and the head names."""
+
+    SEQ_CLS = "SEQ_CLS"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    CAUSAL_LM = "CAUSAL_LM"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+class PeftType(str, enum.Enum):
+    """Names of the adapter types whose files PEFT shares; other tuners register their own string."""
+
+    LORA = "LORA"
+    ADALORA = "ADALORA"
+
+
+def inert(key: str, value: Any) -> bool:
+    """Whether an unknown configuration key changes nothing with this value."""
+    if key in INFORMATIVE_KEYS or value is None or value is False:
+        return True
+    if isinstance(value, (str, list, dict)) and not value:
+        return True
+    return value in INERT_VALUES.get(key, ())
+
+
+def jsonable(value: Any) -> Any:
+    """Sets become sorted lists and enum members their values, all the way down."""
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if isinstance(value, dict):
+        return {key: jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(item) for item in value]
+    return value
+
+
+@dataclass
+class PeftConfig:
+    """The fields every adapter type shares.
+
+    Attributes:
+        peft_type: the registered name of the adapter type (`"LORA"`).
+        auto_mapping: class and library of the base model when no task type names them.
+        base_model_name_or_path: where the base weights came from.
+        revision: revision of the base weights.
+        task_type: one of `TaskType`, or None for a plain `PeftModel`.
+        inference_mode: the adapter's parameters are frozen.
+        modules_to_save: modules trained in full and saved with the adapter.
+    """
+
+    peft_type: str | None = None
+    auto_mapping: dict[str, Any] | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    task_type: str | None = None
+    inference_mode: bool = False
+
+    # Fields left out of the file at their default, so that PEFT 0.11 (which knows them not) reads it.
+    omit_at_default: ClassVar[frozenset[str]] = frozenset()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.peft_type, enum.Enum):
+            self.peft_type = self.peft_type.value
+        if self.task_type is not None:
+            known = [task.value for task in TaskType]
+            self.task_type = getattr(self.task_type, "value", self.task_type)
+            if self.task_type not in known:
+                raise ValueError(
+                    f"task_type={self.task_type!r} is unknown; use one of {', '.join(known)}, or "
+                    "None for a model of your own"
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain JSON values."""
+        values = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in self.omit_at_default and value == field.default:
+                continue
+            values[field.name] = jsonable(value)
+        return values
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Writes `adapter_config.json` (sorted keys, indent 2), aside first and then renamed."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        aside = folder / f".{CONFIG_NAME}.{os.getpid()}"
+        aside.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", "utf-8")
+        os.replace(aside, folder / CONFIG_NAME)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str = "configuration") -> PeftConfig:
+        """Builds the class that `peft_type` names; unknown keys must be inert.
+
+        Raises:
+            ValueError: an unknown adapter type, or an unknown key with a value that matters.
+        """
+        kind = values.get("peft_type") or getattr(cls, "peft_type", None)
+        kind = getattr(kind, "value", kind)
+        target = CONFIG_CLASSES.get(str(kind))
+        if target is None:
+            raise ValueError(
+                f"{source}: adapter type {kind!r} is not supported here; known types: "
+                f"{', '.join(sorted(CONFIG_CLASSES))}"
+            )
+        known = {field.name for field in dataclasses.fields(target)}
+        active = [key for key in values if key not in known and not inert(key, values[key])]
+        if active:
+            settings = ", ".join(f"{key}={values[key]!r}" for key in active)
+            raise ValueError(
+                f"{source}: {settings}: not supported here and not at the value that changes "
+                "nothing; the adapter would compute something else without it"
+            )
+        kept = {key: value for key, value in values.items() if key in known}
+        return target(**target.loaded_values(kept))
+
+    @classmethod
+    def loaded_values(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Adjusts values read from a file before the class is built; the identity by default."""
+        return values
+
+    @classmethod
+    def from_pretrained(
+        cls, folder_or_hub_id: str | os.PathLike[str], subfolder: str | None = None, **hub: Any
+    ) -> PeftConfig:
+        """Reads `adapter_config.json` from a folder, or from the hub with `revision=` and the like."""
+        path = find_file(folder_or_hub_id, CONFIG_NAME, subfolder, **hub)
+        if path is None:
+            raise FileNotFoundError(f"{folder_or_hub_id}: no {CONFIG_NAME}, so not an adapter folder")
+        try:
+            values = json.loads(Path(path).read_text("utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: not valid JSON ({error})") from error
+        return cls.from_dict(values, source=str(path))
+
+
+def find_file(
+    folder_or_hub_id: str | os.PathLike[str], name: str, subfolder: str | None = None, **hub: Any
+) -> str | None:
+    """Path of a file in a local folder, else downloaded from the hub; None when it is not there."""
+    folder = Path(folder_or_hub_id)
+    if folder.is_dir():
+        path = folder / (subfolder or "") / name
+        return str(path) if path.is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+
+    try:
+        return hf_hub_download(str(folder_or_hub_id), name, subfolder=subfolder, **hub)
+    except EntryNotFoundError:
+        return None
+    except HFValidationError as error:
+        raise FileNotFoundError(
+            f"{folder_or_hub_id}: neither a local folder nor a hub id of the form owner/name"
+        ) from error

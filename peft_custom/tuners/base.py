@@ -1,0 +1,448 @@
+"""What every adapter method shares: finding layers, wrapping them, switching, merging, naming.
+
+A method is three short files. `layer.py` has a `BaseTunerLayer` (the formula), `config.py` a
+`PeftConfig` (the options), `model.py` a `BaseTuner` registered under its adapter type:
+
+    @register_tuner("LORA", LoraConfig)
+    class LoraModel(BaseTuner):
+        def new_layer(self, base, name, config): ...
+        def add_to_layer(self, layer, adapter, name, config): ...
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..config import CONFIG_CLASSES, PeftConfig
+from . import targets
+from .modules_to_save import BASE, ModulesToSaveWrapper
+from .tuner_layer import BaseTunerLayer
+
+__all__ = [
+    "BaseTuner",
+    "BaseTunerLayer",
+    "iter_adapters",
+    "iter_tuners",
+    "register_tuner",
+    "tuner_class",
+]
+
+TUNERS: dict[str, type[BaseTuner]] = {}
+
+
+def register_tuner(
+    peft_type: str, config_class: type[PeftConfig]
+) -> Callable[[type[BaseTuner]], type[BaseTuner]]:
+    """Class decorator: makes `peft_type` known to `get_peft_model` and to saved files."""
+
+    def register(tuner: type[BaseTuner]) -> type[BaseTuner]:
+        tuner.peft_type = peft_type
+        tuner.config_class = config_class
+        TUNERS[peft_type] = tuner
+        CONFIG_CLASSES[peft_type] = config_class
+        return tuner
+
+    return register
+
+
+def tuner_class(config: PeftConfig) -> type[BaseTuner]:
+    """The tuner registered for a configuration's adapter type."""
+    if config.peft_type not in TUNERS:
+        raise ValueError(
+            f"no tuner is registered for {config.peft_type!r}; known: {', '.join(sorted(TUNERS))}"
+        )
+    return TUNERS[config.peft_type]
+
+
+def iter_adapters(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
+    """Name and layer of every adapted module in `model`."""
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            yield name, module
+
+
+def iter_tuners(model: nn.Module) -> Iterator[BaseTuner]:
+    """Every tuner that injected adapters into `model` (wrapped, or bare after `inject_adapter_in_model`)."""
+    seen: set[int] = set()
+    for module in model.modules():
+        for tuner in (module, *module.__dict__.get("_injecting_tuners", ())):
+            if isinstance(tuner, BaseTuner) and id(tuner) not in seen:
+                seen.add(id(tuner))
+                yield tuner
+
+
+class BaseTuner(nn.Module):
+    """Puts adapters of one type into a model and manages them; `model` is the injected model."""
+
+    peft_type: ClassVar[str]
+    config_class: ClassVar[type[PeftConfig]]
+    target_types: ClassVar[str] = "Linear"  # named in the error for a layer that cannot be adapted
+
+    def __init__(self, model: nn.Module, config: PeftConfig, adapter_name: str = "default") -> None:
+        super().__init__()
+        self.model = model
+        self.peft_config: dict[str, PeftConfig] = {}
+        self.active_adapters: list[str] = []
+        model.requires_grad_(False)
+        self.add_adapter(adapter_name, config)
+        self.set_adapter(adapter_name)
+
+    # --- what a method implements ---------------------------------------------------------------
+    def new_layer(self, base: nn.Module, name: str, config: Any) -> BaseTunerLayer | None:
+        """The wrapper for one base layer; None when the layer's type cannot be adapted."""
+        raise NotImplementedError
+
+    def add_to_layer(self, layer: BaseTunerLayer, adapter: str, name: str, config: Any) -> None:
+        """Creates adapter `adapter`'s parameters in `layer`, whose module name is `name`."""
+        raise NotImplementedError
+
+    def check_config(self, config: Any, names: list[str]) -> None:
+        """Refuses configurations that do not fit the chosen modules; nothing by default."""
+
+    def training_hooks(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, total_steps: int, **options: Any
+    ) -> Any:
+        """Hooks that adapt the adapter while it trains; None for methods that only train."""
+        return None
+
+    def special_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """Optimiser groups with rates of their own (`params`, `name`, `lr`, …); none by default."""
+        return []
+
+    def live_tensors(self, adapter: str) -> dict[str, Tensor]:
+        """The adapter's tensors in the adapted layers: `<module>.<tensor>` → live tensor."""
+        return {
+            f"{name}.{key}": tensor
+            for name, layer in iter_adapters(self.model)
+            for key, tensor in layer.adapter_tensors(adapter).items()
+        }
+
+    def export(self, adapter: str) -> tuple[PeftConfig, dict[str, Tensor]]:
+        """Configuration and tensors as they go into a file; methods may cut or convert here."""
+        return copy.deepcopy(self.peft_config[adapter]), self.live_tensors(adapter)
+
+    def import_state(self, adapter: str, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Turns a file's tensors (`<module>.<tensor>`) into the live shapes; the identity here."""
+        return state
+
+    def __getattr__(self, name: str) -> Any:
+        """What the tuner has not, the model may have."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the injected model."""
+        return self.model(*args, **kwargs)
+
+    # --- injection -----------------------------------------------------------------------------
+    def add_adapter(self, adapter: str, config: PeftConfig) -> None:
+        """Injects one more adapter; it is not activated. The configuration is copied."""
+        if not isinstance(config, self.config_class):
+            raise TypeError(
+                f"a {self.peft_type} model takes {self.config_class.__name__}, not "
+                f"{type(config).__name__}: all adapters of a model are of one type"
+            )
+        if adapter in self.peft_config:
+            raise ValueError(f"there is an adapter {adapter!r} already; delete it or choose a name")
+        if not adapter or "." in adapter or adapter == BASE:
+            raise ValueError(f"adapter name {adapter!r}: use a name that is not {BASE} and has no dot")
+        config = copy.deepcopy(config)
+        biased = [n for n, c in self.peft_config.items() if getattr(c, "bias", "none") != "none"]
+        if biased and getattr(config, "bias", "none") != "none":
+            raise ValueError(f"bias={config.bias!r}: adapter {biased[0]!r} trains biases already, "
+                             "and biases are shared; only one adapter may have bias other than 'none'")
+        chosen = self._resolve(config)
+        saved = self._modules_to_save(config)
+        self.check_config(config, [name for name, _ in chosen])
+        self._wrap(adapter, config, chosen)
+        for name, module in saved:
+            if not isinstance(module, ModulesToSaveWrapper):
+                wrapper = ModulesToSaveWrapper(module)
+                self._replace(module, wrapper)
+                module = wrapper
+            module.add_adapter(adapter)
+        self.peft_config[adapter] = config
+        if self.active_adapters:
+            self.set_adapter(self.active_adapters)
+
+    def _resolve(self, config: Any) -> list[tuple[str, nn.Module]]:
+        """Chosen (name, module) pairs; `target_modules` None and "all-linear" become entries."""
+        opaque = (BaseTunerLayer, ModulesToSaveWrapper)
+        modules = list(targets.walk(self.model, opaque))
+        seen_as = [
+            (name, module.base_layer if isinstance(module, BaseTunerLayer) else module)
+            for name, module in modules
+        ]
+        if config.target_modules is None:
+            config.target_modules = targets.default_targets(self.model)
+        elif config.target_modules == "all-linear":
+            skip = targets.as_list(config.modules_to_save)
+            config.target_modules = targets.all_linear(self.model, seen_as, skip)
+        by_name = dict(modules)
+        return [(name, by_name[name]) for name in targets.select_targets(seen_as, config)]
+
+    def _modules_to_save(self, config: Any) -> list[tuple[str, nn.Module]]:
+        entries = targets.as_list(getattr(config, "modules_to_save", None))
+        opaque = (BaseTunerLayer, ModulesToSaveWrapper)
+        modules = list(targets.walk(self.model, opaque))
+        for entry in entries:
+            if not any(targets.name_matches(name, entry) for name, _ in modules):
+                raise ValueError(f"modules_to_save: no module is called {entry!r}"
+                                 + targets.suggestions(entry, [name for name, _ in modules]))
+        return [
+            (name, module)
+            for name, module in modules
+            if any(targets.name_matches(name, entry) for entry in entries)
+        ]
+
+    def _wrap(self, adapter: str, config: Any, chosen: list[tuple[str, nn.Module]]) -> None:
+        """Wraps the chosen modules; nothing is replaced unless every one of them can be adapted."""
+        layers: list[tuple[nn.Module, BaseTunerLayer]] = []
+        try:
+            for name, module in chosen:
+                layer = module
+                if not isinstance(layer, BaseTunerLayer):
+                    layer = self.new_layer(module, name, config)
+                    if layer is None:
+                        raise ValueError(
+                            f"target_modules: {name!r} is a {type(module).__name__}; adapters of "
+                            f"type {self.peft_type} go into {self.target_types}"
+                        )
+                layers.append((module, layer))
+                self.add_to_layer(layer, adapter, name, config)
+        except Exception:
+            for _, layer in layers:
+                layer.delete_adapter(adapter)
+            raise
+        for module, layer in layers:
+            if module is not layer:
+                layer.train(module.training)
+                self._replace(module, layer)
+
+    def _replace(self, old: nn.Module, new: nn.Module) -> None:
+        """Puts `new` wherever `old` is registered in the model (a module may have several names)."""
+        for parent in list(self.model.modules()):
+            if parent is new or isinstance(parent, BaseTunerLayer):
+                continue
+            for name, child in list(parent._modules.items()):
+                if child is old:
+                    parent._modules[name] = new
+
+    # --- switching -----------------------------------------------------------------------------
+    def _wrappers(self) -> Iterator[tuple[str, ModulesToSaveWrapper]]:
+        for name, module in self.model.named_modules():
+            if isinstance(module, ModulesToSaveWrapper):
+                yield name, module
+
+    def set_adapter(self, names: str | list[str], inference_mode: bool | None = None) -> None:
+        """Activates one adapter or several; exactly their parameters become trainable.
+
+        Args:
+            names: the adapters to activate.
+            inference_mode: freeze them as well; None leaves it to each adapter's configuration.
+        """
+        names = [names] if isinstance(names, str) else list(names)
+        for name in names:
+            self._known(name)
+        trained = [
+            name for name in names
+            if not (self.peft_config[name].inference_mode if inference_mode is None
+                    else inference_mode)
+        ]
+        self.active_adapters = names
+        if any(layer.merged for _, layer in iter_adapters(self.model)):
+            warnings.warn("adapters were merged; they are unmerged before switching", stacklevel=2)
+            self.unmerge_adapter()
+        for _, layer in iter_adapters(self.model):
+            layer.set_adapter(names, trained)
+        for _, wrapper in self._wrappers():
+            wrapper.set_adapter(names, trained)
+        for name in self.peft_config:
+            for parameter in self.bias_parameters(name).values():
+                parameter.requires_grad_(name in trained)
+
+    def _known(self, name: str) -> None:
+        if name not in self.peft_config:
+            raise ValueError(f"no adapter {name!r}; there are: {', '.join(self.peft_config)}")
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Turns all adapters and saved modules on or off."""
+        for _, layer in iter_adapters(self.model):
+            layer.enable_adapters(enabled)
+        for _, wrapper in self._wrappers():
+            wrapper.enable_adapters(enabled)
+
+    def delete_adapter(self, name: str) -> None:
+        """Removes an adapter; when it was active, the first remaining one takes its place."""
+        self._known(name)
+        for parameter in self.bias_parameters(name).values():
+            parameter.requires_grad_(False)
+        for _, layer in iter_adapters(self.model):
+            layer.delete_adapter(name)
+        for _, wrapper in self._wrappers():
+            wrapper.delete_adapter(name)
+        del self.peft_config[name]
+        left = [other for other in self.active_adapters if other != name]
+        self.set_adapter(left or list(self.peft_config)[:1])
+
+    @contextlib.contextmanager
+    def routed(self, names: list[str], tokens: Tensor | None = None) -> Iterator[None]:
+        """Within the context row i of every input goes through adapter `names[i]`.
+
+        Args:
+            names: one adapter per sample; `"__base__"` is the model without adapters.
+            tokens: packed batches: the number of tokens of each sample, (n,).
+        """
+        for name in set(names) - {BASE}:
+            self._known(name)
+        owner = torch.arange(len(names))
+        rows = owner if tokens is None else owner.repeat_interleave(tokens.cpu())
+        device = next(self.model.parameters()).device
+
+        def routes(owners: Tensor) -> list[tuple[str, Tensor]]:
+            return [
+                (name, torch.isin(owners, torch.tensor(
+                    [i for i, other in enumerate(names) if other == name])).nonzero()[:, 0].to(device))
+                for name in dict.fromkeys(names)
+            ]
+
+        layers = [layer for _, layer in iter_adapters(self.model)]
+        wrappers = [wrapper for _, wrapper in self._wrappers()]
+        try:
+            for layer in layers:
+                layer.route(routes(rows))
+            for wrapper in wrappers:
+                wrapper.routes = routes(owner)
+            yield
+        finally:
+            for layer in layers:
+                layer._routes = None
+                layer.rebind()
+            for wrapper in wrappers:
+                wrapper.routes = None
+
+    # --- merging -------------------------------------------------------------------------------
+    def tied_with(self, layer: BaseTunerLayer) -> list[str]:
+        """Names of other modules that use the very weight `layer` wraps."""
+        weight = layer.base_layer.weight
+        return [
+            name
+            for name, module in self.model.named_modules()
+            if module is not layer.base_layer and module._parameters.get("weight") is weight
+        ]
+
+    def merge_adapter(
+        self, names: list[str] | None = None, keep: bool = True, untie: bool = False
+    ) -> None:
+        """Folds adapters (default: the active ones) into the base weights.
+
+        Args:
+            names: adapters to fold in.
+            keep: keep every original weight, so that `unmerge_adapter` is exact.
+            untie: give an adapted weight that other modules share a copy of its own first.
+
+        Raises:
+            ValueError: an adapted weight is shared with a module the adapter does not act on.
+        """
+        wanted = self.active_adapters if names is None else list(names)
+        for name in wanted:
+            self._known(name)
+        layers = [(n, layer) for n, layer in iter_adapters(self.model)
+                  if set(wanted) & set(layer.adapters)]
+        for name, layer in layers:
+            shared = self.tied_with(layer)
+            if shared and not untie:
+                raise ValueError(
+                    f"{name!r} shares its weight with {', '.join(shared)}: merging would change "
+                    "both. Keep the adapter unmerged, or merge with untie=True, which gives "
+                    f"{name!r} a weight of its own (and sets config.tie_word_embeddings=False)"
+                )
+            if shared:
+                layer.base_layer.weight = nn.Parameter(
+                    layer.base_layer.weight.detach().clone(), requires_grad=False)
+                if hasattr(getattr(self.model, "config", None), "tie_word_embeddings"):
+                    self.model.config.tie_word_embeddings = False
+        lost = {name: layer.merge(wanted, keep=keep) for name, layer in layers}
+        worst = max(lost, key=lost.__getitem__, default=None)
+        if worst is not None and lost[worst] > 1e-2:
+            warnings.warn(
+                f"merging rounded away {100 * lost[worst]:.1f} % of the increment of {worst} (the "
+                "base is in low precision); for an exact merge load the base in float32",
+                stacklevel=3,
+            )
+
+    def unmerge_adapter(self) -> None:
+        """Puts the original weights back, bit for bit."""
+        for _, layer in iter_adapters(self.model):
+            layer.unmerge()
+
+    def unload(self) -> nn.Module:
+        """Takes every wrapper out and returns the plain model, with the base weights as they are.
+
+        Saved modules (the task head) stay: the active adapter's copy replaces the original.
+        """
+        for _, layer in list(iter_adapters(self.model)):
+            if not layer.merged:
+                layer.restore_base()
+            self._replace(layer, layer.base_layer)
+        for _, wrapper in list(self._wrappers()):
+            self._replace(wrapper, wrapper.current_module())
+        self.model.__dict__.pop("_injecting_tuners", None)
+        return self.model
+
+    # --- parameters ----------------------------------------------------------------------------
+    def bias_parameters(self, adapter: str) -> dict[str, nn.Parameter]:
+        """Biases of the base model that this adapter trains (`bias="all"|"lora_only"`)."""
+        mode = getattr(self.peft_config[adapter], "bias", "none")
+        if mode == "none":
+            return {}
+        if mode == "all":
+            adapters = {
+                id(p) for _, layer in iter_adapters(self.model) for p in layer.adapter_parameters()}
+            saved = {id(p) for _, wrapper in self._wrappers() for p in wrapper.parameters()}
+            found = {
+                name: p for name, p in self.model.named_parameters()
+                if name.rsplit(".", 1)[-1] == "bias" and id(p) not in adapters | saved
+            }
+        else:
+            found = {
+                f"{name}.base_layer.bias": layer.base_layer.bias
+                for name, layer in iter_adapters(self.model)
+                if adapter in layer.adapters and getattr(layer.base_layer, "bias", None) is not None
+            }
+        half = [name for name, p in found.items() if p.dtype in (torch.float16, torch.bfloat16)]
+        if half:
+            raise ValueError(f"bias={mode!r}: {half[0]} is {found[half[0]].dtype}, and what is "
+                             "trained must be float32; load the base in float32, or use bias='none'")
+        return found
+
+    def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """Named optimiser groups of the trainable parameters: the tuner's own, `decay`, `no_decay`.
+
+        Biases and normalisation weights are not decayed.
+        """
+        special = self.special_groups(lr, weight_decay)
+        taken = {id(p) for group in special for p in group["params"]}
+        decay, plain = [], []
+        for module in self.model.modules():
+            norm = type(module).__name__.endswith("Norm") or isinstance(module, nn.LayerNorm)
+            for name, p in module.named_parameters(recurse=False):
+                if p.requires_grad and id(p) not in taken:
+                    taken.add(id(p))
+                    (plain if norm or name == "bias" else decay).append(p)
+        groups = [
+            {"params": decay, "name": "decay", "lr": lr, "weight_decay": weight_decay},
+            {"params": plain, "name": "no_decay", "lr": lr, "weight_decay": 0.0},
+        ]
+        return [*special, *(group for group in groups if group["params"])]

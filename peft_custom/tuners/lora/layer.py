@@ -1,0 +1,326 @@
+"""LoRA on a layer: y = base(x) + s·B(A(dropout(x))), s = α/r or α/√r (Hu et al. 2021, eq. 3).
+
+| base | A | B |
+|---|---|---|
+| `nn.Linear`, `Conv1D` | `lora_A.<adapter>.weight` (r, in) | `lora_B.<adapter>.weight` (out, r) |
+| `nn.Embedding` | `lora_embedding_A.<adapter>` (r, num) | `lora_embedding_B.<adapter>` (dim, r) |
+| `nn.Conv2d` | `lora_A.<adapter>.weight` (r, in, kh, kw) | `lora_B.<adapter>.weight` (out, r, 1, 1) |
+
+A and B are fp32 whatever the base's dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from loralib import functional as lora
+
+from ..targets import is_conv1d
+from ..tuner_layer import BaseTunerLayer
+from .pissa import principal_factors
+
+
+class Factor(nn.Module):
+    """One low-rank factor: a module with a `weight`, so that its name ends in `.weight`."""
+
+    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=device))
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}"
+
+
+class LoraLayer(BaseTunerLayer):
+    """What the kinds of base layer share: ranks, scalings, initialisation."""
+
+    adapter_containers: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.lora_dropout: dict[str, float] = {}
+        self._rslora: dict[str, bool] = {}
+        self._scaling: dict[str, float] = {}
+        # PiSSA took s·B₀A₀ out of the base weight; kept to put it back, per adapter.
+        self._taken_out: dict[str, tuple[Tensor, Tensor, float]] = {}
+        self._make_containers()
+
+    def _make_containers(self) -> None:
+        self.lora_A = nn.ModuleDict()
+        self.lora_B = nn.ModuleDict()
+
+    def _create(self, adapter: str, r: int) -> None:
+        """Adds zero factors of rank r."""
+        raise NotImplementedError
+
+    def factors(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """A and B of one adapter, as parameters."""
+        return self.lora_A[adapter].weight, self.lora_B[adapter].weight
+
+    @property
+    def scaling(self) -> Mapping[str, float]:
+        """s by adapter, read-only: change it with `set_scale`."""
+        return MappingProxyType(self._scaling)
+
+    def set_scale(self, adapter: str, factor: float) -> None:
+        """Multiplies the adapter's own scale α/r (or α/√r) by `factor`."""
+        divisor = self.r[adapter] ** (0.5 if self._rslora[adapter] else 1.0)
+        self._scaling[adapter] = factor * self.lora_alpha[adapter] / divisor
+        self.rebind()
+
+    def add_adapter(
+        self,
+        adapter: str,
+        r: int,
+        lora_alpha: float,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        init_lora_weights: bool | str = True,
+    ) -> None:
+        """Creates and initialises adapter `adapter` of rank r."""
+        self._create(adapter, r)
+        self.r[adapter] = r
+        self.lora_alpha[adapter] = lora_alpha
+        self.lora_dropout[adapter] = lora_dropout
+        self._rslora[adapter] = use_rslora
+        self.set_scale(adapter, 1.0)
+        self.initialise(adapter, init_lora_weights)
+
+    @torch.no_grad()
+    def initialise(self, adapter: str, init: bool | str) -> None:
+        """Draws A and B as `LoraConfig.init_lora_weights` says."""
+        A, B = self.factors(adapter)
+        bound = 1.0 / math.sqrt(A[0].numel())  # kaiming_uniform(a=√5)
+        if isinstance(init, str) and init.startswith("pissa"):
+            self._initialise_pissa(adapter, init)
+            return
+        if init == "gaussian":
+            A.normal_(0.0, 1.0 / self.r[adapter])
+        else:
+            A.uniform_(-bound, bound)
+        if init is False:
+            B.uniform_(-1.0 / math.sqrt(self.r[adapter]), 1.0 / math.sqrt(self.r[adapter]))
+
+    def _initialise_pissa(self, adapter: str, init: str) -> None:
+        raise ValueError(
+            f"init_lora_weights={init!r} is for linear layers, not {type(self.base_layer).__name__}"
+        )
+
+    def delete_adapter(self, name: str) -> None:
+        super().delete_adapter(name)
+        for values in (
+            self.r, self.lora_alpha, self.lora_dropout, self._rslora, self._scaling
+        ):
+            values.pop(name, None)
+
+    def dropout_now(self, adapter: str) -> float:
+        """The dropout probability in force."""
+        return self.lora_dropout[adapter] if self.training else 0.0
+
+
+class Linear(LoraLayer):
+    """LoRA on `nn.Linear` or Hugging Face's `Conv1D` (whose weight is stored (in, out))."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        self.fan_in_fan_out = is_conv1d(base_layer) or bool(
+            getattr(base_layer, "fan_in_fan_out", False)
+        )
+        rows, columns = base_layer.weight.shape
+        self.out_features, self.in_features = (
+            (columns, rows) if self.fan_in_fan_out else (rows, columns)
+        )
+
+    def _create(self, adapter: str, r: int) -> None:
+        device = self.base_layer.weight.device
+        self.lora_A[adapter] = Factor((r, self.in_features), device)
+        self.lora_B[adapter] = Factor((self.out_features, r), device)
+
+    def _fused(self) -> bool:
+        """Whether calling the base module is nothing but x Wᵀ + b with a frozen W."""
+        base = self.base_layer
+        plain = type(base).forward is nn.Linear.forward or is_conv1d(base)
+        return plain and "forward" not in base.__dict__ and not base.weight.requires_grad
+
+    def bind(self, adapter: str) -> Any:
+        """(fused?, A, B, scaling, dropout, bias trained?): all that `forward_one` reads."""
+        if any(other != adapter for other in self._taken_out):
+            return None  # another adapter's PiSSA residual has to be added back
+        base = self.base_layer
+        trained_bias = base.bias is not None and base.bias.requires_grad
+        A, B = self.lora_A[adapter], self.lora_B[adapter]
+        return (self._fused(), A, B, self._scaling[adapter], self.lora_dropout[adapter], trained_bias)
+
+    def forward_one(self, x: Tensor, bound: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """x Wᵀ + b + s·drop(x)AᵀBᵀ, in one fused map where the base layer is a plain one."""
+        fused, A, B, scaling, p, trained_bias = bound
+        base = self.base_layer
+        p = p if self.training else 0.0
+        if not fused or base._forward_hooks or base._forward_pre_hooks or base._backward_hooks:
+            out = base(x, *args, **kwargs)
+            return out + lora.lora_update(x, A.weight, B.weight, scaling, p).to(out.dtype)
+        if trained_bias:
+            out = lora.lora_linear(
+                x, base.weight, None, A.weight, B.weight, scaling, p, self.fan_in_fan_out
+            )
+            return out + base.bias.to(out.dtype)
+        return lora.lora_linear(
+            x, base.weight, base.bias, A.weight, B.weight, scaling, p, self.fan_in_fan_out
+        )
+
+    def increment(self, x: Tensor, adapter: str) -> Tensor:
+        A, B = self.factors(adapter)
+        return lora.lora_update(x, A, B, self._scaling[adapter], self.dropout_now(adapter))
+
+    def forward_several(
+        self, x: Tensor, adapters: tuple[str, ...], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        out = super().forward_several(x, adapters, *args, **kwargs)
+        for adapter, (A, B, scaling) in self._taken_out.items():
+            if adapter not in adapters:  # without its PiSSA adapter the layer is the original one
+                out = out + lora.lora_update(x, A, B, scaling).to(out.dtype)
+        return out
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        A, B = self.factors(adapter)
+        return lora.delta_weight(A, B, self._scaling[adapter], self.fan_in_fan_out)
+
+    def merged_weight(self, names: list[str]) -> Tensor:
+        total = super().merged_weight(names)
+        for adapter, (A, B, scaling) in self._taken_out.items():
+            if adapter not in names:
+                total += lora.delta_weight(A, B, scaling, self.fan_in_fan_out).to(total)
+        return total
+
+    def _initialise_pissa(self, adapter: str, init: str) -> None:
+        base = self.base_layer.weight
+        if base.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"init_lora_weights={init!r} splits the base weight, which {base.dtype} cannot hold "
+                "exactly; load the base in float32"
+            )
+        if self._taken_out or self.merged:
+            raise ValueError("PiSSA starts from the original weight: no second PiSSA adapter, and "
+                             "no merged one, on the same layer")
+        A, B = self.factors(adapter)
+        weight = base.detach().T if self.fan_in_fan_out else base.detach()
+        scaling = self._scaling[adapter]
+        A0, B0 = principal_factors(weight, self.r[adapter], scaling, init)
+        A.copy_(A0)
+        B.copy_(B0)
+        self._taken_out[adapter] = (A0.float(), B0.float(), scaling)
+        base.data -= lora.delta_weight(A, B, scaling, self.fan_in_fan_out).to(base)
+
+    @torch.no_grad()
+    def restore_base(self, adapter: str | None = None) -> None:
+        for name in [adapter] if adapter is not None else list(self._taken_out):
+            if name in self._taken_out:
+                A, B, scaling = self._taken_out.pop(name)
+                self.base_layer.weight.data += lora.delta_weight(
+                    A, B, scaling, self.fan_in_fan_out
+                ).to(self.base_layer.weight)
+
+    def initial_factors(self, adapter: str) -> tuple[Tensor, Tensor, float] | None:
+        """(A₀, B₀, s) that PiSSA took out of the base weight for this adapter."""
+        return self._taken_out.get(adapter)
+
+
+class Embedding(LoraLayer):
+    """LoRA on `nn.Embedding`: row i of the table plus s·B A[:, i]. A starts at 0, B at N(0, 1)."""
+
+    adapter_containers: ClassVar[tuple[str, ...]] = ("lora_embedding_A", "lora_embedding_B")
+
+    def _make_containers(self) -> None:
+        self.lora_embedding_A = nn.ParameterDict()
+        self.lora_embedding_B = nn.ParameterDict()
+
+    def factors(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
+        return self.lora_embedding_A[adapter], self.lora_embedding_B[adapter]
+
+    def _create(self, adapter: str, r: int) -> None:
+        base = self.base_layer
+        fp32 = {"dtype": torch.float32, "device": base.weight.device}
+        self.lora_embedding_A[adapter] = nn.Parameter(torch.zeros(r, base.num_embeddings, **fp32))
+        self.lora_embedding_B[adapter] = nn.Parameter(torch.zeros(base.embedding_dim, r, **fp32))
+
+    @torch.no_grad()
+    def initialise(self, adapter: str, init: bool | str) -> None:
+        A, B = self.factors(adapter)
+        if isinstance(init, str) and init.startswith("pissa"):
+            self._initialise_pissa(adapter, init)
+        B.normal_()
+        if init is False:
+            A.normal_()
+
+    def bind(self, adapter: str) -> Any:
+        """(A, B, scaling)."""
+        return (*self.factors(adapter), self._scaling[adapter])
+
+    def forward_one(self, x: Tensor, bound: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Looked-up row plus its low-rank correction."""
+        A, B, scaling = bound
+        out = self.base_layer(x)
+        return out + self._lookup(x, A, B, scaling).to(out.dtype)
+
+    def _lookup(self, ids: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+        base = self.base_layer
+        rows = F.embedding(ids, A.T, padding_idx=base.padding_idx)  # (..., r)
+        return (rows @ B.T) * scaling  # (..., dim)
+
+    def increment(self, x: Tensor, adapter: str) -> Tensor:
+        return self._lookup(x, *self.factors(adapter), self._scaling[adapter])
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        A, B = self.factors(adapter)
+        return lora.delta_weight(A, B, self._scaling[adapter], True)  # (num, dim)
+
+    @property
+    def num_embeddings(self) -> int:
+        return self.base_layer.num_embeddings
+
+    @property
+    def padding_idx(self) -> int | None:
+        return self.base_layer.padding_idx
+
+
+class Conv2d(LoraLayer):
+    """LoRA on `nn.Conv2d`: a convolution to r channels with the base's geometry, then 1×1."""
+
+    def _create(self, adapter: str, r: int) -> None:
+        base = self.base_layer
+        device = base.weight.device
+        self.lora_A[adapter] = Factor((r, base.in_channels, *base.kernel_size), device)
+        self.lora_B[adapter] = Factor((base.out_channels, r, 1, 1), device)
+
+    def increment(self, x: Tensor, adapter: str) -> Tensor:
+        A, B = self.factors(adapter)
+        base = self.base_layer
+        p = self.dropout_now(adapter)
+        x = F.dropout(x.to(A.dtype), p) if p > 0.0 else x.to(A.dtype)
+        if base.padding_mode != "zeros":
+            x = F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode)
+        padding = base.padding if base.padding_mode == "zeros" else 0
+        hidden = F.conv2d(x, A, None, base.stride, padding, base.dilation)  # (n, r, h', w')
+        return F.conv2d(hidden, B) * self._scaling[adapter]
+
+    def bind(self, adapter: str) -> Any:
+        """The adapter's name: a convolution is heavy enough for `increment` to serve."""
+        return adapter
+
+    def forward_one(self, x: Tensor, bound: Any, *args: Any, **kwargs: Any) -> Tensor:
+        out = self.base_layer(x)
+        return out + self.increment(x, bound).to(out.dtype)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        A, B = self.factors(adapter)
+        delta = lora.delta_weight(A.flatten(1), B.flatten(1), self._scaling[adapter])
+        return delta.view(self.base_layer.weight.shape)  # (out, in, kh, kw)

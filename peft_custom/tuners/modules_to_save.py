@@ -1,0 +1,107 @@
+"""Modules trained in full beside an adapter: one copy per adapter, the original kept aside."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Routes = list[tuple[str, Tensor]]  # (adapter name or BASE, indices of its rows)
+BASE = "__base__"
+
+
+class ModulesToSaveWrapper(nn.Module):
+    """Holds `original_module` (frozen) and `modules_to_save[adapter]` (trained copies, in fp32)."""
+
+    def __init__(self, original_module: nn.Module) -> None:
+        super().__init__()
+        self.original_module = original_module
+        self.modules_to_save = nn.ModuleDict()
+        self.active_adapter: str | None = None
+        self.adapters_enabled = True
+        self.routes: Routes | None = None
+        self._current: tuple[nn.Module] = (original_module,)  # in a tuple: not a second registration
+
+    def add_adapter(self, name: str) -> None:
+        """Copies the original module for adapter `name`; floating parameters become fp32."""
+        self.original_module.requires_grad_(False)
+        fresh = copy.deepcopy(self.original_module)
+        for tensor in [*fresh.parameters(), *fresh.buffers()]:
+            if tensor.dtype in (torch.float16, torch.bfloat16):
+                tensor.data = tensor.data.float()
+        self.modules_to_save[name] = fresh
+        self._bind()
+
+    def delete_adapter(self, name: str) -> None:
+        """Forgets adapter `name`'s copy, if there is one."""
+        if name in self.modules_to_save:
+            del self.modules_to_save[name]
+        if self.active_adapter == name:
+            self.active_adapter = None
+        self._bind()
+
+    def set_adapter(self, names: list[str], trainable: list[str] | None = None) -> None:
+        """Puts the copy that one of `names` has here into use; `trainable` ones get gradients."""
+        present = [name for name in names if name in self.modules_to_save]
+        if len(present) > 1:
+            raise ValueError(
+                f"adapters {present} each bring their own copy of this module; only one of them "
+                "can be active"
+            )
+        self.active_adapter = present[0] if present else None
+        for name, module in self.modules_to_save.items():
+            module.requires_grad_(name in (names if trainable is None else trainable))
+        self._bind()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Chooses between the active copy and the original module."""
+        self.adapters_enabled = enabled
+        self._bind()
+
+    def current_module(self) -> nn.Module:
+        """The module that computes at present."""
+        return self._current[0]
+
+    def _bind(self) -> None:
+        use = self.adapters_enabled and self.active_adapter is not None
+        self._current = (
+            self.modules_to_save[self.active_adapter] if use else self.original_module,
+        )
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight in use (models look at `classifier.weight` for its dtype)."""
+        return self.current_module().weight
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the active copy, or each row through the copy of its own adapter."""
+        if self.routes is not None:
+            return self._forward_routed(*args, **kwargs)
+        return run_in_own_dtype(self._current[0], args, kwargs)
+
+    def _forward_routed(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        out: Tensor | None = None
+        for name, rows in self.routes or []:
+            module = self.modules_to_save[name] if name in self.modules_to_save else None
+            part = run_in_own_dtype(module or self.original_module, (x[rows], *args), kwargs)
+            if not isinstance(part, Tensor):
+                raise TypeError("mixed batches need saved modules that return one tensor")
+            if out is None:
+                out = part.new_empty((x.shape[0], *part.shape[1:]))
+            out[rows] = part
+        assert out is not None
+        return out
+
+
+def run_in_own_dtype(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Calls `module`, its floating inputs cast to its parameters' dtype (a fp32 head on a bf16 body)."""
+    weight = next(module.parameters(), None)
+    if weight is None or not args or not isinstance(args[0], Tensor):
+        return module(*args, **kwargs)
+    x = args[0]
+    if x.dtype != weight.dtype and x.is_floating_point() and weight.is_floating_point():
+        if not torch.is_autocast_enabled(x.device.type):
+            args = (x.to(weight.dtype), *args[1:])
+    return module(*args, **kwargs)

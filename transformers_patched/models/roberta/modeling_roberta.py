@@ -1,8 +1,9 @@
 """RoBERTa, made to be edited: one class per screen, from the linear layer at the top to the heads.
 
 Module and parameter names are those of Hugging Face checkpoints, so that their weights load here
-and these weights load there. Hidden states are (*tokens, H), where the tokens of a batch are padded,
-(B, L), or packed without padding, (T,); a `Layout` knows which, and the same lines serve both.
+and these weights load there. Hidden states are (*tokens, H), where the tokens of a batch are
+padded, (B, L), or packed without padding, (T,); a `Layout` knows which, and the same lines serve
+both.
 """
 
 from __future__ import annotations
@@ -200,7 +201,7 @@ class RobertaLayer(nn.Module):
 
 
 class RobertaEncoder(nn.Module):
-    """The stack of layers; returns the last state, all states, and all attention weights."""
+    """The stack of layers; returns the last state and, where asked, all states and weights."""
 
     def __init__(self, config: RobertaConfig) -> None:
         super().__init__()
@@ -208,8 +209,8 @@ class RobertaEncoder(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(
-        self, hidden: Tensor, layout: Layout, output_attentions: bool
-    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        self, hidden: Tensor, layout: Layout, output_attentions: bool, output_states: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
         states, attentions = [hidden], []
         for layer in self.layer:
             if self.gradient_checkpointing and self.training:
@@ -218,9 +219,14 @@ class RobertaEncoder(nn.Module):
                 )
             else:
                 hidden, weights = layer(hidden, layout, output_attentions)
-            states.append(hidden)
+            if output_states:
+                states.append(hidden)
             attentions.append(weights)
-        return hidden, tuple(states), tuple(attentions)
+        return (
+            hidden,
+            tuple(states) if output_states else None,
+            tuple(attentions) if output_attentions else None,
+        )
 
 
 class RobertaPooler(nn.Module):
@@ -275,12 +281,12 @@ class RobertaModel(RobertaPreTrainedModel):
         want_attentions = self.asked_for("output_attentions", output_attentions)
         want_states = self.asked_for("output_hidden_states", output_hidden_states)
         hidden = self.embeddings(layout, input_ids, token_type_ids, position_ids, inputs_embeds)
-        hidden, states, attentions = self.encoder(hidden, layout, want_attentions)
+        hidden, states, attentions = self.encoder(hidden, layout, want_attentions, want_states)
         output = BaseModelOutputWithPooling(
             last_hidden_state=hidden,
             pooler_output=None if self.pooler is None else self.pooler(hidden, layout),
-            hidden_states=states if want_states else None,
-            attentions=attentions if want_attentions else None,
+            hidden_states=states,
+            attentions=attentions,
         )
         return self.result(output, return_dict)
 

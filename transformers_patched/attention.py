@@ -20,7 +20,19 @@ from transformers_patched.dropout import (
 )
 from transformers_patched.layout import HeadPlan, Layout
 
-FUSED_FROM = 512
+# The longest sequences for which batched products serve on a CPU, from benchmarks/attention.py
+# (forward + backward in ms on 2 cores with AMX, 12 heads, products / fused kernel):
+#
+#     tokens                       bf16, d 64     bf16, d 32     fp32, d 64     fp32, d 32
+#     packed, 16 of 25 to 90        7.8 / 36.7     5.0 / 29.4     8.9 / 16.1     5.0 /  8.3
+#     packed, 4 of 128 to 256       6.6 / 18.0     5.2 / 15.0     9.4 / 15.9     7.0 /  9.4
+#     packed, 4 of 256 to 512      19.3 / 42.1    13.9 / 30.6    36.6 / 42.7    24.8 / 25.0
+#     padded, 4 of 256              8.5 / 18.0     6.9 / 15.0    14.9 / 15.9    10.2 /  9.4
+#     padded, 4 of 512             31.6 / 42.1    27.2 / 30.6    67.1 / 42.7    55.6 / 25.0
+#
+# Beyond, the L² scores also cost memory. The fused kernel has no dropout on a CPU.
+LONGEST_PRODUCTS = 512
+LONGEST_PRODUCTS_PADDED_FP32 = 256
 
 
 def attention(
@@ -38,9 +50,11 @@ def attention(
     Returns:
         The context, of the shape of `query`. Sequences without any real token get zeros.
     """
-    layout.check_tokens(query, "query")
+    _check_shapes(query, key, value, layout)
     if query.device.type == "cpu" and not torch.compiler.is_compiling():
-        if p > 0.0 or layout.length < FUSED_FROM:
+        wide_rectangle = not layout.is_packed and query.dtype == torch.float32
+        longest = LONGEST_PRODUCTS_PADDED_FP32 if wide_rectangle else LONGEST_PRODUCTS
+        if p > 0.0 or layout.length <= longest:
             plan = layout.head_plan(query.shape[-2])
             return _clear_empty(_BatchedProducts.apply(query, key, value, plan, p), layout)
     if query.is_cuda and layout.is_packed and p == 0.0 and _varlen_takes(query):
@@ -49,10 +63,19 @@ def attention(
 
 
 def attention_probabilities(query: Tensor, key: Tensor, layout: Layout) -> Tensor:
-    """softmax(Q Kᵀ / sqrt(d)) as (B, heads, L, L), padded whatever the layout; zero at padding keys."""
+    """softmax(Q Kᵀ / sqrt(d)) as (B, heads, L, L), padded whatever the layout."""
     layout.check_tokens(query, "query")
     q, k = (layout.pad(x).transpose(1, 2) for x in (query, key))
     return _clear_empty(_probabilities(q, k, layout.bias(q.dtype)), layout)
+
+
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> None:
+    layout.check_tokens(query, "query")
+    if key.shape != query.shape or value.shape != query.shape:
+        raise ValueError(
+            "query, key and value must have one shape (*tokens, heads, head size), not "
+            f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
+        )
 
 
 # ---------------------------------------------------------------------- torch's fused kernels
@@ -162,31 +185,36 @@ def _grouped_softmax(q: Tensor, k: Tensor, plan: HeadPlan) -> Tensor:
     A softmax may be shifted by any constant. Shifting by the row maximum guards against overflow,
     but in bf16 it costs twice the exponential itself. So the exponentials are taken unshifted, and
     only where a row sum then leaves the safe range is everything done again with the shift.
+    They are taken to the base 2, with log2(e) in the factor of the product: the fp32 library's exp
+    is ten times slower where it underflows, as it does at every padding key.
     """
+    s = 1.0 / math.sqrt(q.shape[-1])
     flat = q.new_empty(plan.num_scores)
     squares = [group.squares(flat) for group in plan.groups]
-    _grouped_scores(q, k, plan, squares)
     if q.dtype != torch.float16:  # its range is too small
-        flat.exp_()
+        _grouped_scores(q, k, plan, s * math.log2(math.e), squares)
+        flat.exp2_()
         sums = [x.sum(-1, keepdim=True) for x in squares]
         if all(_in_range(x) for x in sums):
             for x, total in zip(squares, sums, strict=True):
                 x.div_(total)
             return flat
-        _grouped_scores(q, k, plan, squares)
+    _grouped_scores(q, k, plan, s, squares)
     for x in squares:
         x.copy_(torch.softmax(x, dim=-1))
     return flat
 
 
-def _grouped_scores(q: Tensor, k: Tensor, plan: HeadPlan, out: list[Tensor]) -> None:
-    s = 1.0 / math.sqrt(q.shape[-1])
+def _grouped_scores(
+    q: Tensor, k: Tensor, plan: HeadPlan, factor: float, out: list[Tensor]
+) -> None:
+    """out = factor · Q Kᵀ + bias for every group."""
     for group, bias, scores in zip(plan.groups, plan.biases(q.dtype), out, strict=True):
         a, b = group.matrices(q), group.matrices(k).transpose(1, 2)
         if bias is None:
-            _product(a, b, s, scores)
+            _product(a, b, factor, scores)
         else:
-            torch.baddbmm(bias, a, b, alpha=s, out=scores)
+            torch.baddbmm(bias, a, b, alpha=factor, out=scores)
 
 
 def _in_range(sums: Tensor) -> bool:

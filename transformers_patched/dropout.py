@@ -1,14 +1,14 @@
 """Dropout whose mask is drawn from random machine words, many elements at a time.
 
-Drawing one Bernoulli number per element costs more on a CPU than the matrix product beside it. Here a
-64-bit random word serves eight elements: each of its bytes, uniform over 256 values, drops its
-element in k of them, so that
+Drawing one Bernoulli number per element costs more on a CPU than the matrix product beside it.
+Here a 64-bit random word serves eight elements: each of its bytes, uniform over 256 values, drops
+its element in k of them, so that
 
     P(drop) = k / 256,    y = keep * x / (1 - k / 256),    k = round(256 p)
 
 The probability in force is therefore p to the nearest 1/256: Hugging Face's default 0.1 becomes
-26/256 = 0.1016, and the scale is that of the probability in force, so E[y] = x exactly. Where a byte
-would be off by more than 5 % of p (p = 0.01, say), elements are drawn from 16-bit words instead.
+26/256 = 0.1016, and the scale is that of the probability in force, so E[y] = x exactly. Where a
+byte would be off by more than 5 % of p (p = 0.01, say), elements take 16-bit words instead.
 
 The mask is kept as one byte per element, 0 or -1, and applied by a bitwise *and*: widened with its
 sign, -1 is all ones and leaves a float as it is, while 0 clears every bit. Four to five times as

@@ -1,8 +1,8 @@
 """Where the tokens of a batch are: padded to a rectangle, or packed one after the other.
 
-A `Layout` is made once per forward pass and handed to every layer. It holds what attention needs to
-know and would otherwise work out again in each layer: the mask in every form and dtype asked for, and
-for packed tokens the row maps between the packed (T, ...) and the padded (B, L, ...) form.
+A `Layout` is made once per forward pass and handed to every layer. It holds what attention needs
+to know and would otherwise work out again in each layer: the mask in every form and dtype asked
+for, and for packed tokens the row maps between the packed (T, ...) and the padded (B, L, ...) form.
 
 Both directions of such a move are one `index_select`, in the backward pass too: every token occurs
 exactly once, so no gradient is ever added up.
@@ -34,7 +34,7 @@ class Layout:
         device: Where the tokens are.
         key_mask: (B, L) bool, True at real tokens of the padded form; None where all are real.
         nonempty: (B,) bool, False at sequences without any real token; None where there are none.
-        cu_seqlens: (B + 1,) int32, where each packed sequence starts and the last ends; None padded.
+        cu_seqlens: (B + 1,) int32, where each packed sequence starts, and the end; None padded.
     """
 
     def __init__(
@@ -93,12 +93,14 @@ class Layout:
                 f"not {attention_mask.dtype}"
             )
         mask = attention_mask.to(device=device, dtype=torch.bool)
-        # Looking at the values is free on a CPU; elsewhere it would stall the launch of every kernel.
-        if device.type == "cpu" and bool(mask.all()):
+        # Looking at the values is free on a CPU; elsewhere it would stall the launch of every
+        # kernel, and break a compiled graph.
+        look = device.type == "cpu" and not torch.compiler.is_compiling()
+        if look and bool(mask.all()):
             return cls(batch, length, batch * length, device, None)
         layout = cls(batch, length, batch * length, device, mask)
         nonempty = mask.any(dim=1)
-        if device.type != "cpu" or not bool(nonempty.all()):
+        if not (look and bool(nonempty.all())):
             layout.nonempty = nonempty
         return layout
 
@@ -192,7 +194,7 @@ class Layout:
         return _MoveRows.apply(x.flatten(0, 1), back, forth, None, self._holes())
 
     def _token_rows(self) -> tuple[Tensor, Tensor]:
-        """(B·L,) packed row of each padded row (0 at padding), and (T,) padded row of each token."""
+        """(B·L,) packed row of each padded row, 0 at padding; (T,) padded row of each token."""
         if self._rows is None:
             starts = self.cu_seqlens[:-1].long()
             forth = starts[:, None] + torch.arange(self.length, device=self.device)  # (B, L)
@@ -218,7 +220,7 @@ class Layout:
     # ------------------------------------------------------------------ masks for attention
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
-        """(B, 1, 1, L) in `dtype`, added to the scores: 0 at real keys, the lowest number elsewhere."""
+        """(B, 1, 1, L), added to the scores: 0 at real keys, the lowest of `dtype` elsewhere."""
         if self.key_mask is None:
             return None
         if dtype not in self._bias:
@@ -269,24 +271,26 @@ class Group:
     Attributes:
         count: Products in the batch: sequences of the group times heads.
         length: L, the length of the longest of them.
-        rows: Where the group's count·L rows of d numbers are among all rows.
-        scores: Where its count·L·L scores are among all scores.
+        row: Where the group's count·L rows of d numbers start among all rows.
+        score: Where its count·L·L scores start among all scores.
         bias: (count, 1, L) fp32, 0 at real keys and the lowest bf16 number elsewhere, or None.
     """
 
     count: int
     length: int
-    rows: slice
-    scores: slice
+    row: int
+    score: int
     bias: Tensor | None
 
     def matrices(self, x: Tensor) -> Tensor:
-        """This group's (count, L, d) among all rows (rows, d)."""
-        return x[self.rows].view(self.count, self.length, -1)
+        """This group's (count, L, d) among all rows (rows, d), which are contiguous."""
+        n, d = self.length, x.shape[1]
+        return x.as_strided((self.count, n, d), (n * d, d, 1), self.row * d)
 
     def squares(self, x: Tensor) -> Tensor:
         """This group's (count, L, L) among all scores (scores,)."""
-        return x[self.scores].view(self.count, self.length, self.length)
+        n = self.length
+        return x.as_strided((self.count, n, n), (n * n, n, 1), self.score)
 
 
 class HeadPlan:
@@ -306,8 +310,9 @@ class HeadPlan:
     ) -> None:
         self.heads = heads
         self.groups = groups
-        self.num_rows = groups[-1].rows.stop
-        self.num_scores = groups[-1].scores.stop
+        last = groups[-1]
+        self.num_rows = last.row + last.count * last.length
+        self.num_scores = last.score + last.count * last.length**2
         self.forth, self.back, self.holes = forth, back, holes
         self._bias: dict[torch.dtype, list[Tensor | None]] = {}
 
@@ -333,34 +338,36 @@ class HeadPlan:
         """The bias of every group in `dtype`."""
         if dtype not in self._bias:
             self._bias[dtype] = [
-                None if group.bias is None else _lowered(group.bias, dtype) for group in self.groups
+                None
+                if group.bias is None
+                else group.bias.clamp(min=max(LOWEST, torch.finfo(dtype).min)).to(dtype)
+                for group in self.groups
             ]
         return self._bias[dtype]
 
 
-def _lowered(bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """`bias` in `dtype`, finite also where that has less range than bf16."""
-    return bias.clamp(min=torch.finfo(dtype).min).to(dtype)
+def _key_bias(real: Tensor, heads: int) -> Tensor:
+    """(n, 1, L) bool, True at real keys, to (n·heads, 1, L) fp32: 0 there and LOWEST elsewhere."""
+    return torch.zeros(real.shape).masked_fill_(~real, LOWEST).repeat_interleave(heads, dim=0)
 
 
 def _plan_padded(layout: Layout, heads: int) -> HeadPlan:
     """One group, the rectangle as it is."""
     count, length = layout.num_sequences * heads, layout.length
-    bias = layout.bias(torch.float32)
-    if bias is not None:
-        bias = bias[:, 0].repeat_interleave(heads, dim=0)  # (B·h, 1, L)
-    rows, scores = slice(0, count * length), slice(0, count * length * length)
-    return HeadPlan(heads, [Group(count, length, rows, scores, bias)], None, None, None)
+    bias = None
+    if layout.key_mask is not None:
+        bias = _key_bias(layout.key_mask[:, None], heads)
+    return HeadPlan(heads, [Group(count, length, 0, 0, bias)], None, None, None)
 
 
 def _plan_packed(cu_seqlens: Tensor, heads: int) -> HeadPlan:
-    """Sequences sorted by length and cut into groups, so that short ones do not pay for long ones."""
+    """Sequences sorted by length and cut into groups: short ones do not pay for long ones."""
     offsets = cu_seqlens.tolist()
     lengths = [end - start for start, end in zip(offsets, offsets[1:], strict=False)]
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     groups: list[Group] = []
     forth, real = [], []
-    rows = scores = 0
+    row = score = 0
     head = torch.arange(heads)[:, None]  # (h, 1)
     for members in _cut(order, lengths):
         length = lengths[members[0]]
@@ -372,12 +379,10 @@ def _plan_packed(cu_seqlens: Tensor, heads: int) -> HeadPlan:
         real.append(inside.expand(-1, heads, -1).flatten())
         bias = None
         if lengths[members[-1]] < length:
-            bias = torch.zeros(inside.shape).masked_fill_(~inside, LOWEST)
-            bias = bias.repeat_interleave(heads, dim=0)  # (members·h, 1, L)
+            bias = _key_bias(inside, heads)
         count = len(members) * heads
-        rows_end, scores_end = rows + count * length, scores + count * length**2
-        groups.append(Group(count, length, slice(rows, rows_end), slice(scores, scores_end), bias))
-        rows, scores = rows_end, scores_end
+        groups.append(Group(count, length, row, score, bias))
+        row, score = row + count * length, score + count * length**2
     there, is_real = torch.cat(forth), torch.cat(real)
     occupied = is_real.nonzero().flatten()
     back = torch.empty_like(occupied)
@@ -387,7 +392,7 @@ def _plan_packed(cu_seqlens: Tensor, heads: int) -> HeadPlan:
 
 
 def _cut(order: list[int], lengths: list[int]) -> list[list[int]]:
-    """Cuts sequences, longest first, where one falls below SHORTEST_IN_GROUP of its group's longest."""
+    """Groups sequences, longest first; one below SHORTEST_IN_GROUP of the longest opens another."""
     groups: list[list[int]] = []
     for i in order:
         if groups and lengths[i] >= SHORTEST_IN_GROUP * lengths[groups[-1][0]]:
@@ -408,7 +413,8 @@ def _check_offsets(
         if length < 1:
             what = "is empty" if length == 0 else f"ends before it starts (length {length})"
             raise ValueError(
-                f"cu_seqlens must ascend: sequence {i}, from {offsets[i]} to {offsets[i + 1]}, {what}"
+                f"cu_seqlens must ascend: sequence {i}, from {offsets[i]} to {offsets[i + 1]}, "
+                f"{what}"
             )
     if num_tokens is not None and offsets[-1] != num_tokens:
         raise ValueError(f"cu_seqlens ends at {offsets[-1]}, but there are {num_tokens} tokens")

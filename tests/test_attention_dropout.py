@@ -5,21 +5,17 @@ import math
 import pytest
 import torch
 
-from transformers_patched.dropout import (
-    Dropout,
-    dropout,
-    probability_in_force,
-    resolve,
-    scale_in_force,
-)
+from loralib.masks import scale_in_force
+from transformers_patched.dropout import Dropout, dropout
 
 COUNT = 1_000_003  # no multiple of a word
+CPU = torch.device("cpu")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize("p", [0.001, 0.01, 0.05, 0.1, 0.5, 0.9])
 def test_the_probability_in_force_is_the_stated_one(p: float) -> None:
-    force = probability_in_force(p)
+    force = 1 - 1 / scale_in_force(p, CPU)
     assert abs(force - p) <= 0.05 * p
     torch.manual_seed(0)
     y = dropout(torch.ones(COUNT), p)
@@ -28,10 +24,9 @@ def test_the_probability_in_force_is_the_stated_one(p: float) -> None:
     assert torch.allclose(y[y != 0], torch.tensor(1 / (1 - force)))
 
 
-def test_a_tenth_is_26_of_256_and_the_mean_is_kept() -> None:
-    assert resolve(0.1) == (26, 256)
-    assert resolve(0.01) == (655, 65536)
-    assert (1 - probability_in_force(0.1)) * scale_in_force(0.1) == pytest.approx(1.0, abs=1e-15)
+def test_a_tenth_is_26_of_256_and_small_probabilities_have_finer_steps() -> None:
+    assert scale_in_force(0.1, CPU) == pytest.approx(256 / 230, rel=1e-15)
+    assert scale_in_force(0.01, CPU) == pytest.approx(65536 / (65536 - 655), rel=1e-15)
 
 
 @pytest.mark.parametrize("offset", range(8))

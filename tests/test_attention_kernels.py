@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from loralib.masks import scale_in_force
 from transformers_patched import attention as module
 from transformers_patched.attention import attention, attention_probabilities
-from transformers_patched.dropout import probability_in_force
 from transformers_patched.layout import Layout
 
 LENGTHS = [3, 17, 1, 9, 16, 5, 2]
@@ -154,7 +154,7 @@ def test_dropout_acts_on_the_probabilities_at_the_rate_in_force() -> None:
     torch.manual_seed(0)
     dropped = attention(q, k, v, layout, p)
     kept = dropped != 0
-    assert torch.allclose(dropped[kept], plain[kept] / (1 - probability_in_force(p)), atol=1e-6)
+    assert torch.allclose(dropped[kept], plain[kept] * scale_in_force(p, q.device), atol=1e-6)
     count = kept.numel()
     deviation = math.sqrt(p * (1 - p) / count)
     assert abs((~kept).float().mean().item() - p) < 5 * deviation

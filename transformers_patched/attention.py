@@ -11,14 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from transformers_patched.dropout import (
-    apply_mask,
-    dropout,
-    keep_bytes,
-    scale_in_force,
-    widen,
-)
-from transformers_patched.layout import HeadPlan, Layout
+from loralib.masks import draw_mask, masked, scale_in_force
+
+from .dropout import dropout
+from .layout import HeadPlan, Layout
 
 # The longest sequences for which batched products serve on a CPU, from benchmarks/attention.py
 # (forward + backward in ms on 2 cores with AMX, 12 heads, products / fused kernel):
@@ -140,8 +136,8 @@ class _BatchedProducts(torch.autograd.Function):
         probabilities = _grouped_softmax(q, k, plan)  # (scores,)
         keep, dropped, c = None, probabilities, 1.0
         if p > 0.0:
-            keep, c = keep_bytes(plan.num_scores, p), scale_in_force(p)
-            dropped = apply_mask(probabilities, widen(keep, q.dtype))
+            keep, c = draw_mask(probabilities, p), scale_in_force(p, q.device)
+            dropped = masked(probabilities, keep)
         context = torch.empty_like(v)
         for group in plan.groups:
             _product(group.squares(dropped), group.matrices(v), c, group.matrices(context))
@@ -160,9 +156,7 @@ class _BatchedProducts(torch.autograd.Function):
             gv = group.matrices(v).transpose(1, 2)
             _product(group.matrices(g), gv, c, group.squares(dp))
         if keep is not None:
-            mask = widen(keep, q.dtype)
-            dropped = apply_mask(probabilities, mask)
-            apply_mask(dp, mask, out=dp)
+            dropped, dp = masked(probabilities, keep), masked(dp, keep)
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         for group in plan.groups:
             pd, gg = group.squares(dropped), group.matrices(g)

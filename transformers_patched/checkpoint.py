@@ -69,33 +69,18 @@ def _find_on_hub(
 ) -> Path | None:
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub import utils as hub
-    from huggingface_hub.file_download import repo_folder_name
 
-    offline = local_files_only or constants.HF_HUB_OFFLINE
-    silent = not offline and not hub_answers(constants.ENDPOINT)
-    where = f"{repo} (revision {revision})" if revision else repo
+    if local_files_only or constants.HF_HUB_OFFLINE:
+        reason = "the hub is not asked (local_files_only or HF_HUB_OFFLINE)"
+        return _find_in_cache(repo, filename, revision, reason)
+    if not hub_answers(constants.ENDPOINT):
+        reason = f"the hub at {constants.ENDPOINT} did not answer"
+        return _find_in_cache(repo, filename, revision, reason)
     try:
-        return Path(
-            hf_hub_download(
-                repo,
-                filename,
-                revision=revision,
-                local_files_only=offline or silent,
-                etag_timeout=HUB_SECONDS,
-            )
-        )
-    except hub.LocalEntryNotFoundError:
-        cached = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo, repo_type="model"))
-        if (offline or silent) and (cached / "snapshots").is_dir() and revision is None:
-            return None  # the repository is in the cache, without this file
-        if offline:
-            reason = "the hub is not asked (local_files_only or HF_HUB_OFFLINE)"
-        else:
-            reason = f"the hub at {constants.ENDPOINT} did not answer"
-        raise CheckpointError(
-            f"{where} is no folder here, it is not in the cache, and {reason}: "
-            "give a folder that holds the model"
-        ) from None
+        return Path(hf_hub_download(repo, filename, revision=revision, etag_timeout=HUB_SECONDS))
+    except hub.LocalEntryNotFoundError:  # it answered once, and then no more
+        reason = f"the hub at {constants.ENDPOINT} did not answer"
+        return _find_in_cache(repo, filename, revision, reason)
     except hub.EntryNotFoundError:
         return None
     except hub.RevisionNotFoundError:
@@ -106,7 +91,26 @@ def _find_on_hub(
             f"{constants.ENDPOINT} (a private one needs HF_TOKEN)"
         ) from None
     except (hub.HfHubHTTPError, OSError) as error:
-        raise CheckpointError(f"{where}: {filename} could not be downloaded: {error}") from None
+        raise CheckpointError(f"{repo}: {filename} could not be downloaded: {error}") from None
+
+
+def _find_in_cache(repo: str, filename: str, revision: str | None, reason: str) -> Path | None:
+    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.file_download import repo_folder_name
+
+    path = try_to_load_from_cache(repo, filename, revision=revision)
+    if isinstance(path, str):
+        return Path(path)
+    cached = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo, repo_type="model"))
+    ref = cached / "refs" / (revision or "main")
+    commit = ref.read_text().strip() if ref.is_file() else str(revision)
+    if (cached / "snapshots" / commit).is_dir():
+        return None  # the repository is in the cache, without this file
+    where = f"{repo} (revision {revision})" if revision else repo
+    raise CheckpointError(
+        f"{where} is no folder here, it is not in the cache, and {reason}: "
+        "give a folder that holds the model"
+    )
 
 
 @lru_cache(maxsize=8)

@@ -1,7 +1,7 @@
 """Adapters in existing models: PEFT's interface and files, on any `nn.Module`.
 
-    from peft_custom import LoraConfig, get_peft_model
-    model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=8, target_modules="all-linear"))
+from peft_custom import LoraConfig, get_peft_model
+model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=8, target_modules="all-linear"))
 """
 
 from . import tuners

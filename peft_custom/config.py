@@ -24,7 +24,7 @@ CONFIG_CLASSES: dict[str, type[PeftConfig]] = {}  # peft_type -> class, filled b
 
 
 class TaskType(str, enum.Enum):
-    """What the wrapped model is trained for; chooses the `PeftModelFor…` class and the head names."""
+    """What the wrapped model is trained for; chooses the `PeftModelFor…` class and the head."""
 
     SEQ_CLS = "SEQ_CLS"
     TOKEN_CLS = "TOKEN_CLS"
@@ -35,7 +35,7 @@ class TaskType(str, enum.Enum):
 
 
 class PeftType(str, enum.Enum):
-    """Names of the adapter types whose files PEFT shares; other tuners register their own string."""
+    """Adapter types whose files PEFT shares; other tuners register a string of their own."""
 
     LORA = "LORA"
     ADALORA = "ADALORA"
@@ -84,7 +84,7 @@ class PeftConfig:
     task_type: str | None = None
     inference_mode: bool = False
 
-    # Fields left out of the file at their default, so that PEFT 0.11 (which knows them not) reads it.
+    # Fields left out of the file at their default: PEFT 0.11 refuses keys it does not know.
     omit_at_default: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
@@ -152,10 +152,12 @@ class PeftConfig:
     def from_pretrained(
         cls, folder_or_hub_id: str | os.PathLike[str], subfolder: str | None = None, **hub: Any
     ) -> PeftConfig:
-        """Reads `adapter_config.json` from a folder, or from the hub with `revision=` and the like."""
+        """Reads `adapter_config.json` from a folder or, with `revision=` and the like, the hub."""
         path = find_file(folder_or_hub_id, CONFIG_NAME, subfolder, **hub)
         if path is None:
-            raise FileNotFoundError(f"{folder_or_hub_id}: no {CONFIG_NAME}, so not an adapter folder")
+            raise FileNotFoundError(
+                f"{folder_or_hub_id}: no {CONFIG_NAME}, so not an adapter folder"
+            )
         try:
             values = json.loads(Path(path).read_text("utf-8"))
         except json.JSONDecodeError as error:

@@ -138,7 +138,9 @@ class PeftModel(nn.Module):
         config = self._completed(peft_config, self.get_base_model())
         self.base_model.add_adapter(adapter_name, config)
 
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool | None = None) -> None:
+    def set_adapter(
+        self, adapter_name: str | list[str], inference_mode: bool | None = None
+    ) -> None:
         """Activates one adapter or several, and makes exactly these trainable."""
         self.base_model.set_adapter(adapter_name, inference_mode)
 
@@ -280,8 +282,7 @@ class PeftModel(nn.Module):
         """
         names = list(self.peft_config) if selected_adapters is None else selected_adapters
         for name in names:
-            if name not in self.peft_config:
-                raise ValueError(f"no adapter {name!r}; there are: {', '.join(self.peft_config)}")
+            self.base_model.adapter_config(name)
         if not is_main_process:
             return
         if Path(save_directory).is_file():
@@ -289,7 +290,12 @@ class PeftModel(nn.Module):
         for name in names:
             folder = Path(save_directory) / ("" if name == "default" else name)
             save_adapter(
-                self, folder, name, state_dict, safe_serialization, save_embedding_layers,
+                self,
+                folder,
+                name,
+                state_dict,
+                safe_serialization,
+                save_embedding_layers,
                 **export_options,
             )
 
@@ -308,11 +314,12 @@ class PeftModel(nn.Module):
 
         Args:
             model: the base model.
-            model_id: folder with `adapter_config.json`, or a hub id (`hub`: `revision=`, `token=`, …).
+            model_id: folder with `adapter_config.json`, or a hub id.
             adapter_name: name to give the adapter.
             is_trainable: continue training it; otherwise its parameters are frozen.
             config: use this configuration instead of the file's.
             subfolder: folder below `model_id`.
+            hub: `revision=`, `token=` and the like for hub ids.
         """
         if config is None:
             config = PeftConfig.from_pretrained(model_id, subfolder, **hub)

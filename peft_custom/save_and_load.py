@@ -1,7 +1,7 @@
 """Adapter files: PEFT's key names, strict loading, atomic writing.
 
-A file key is `base_model.model.<module>.<tensor>` without the adapter's name. It holds the adapter's
-tensors (`….lora_A.weight`), the modules saved in full (`….classifier.weight`) and, where
+A file key is `base_model.model.<module>.<tensor>` without the adapter's name. A file holds the
+adapter's tensors (`….lora_A.weight`), the modules saved in full (`….classifier.weight`) and, where
 `bias` is not "none", the trained biases of the base (`….base_layer.bias`).
 """
 
@@ -118,8 +118,8 @@ def set_peft_model_state_dict(
     """
     tuner = tuner_of(model)
     foreign = [key for key in peft_model_state_dict if not key.startswith(PREFIX)]
-    given = {k[len(PREFIX):]: v for k, v in peft_model_state_dict.items() if k.startswith(PREFIX)}
-    given = dict(tuner.import_state(adapter_name, given))
+    given = {k[len(PREFIX) :]: v for k, v in peft_model_state_dict.items() if k.startswith(PREFIX)}
+    given = _without_copies(tuner, dict(tuner.import_state(adapter_name, given)))
     shared = _shared_tensors(tuner, adapter_name)
     biases = tuner.bias_parameters(adapter_name)
     expected = {**tuner.live_tensors(adapter_name), **shared}
@@ -133,8 +133,8 @@ def set_peft_model_state_dict(
     lost_biases = [key for key in missing if key in biases]
     if lost_biases and len(lost_biases) == len(biases):
         warnings.warn(
-            f"{source}: the {len(lost_biases)} biases that this adapter trained are not in the file "
-            "(PEFT 0.11 does not save them for bias='lora_only'); the base model's are used",
+            f"{source}: the {len(lost_biases)} biases that this adapter trained are not in the "
+            "file (PEFT 0.11 does not save them for bias='lora_only'); the base model's are used",
             stacklevel=2,
         )
         missing = [key for key in missing if key not in biases]
@@ -152,6 +152,20 @@ def set_peft_model_state_dict(
             if key in expected:
                 expected[key].copy_(value)
     return LoadReport(missing, unknown)
+
+
+def _without_copies(tuner: BaseTuner, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Drops what PEFT writes twice: a saved module's tensors again, under its wrapper's own names.
+
+    (`bias="all"` makes it write `classifier.modules_to_save.bias` beside `classifier.bias`.)
+    """
+    inside = tuple(
+        f"{name}.{part}."
+        for name, module in tuner.model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+        for part in ("modules_to_save", "original_module")
+    )
+    return {key: value for key, value in given.items() if not (inside and key.startswith(inside))}
 
 
 def _raise_for(source: str, problems: list[tuple[str, list[str]]]) -> None:
@@ -173,7 +187,7 @@ def load_peft_weights(
     subfolder: str | None = None,
     **hub: Any,
 ) -> dict[str, Tensor]:
-    """Reads `adapter_model.safetensors`, or an old `adapter_model.bin` without unpickling objects."""
+    """Reads `adapter_model.safetensors`, or an old `adapter_model.bin` (tensors only)."""
     device = "cpu" if device is None else str(device)
     path = find_file(folder_or_hub_id, SAFETENSORS_NAME, subfolder, **hub)
     if path is not None:
@@ -211,7 +225,7 @@ def save_adapter(
     else:
         torch.save(state, aside)
     os.replace(aside, folder / name)
-    (folder / other).unlink(missing_ok=True)  # an older file of the other kind would shadow this one
+    (folder / other).unlink(missing_ok=True)  # it would hold an older adapter
     config.save_pretrained(folder)
     _write_card(folder, config)
 

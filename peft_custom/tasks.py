@@ -97,7 +97,7 @@ class PeftModelForQuestionAnswering(PeftModel):
         max_seqlen: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Runs the model; positions add a loss, `cu_seqlens` and `max_seqlen` say a packed batch."""
+        """Runs the model; positions add a loss, `cu_seqlens` says a packed batch."""
         return super().forward(
             **_given(
                 input_ids=input_ids,

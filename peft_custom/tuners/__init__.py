@@ -1,4 +1,4 @@
-"""Tuners: one folder per method. Every folder here is imported, so that its types are registered."""
+"""Tuners: one folder per method. All are imported, so that their types are registered."""
 
 import importlib
 import pkgutil

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..config import CONFIG_CLASSES, PeftConfig
 from . import targets
-from .modules_to_save import BASE, ModulesToSaveWrapper
+from .modules_to_save import BASE, ModulesToSaveWrapper, Routes
 from .tuner_layer import BaseTunerLayer
 
 __all__ = [
@@ -69,7 +69,7 @@ def iter_adapters(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
 
 
 def iter_tuners(model: nn.Module) -> Iterator[BaseTuner]:
-    """Every tuner that injected adapters into `model` (wrapped, or bare after `inject_adapter_in_model`)."""
+    """Every tuner that injected adapters into `model`, whether it wraps the model or not."""
     seen: set[int] = set()
     for module in model.modules():
         for tuner in (module, *module.__dict__.get("_injecting_tuners", ())):
@@ -156,17 +156,19 @@ class BaseTuner(nn.Module):
         if adapter in self.peft_config:
             raise ValueError(f"there is an adapter {adapter!r} already; delete it or choose a name")
         if not adapter or "." in adapter or adapter == BASE:
-            raise ValueError(f"adapter name {adapter!r}: use a name that is not {BASE} and has no dot")
+            raise ValueError(f"adapter name {adapter!r}: use one without a dot, and not {BASE}")
         config = copy.deepcopy(config)
         biased = [n for n, c in self.peft_config.items() if getattr(c, "bias", "none") != "none"]
         if biased and getattr(config, "bias", "none") != "none":
-            raise ValueError(f"bias={config.bias!r}: adapter {biased[0]!r} trains biases already, "
-                             "and biases are shared; only one adapter may have bias other than 'none'")
+            raise ValueError(
+                f"bias={config.bias!r}: adapter {biased[0]!r} trains biases already, "
+                "and biases are shared; only one adapter may train them"
+            )
         chosen = self._resolve(config)
         saved = self._modules_to_save(config)
         self.check_config(config, [name for name, _ in chosen])
         self._wrap(adapter, config, chosen)
-        for name, module in saved:
+        for module in saved:
             if not isinstance(module, ModulesToSaveWrapper):
                 wrapper = ModulesToSaveWrapper(module)
                 self._replace(module, wrapper)
@@ -192,16 +194,18 @@ class BaseTuner(nn.Module):
         by_name = dict(modules)
         return [(name, by_name[name]) for name in targets.select_targets(seen_as, config)]
 
-    def _modules_to_save(self, config: Any) -> list[tuple[str, nn.Module]]:
+    def _modules_to_save(self, config: Any) -> list[nn.Module]:
         entries = targets.as_list(getattr(config, "modules_to_save", None))
         opaque = (BaseTunerLayer, ModulesToSaveWrapper)
         modules = list(targets.walk(self.model, opaque))
         for entry in entries:
             if not any(targets.name_matches(name, entry) for name, _ in modules):
-                raise ValueError(f"modules_to_save: no module is called {entry!r}"
-                                 + targets.suggestions(entry, [name for name, _ in modules]))
+                raise ValueError(
+                    f"modules_to_save: no module is called {entry!r}"
+                    + targets.suggestions(entry, [name for name, _ in modules])
+                )
         return [
-            (name, module)
+            module
             for name, module in modules
             if any(targets.name_matches(name, entry) for entry in entries)
         ]
@@ -231,7 +235,7 @@ class BaseTuner(nn.Module):
                 self._replace(module, layer)
 
     def _replace(self, old: nn.Module, new: nn.Module) -> None:
-        """Puts `new` wherever `old` is registered in the model (a module may have several names)."""
+        """Puts `new` wherever `old` is registered (a module may have several names)."""
         for parent in list(self.model.modules()):
             if parent is new or isinstance(parent, BaseTunerLayer):
                 continue
@@ -254,11 +258,13 @@ class BaseTuner(nn.Module):
         """
         names = [names] if isinstance(names, str) else list(names)
         for name in names:
-            self._known(name)
+            self.adapter_config(name)
         trained = [
-            name for name in names
-            if not (self.peft_config[name].inference_mode if inference_mode is None
-                    else inference_mode)
+            name
+            for name in names
+            if not (
+                self.peft_config[name].inference_mode if inference_mode is None else inference_mode
+            )
         ]
         self.active_adapters = names
         if any(layer.merged for _, layer in iter_adapters(self.model)):
@@ -272,9 +278,11 @@ class BaseTuner(nn.Module):
             for parameter in self.bias_parameters(name).values():
                 parameter.requires_grad_(name in trained)
 
-    def _known(self, name: str) -> None:
+    def adapter_config(self, name: str) -> Any:
+        """The configuration of one adapter; an unknown name is an error."""
         if name not in self.peft_config:
             raise ValueError(f"no adapter {name!r}; there are: {', '.join(self.peft_config)}")
+        return self.peft_config[name]
 
     def enable_adapters(self, enabled: bool) -> None:
         """Turns all adapters and saved modules on or off."""
@@ -285,7 +293,7 @@ class BaseTuner(nn.Module):
 
     def delete_adapter(self, name: str) -> None:
         """Removes an adapter; when it was active, the first remaining one takes its place."""
-        self._known(name)
+        self.adapter_config(name)
         for parameter in self.bias_parameters(name).values():
             parameter.requires_grad_(False)
         for _, layer in iter_adapters(self.model):
@@ -305,16 +313,18 @@ class BaseTuner(nn.Module):
             tokens: packed batches: the number of tokens of each sample, (n,).
         """
         for name in set(names) - {BASE}:
-            self._known(name)
+            self.adapter_config(name)
         owner = torch.arange(len(names))
         rows = owner if tokens is None else owner.repeat_interleave(tokens.cpu())
         device = next(self.model.parameters()).device
 
-        def routes(owners: Tensor) -> list[tuple[str, Tensor]]:
+        distinct = list(dict.fromkeys(names))
+        adapter_of = torch.tensor([distinct.index(name) for name in names])
+
+        def routes(owners: Tensor) -> Routes:
+            chosen = adapter_of[owners]
             return [
-                (name, torch.isin(owners, torch.tensor(
-                    [i for i, other in enumerate(names) if other == name])).nonzero()[:, 0].to(device))
-                for name in dict.fromkeys(names)
+                (name, (chosen == i).nonzero()[:, 0].to(device)) for i, name in enumerate(distinct)
             ]
 
         layers = [layer for _, layer in iter_adapters(self.model)]
@@ -357,9 +367,12 @@ class BaseTuner(nn.Module):
         """
         wanted = self.active_adapters if names is None else list(names)
         for name in wanted:
-            self._known(name)
-        layers = [(n, layer) for n, layer in iter_adapters(self.model)
-                  if set(wanted) & set(layer.adapters)]
+            self.adapter_config(name)
+        layers = [
+            (n, layer)
+            for n, layer in iter_adapters(self.model)
+            if set(wanted) & set(layer.adapters)
+        ]
         for name, layer in layers:
             shared = self.tied_with(layer)
             if shared and not untie:
@@ -370,7 +383,8 @@ class BaseTuner(nn.Module):
                 )
             if shared:
                 layer.base_layer.weight = nn.Parameter(
-                    layer.base_layer.weight.detach().clone(), requires_grad=False)
+                    layer.base_layer.weight.detach().clone(), requires_grad=False
+                )
                 if hasattr(getattr(self.model, "config", None), "tie_word_embeddings"):
                     self.model.config.tie_word_embeddings = False
         lost = {name: layer.merge(wanted, keep=keep) for name, layer in layers}
@@ -409,10 +423,12 @@ class BaseTuner(nn.Module):
             return {}
         if mode == "all":
             adapters = {
-                id(p) for _, layer in iter_adapters(self.model) for p in layer.adapter_parameters()}
+                id(p) for _, layer in iter_adapters(self.model) for p in layer.adapter_parameters()
+            }
             saved = {id(p) for _, wrapper in self._wrappers() for p in wrapper.parameters()}
             found = {
-                name: p for name, p in self.model.named_parameters()
+                name: p
+                for name, p in self.model.named_parameters()
                 if name.rsplit(".", 1)[-1] == "bias" and id(p) not in adapters | saved
             }
         else:
@@ -423,8 +439,10 @@ class BaseTuner(nn.Module):
             }
         half = [name for name, p in found.items() if p.dtype in (torch.float16, torch.bfloat16)]
         if half:
-            raise ValueError(f"bias={mode!r}: {half[0]} is {found[half[0]].dtype}, and what is "
-                             "trained must be float32; load the base in float32, or use bias='none'")
+            raise ValueError(
+                f"bias={mode!r}: {half[0]} is {found[half[0]].dtype}, and what is "
+                "trained must be float32; load the base in float32 or use bias='none'"
+            )
         return found
 
     def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ class ModulesToSaveWrapper(nn.Module):
         self.active_adapter: str | None = None
         self.adapters_enabled = True
         self.routes: Routes | None = None
-        self._current: tuple[nn.Module] = (original_module,)  # in a tuple: not a second registration
+        self._current: tuple[nn.Module] = (original_module,)  # a tuple: not registered
 
     def add_adapter(self, name: str) -> None:
         """Copies the original module for adapter `name`; floating parameters become fp32."""
@@ -96,7 +96,7 @@ class ModulesToSaveWrapper(nn.Module):
 
 
 def run_in_own_dtype(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Calls `module`, its floating inputs cast to its parameters' dtype (a fp32 head on a bf16 body)."""
+    """Calls `module`, its input cast to its parameters' dtype (a fp32 head on a bf16 body)."""
     weight = next(module.parameters(), None)
     if weight is None or not args or not isinstance(args[0], Tensor):
         return module(*args, **kwargs)

@@ -45,7 +45,9 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "weight")
 
 
-def walk(model: nn.Module, opaque: tuple[type, ...], prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+def walk(
+    model: nn.Module, opaque: tuple[type, ...], prefix: str = ""
+) -> Iterator[tuple[str, nn.Module]]:
     """Names and modules of a model, not looking inside modules of the `opaque` types."""
     for name, child in model.named_children():
         path = f"{prefix}{name}"
@@ -73,8 +75,7 @@ def check_patterns(option: str, patterns: Mapping[str, Any], names: Iterable[str
     for key in patterns:
         if not any(re.fullmatch(rf"(.*\.)?({key})", name) for name in names):
             raise ValueError(
-                f"{option}: {key!r} matches none of the adapted modules"
-                + suggestions(key, names)
+                f"{option}: {key!r} matches none of the adapted modules" + suggestions(key, names)
             )
 
 
@@ -129,7 +130,7 @@ def all_linear(
 
 
 def under(name: str, entries: Iterable[str]) -> bool:
-    """Whether the module called `name` is, or lies inside, a module that one of the entries names."""
+    """Whether the module called `name` is, or lies inside, one that an entry names."""
     parts = name.split(".")
     heads = [".".join(parts[: i + 1]) for i in range(len(parts))]
     return any(name_matches(head, entry) for entry in entries for head in heads)
@@ -148,8 +149,10 @@ def as_list(value: Any) -> list[Any]:
     """None → [], a scalar → [scalar], any collection → a list."""
     if value is None:
         return []
-    return sorted(value) if isinstance(value, (set, frozenset)) else (
-        list(value) if isinstance(value, (list, tuple)) else [value]
+    return (
+        sorted(value)
+        if isinstance(value, (set, frozenset))
+        else (list(value) if isinstance(value, (list, tuple)) else [value])
     )
 
 
@@ -157,8 +160,8 @@ def select_targets(candidates: list[tuple[str, nn.Module]], config: Any) -> list
     """The names that `config` chooses, in model order.
 
     `target_modules` as a string is a regular expression for the whole name; as a list, exact names
-    or dotted ends. `layers_to_transform` then keeps the given layer numbers, `exclude_modules` takes
-    names away, and nothing inside `modules_to_save` is adapted (it is trained in full).
+    or dotted ends. `layers_to_transform` then keeps the given layer numbers, `exclude_modules`
+    takes names away, and nothing inside `modules_to_save` is adapted (it is trained in full).
 
     Raises:
         ValueError: an entry, or the whole selection, matches no module.
@@ -168,8 +171,10 @@ def select_targets(candidates: list[tuple[str, nn.Module]], config: Any) -> list
     if isinstance(targets, str):
         chosen = [name for name in names if re.fullmatch(targets, name)]
         if not chosen:
-            raise ValueError(f"target_modules={targets!r} (a regular expression) matches no module"
-                             + suggestions(targets.rsplit(".", 1)[-1], names))
+            raise ValueError(
+                f"target_modules={targets!r} (a regular expression) matches no module"
+                + suggestions(targets.rsplit(".", 1)[-1], names)
+            )
     else:
         for entry in as_list(targets):
             if not any(name_matches(name, entry) for name in names):
@@ -177,9 +182,7 @@ def select_targets(candidates: list[tuple[str, nn.Module]], config: Any) -> list
                     f"target_modules: no module is called {entry!r}" + suggestions(entry, names)
                 )
         entries = set(as_list(targets))
-        chosen = [
-            name for name in names if any(name_matches(name, entry) for entry in entries)
-        ]
+        chosen = [name for name in names if any(name_matches(name, entry) for entry in entries)]
     saved = as_list(config.modules_to_save)
     excluded = getattr(config, "exclude_modules", None)
     layers = set(as_list(getattr(config, "layers_to_transform", None)))

@@ -56,7 +56,7 @@ class BaseTunerLayer(nn.Module):
         return self.base_layer(x, *args, **kwargs)
 
     def restore_base(self, adapter: str | None = None) -> None:
-        """Undoes what adapters did to the base weight (`adapter` alone, or all); usually nothing."""
+        """Undoes what `adapter`, or all of them, did to the base weight; usually nothing."""
 
     # --- adapters ------------------------------------------------------------------------------
     @property
@@ -161,7 +161,9 @@ class BaseTunerLayer(nn.Module):
         """Sends rows through adapters of their own, until called with None."""
         if routes is not None and (self.training or self.merged):
             state = "in training mode" if self.training else "merged"
-            raise ValueError(f"adapter_names needs eval mode and unmerged adapters; a layer is {state}")
+            raise ValueError(
+                f"adapter_names needs eval mode and no merged adapter; a layer is {state}"
+            )
         self._routes = routes
         self.rebind()
 

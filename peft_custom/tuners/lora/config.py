@@ -28,8 +28,8 @@ class LoraConfig(PeftConfig):
         bias: train no biases, `"all"`, or those of adapted layers (`"lora_only"`).
         use_rslora: s = α/√r.
         modules_to_save: modules trained in full beside the adapter; a task's head is added.
-        init_lora_weights: True (A uniform, B = 0), `"gaussian"` (A ~ N(0, 1/r²), B = 0), False (both
-            random), `"pissa"` (the top r singular triplets move from W into A and B) or
+        init_lora_weights: True (A uniform, B = 0), `"gaussian"` (A ~ N(0, 1/r²), B = 0), False
+            (both random), `"pissa"` (the top r singular triplets move from W into A and B) or
             `"pissa_niter_<k>"` (the same by randomised SVD).
         layers_to_transform: layer numbers to adapt.
         layers_pattern: name of the module list those numbers count in.
@@ -94,7 +94,9 @@ class LoraConfig(PeftConfig):
 
     def _refuse_unsupported(self) -> None:
         for name, inert in (
-            ("use_dora", False), ("loftq_config", {}), ("layer_replication", None),
+            ("use_dora", False),
+            ("loftq_config", {}),
+            ("layer_replication", None),
             ("megatron_config", None),
         ):
             if getattr(self, name) and getattr(self, name) != inert:

@@ -1,10 +1,10 @@
 """LoRA on a layer: y = base(x) + s·B(A(dropout(x))), s = α/r or α/√r (Hu et al. 2021, eq. 3).
 
-| base | A | B |
-|---|---|---|
-| `nn.Linear`, `Conv1D` | `lora_A.<adapter>.weight` (r, in) | `lora_B.<adapter>.weight` (out, r) |
-| `nn.Embedding` | `lora_embedding_A.<adapter>` (r, num) | `lora_embedding_B.<adapter>` (dim, r) |
-| `nn.Conv2d` | `lora_A.<adapter>.weight` (r, in, kh, kw) | `lora_B.<adapter>.weight` (out, r, 1, 1) |
+| base | A | B | their names |
+|---|---|---|---|
+| `nn.Linear`, `Conv1D` | (r, in) | (out, r) | `lora_A.<adapter>.weight`, `lora_B.…` |
+| `nn.Embedding` | (r, num) | (dim, r) | `lora_embedding_A.<adapter>`, `lora_embedding_B.…` |
+| `nn.Conv2d` | (r, in, kh, kw) | (out, r, 1, 1) | as for `nn.Linear` |
 
 A and B are fp32 whatever the base's dtype.
 """
@@ -51,7 +51,7 @@ class LoraLayer(BaseTunerLayer):
         self._rslora: dict[str, bool] = {}
         self._scaling: dict[str, float] = {}
         # PiSSA took s·B₀A₀ out of the base weight; kept to put it back, per adapter.
-        self._taken_out: dict[str, tuple[Tensor, Tensor, float]] = {}
+        self.taken_out: dict[str, tuple[Tensor, Tensor, float]] = {}
         self._make_containers()
 
     def _make_containers(self) -> None:
@@ -117,9 +117,7 @@ class LoraLayer(BaseTunerLayer):
 
     def delete_adapter(self, name: str) -> None:
         super().delete_adapter(name)
-        for values in (
-            self.r, self.lora_alpha, self.lora_dropout, self._rslora, self._scaling
-        ):
+        for values in (self.r, self.lora_alpha, self.lora_dropout, self._rslora, self._scaling):
             values.pop(name, None)
 
     def dropout_now(self, adapter: str) -> float:
@@ -145,34 +143,27 @@ class Linear(LoraLayer):
         self.lora_A[adapter] = Factor((r, self.in_features), device)
         self.lora_B[adapter] = Factor((self.out_features, r), device)
 
-    def _fused(self) -> bool:
-        """Whether calling the base module is nothing but x Wᵀ + b with a frozen W."""
+    def _plain_base(self) -> bool:
+        """Whether calling the base module is nothing but x Wᵀ + b."""
         base = self.base_layer
         plain = type(base).forward is nn.Linear.forward or is_conv1d(base)
-        return plain and "forward" not in base.__dict__ and not base.weight.requires_grad
+        return plain and "forward" not in base.__dict__
 
     def bind(self, adapter: str) -> Any:
-        """(fused?, A, B, scaling, dropout, bias trained?): all that `forward_one` reads."""
-        if any(other != adapter for other in self._taken_out):
-            return None  # another adapter's PiSSA residual has to be added back
-        base = self.base_layer
-        trained_bias = base.bias is not None and base.bias.requires_grad
+        """(plain base?, A, B, scaling, dropout): all that `forward_one` reads."""
+        if any(other != adapter for other in self.taken_out):
+            return None  # another adapter's PiSSA part has to be added back
         A, B = self.lora_A[adapter], self.lora_B[adapter]
-        return (self._fused(), A, B, self._scaling[adapter], self.lora_dropout[adapter], trained_bias)
+        return self._plain_base(), A, B, self._scaling[adapter], self.lora_dropout[adapter]
 
     def forward_one(self, x: Tensor, bound: Any, *args: Any, **kwargs: Any) -> Tensor:
         """x Wᵀ + b + s·drop(x)AᵀBᵀ, in one fused map where the base layer is a plain one."""
-        fused, A, B, scaling, p, trained_bias = bound
+        plain, A, B, scaling, p = bound
         base = self.base_layer
         p = p if self.training else 0.0
-        if not fused or base._forward_hooks or base._forward_pre_hooks or base._backward_hooks:
+        if not plain or base._forward_hooks or base._forward_pre_hooks or base._backward_hooks:
             out = base(x, *args, **kwargs)
             return out + lora.lora_update(x, A.weight, B.weight, scaling, p).to(out.dtype)
-        if trained_bias:
-            out = lora.lora_linear(
-                x, base.weight, None, A.weight, B.weight, scaling, p, self.fan_in_fan_out
-            )
-            return out + base.bias.to(out.dtype)
         return lora.lora_linear(
             x, base.weight, base.bias, A.weight, B.weight, scaling, p, self.fan_in_fan_out
         )
@@ -185,7 +176,7 @@ class Linear(LoraLayer):
         self, x: Tensor, adapters: tuple[str, ...], *args: Any, **kwargs: Any
     ) -> Tensor:
         out = super().forward_several(x, adapters, *args, **kwargs)
-        for adapter, (A, B, scaling) in self._taken_out.items():
+        for adapter, (A, B, scaling) in self.taken_out.items():
             if adapter not in adapters:  # without its PiSSA adapter the layer is the original one
                 out = out + lora.lora_update(x, A, B, scaling).to(out.dtype)
         return out
@@ -196,7 +187,7 @@ class Linear(LoraLayer):
 
     def merged_weight(self, names: list[str]) -> Tensor:
         total = super().merged_weight(names)
-        for adapter, (A, B, scaling) in self._taken_out.items():
+        for adapter, (A, B, scaling) in self.taken_out.items():
             if adapter not in names:
                 total += lora.delta_weight(A, B, scaling, self.fan_in_fan_out).to(total)
         return total
@@ -205,33 +196,31 @@ class Linear(LoraLayer):
         base = self.base_layer.weight
         if base.dtype in (torch.float16, torch.bfloat16):
             raise ValueError(
-                f"init_lora_weights={init!r} splits the base weight, which {base.dtype} cannot hold "
-                "exactly; load the base in float32"
+                f"init_lora_weights={init!r} splits the base weight, which {base.dtype} cannot "
+                "hold exactly; load the base in float32"
             )
-        if self._taken_out or self.merged:
-            raise ValueError("PiSSA starts from the original weight: no second PiSSA adapter, and "
-                             "no merged one, on the same layer")
+        if self.taken_out or self.merged:
+            raise ValueError(
+                "PiSSA starts from the original weight: no second PiSSA adapter, and "
+                "no merged one, on the same layer"
+            )
         A, B = self.factors(adapter)
         weight = base.detach().T if self.fan_in_fan_out else base.detach()
         scaling = self._scaling[adapter]
         A0, B0 = principal_factors(weight, self.r[adapter], scaling, init)
         A.copy_(A0)
         B.copy_(B0)
-        self._taken_out[adapter] = (A0.float(), B0.float(), scaling)
+        self.taken_out[adapter] = (A0.float(), B0.float(), scaling)
         base.data -= lora.delta_weight(A, B, scaling, self.fan_in_fan_out).to(base)
 
     @torch.no_grad()
     def restore_base(self, adapter: str | None = None) -> None:
-        for name in [adapter] if adapter is not None else list(self._taken_out):
-            if name in self._taken_out:
-                A, B, scaling = self._taken_out.pop(name)
+        for name in [adapter] if adapter is not None else list(self.taken_out):
+            if name in self.taken_out:
+                A, B, scaling = self.taken_out.pop(name)
                 self.base_layer.weight.data += lora.delta_weight(
                     A, B, scaling, self.fan_in_fan_out
                 ).to(self.base_layer.weight)
-
-    def initial_factors(self, adapter: str) -> tuple[Tensor, Tensor, float] | None:
-        """(A₀, B₀, s) that PiSSA took out of the base weight for this adapter."""
-        return self._taken_out.get(adapter)
 
 
 class Embedding(LoraLayer):
@@ -272,9 +261,7 @@ class Embedding(LoraLayer):
         return out + self._lookup(x, A, B, scaling).to(out.dtype)
 
     def _lookup(self, ids: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-        base = self.base_layer
-        rows = F.embedding(ids, A.T, padding_idx=base.padding_idx)  # (..., r)
-        return (rows @ B.T) * scaling  # (..., dim)
+        return lora.lora_embedding(ids, A, B, scaling, padding_idx=self.base_layer.padding_idx)
 
     def increment(self, x: Tensor, adapter: str) -> Tensor:
         return self._lookup(x, *self.factors(adapter), self._scaling[adapter])
@@ -304,13 +291,14 @@ class Conv2d(LoraLayer):
     def increment(self, x: Tensor, adapter: str) -> Tensor:
         A, B = self.factors(adapter)
         base = self.base_layer
-        p = self.dropout_now(adapter)
-        x = F.dropout(x.to(A.dtype), p) if p > 0.0 else x.to(A.dtype)
+        x = x.to(lora.compute_dtype(x, base.weight))
+        x = F.dropout(x, self.dropout_now(adapter), self.training)
+        padding = base.padding
         if base.padding_mode != "zeros":
             x = F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode)
-        padding = base.padding if base.padding_mode == "zeros" else 0
-        hidden = F.conv2d(x, A, None, base.stride, padding, base.dilation)  # (n, r, h', w')
-        return F.conv2d(hidden, B) * self._scaling[adapter]
+            padding = 0
+        hidden = F.conv2d(x, A.to(x.dtype), None, base.stride, padding, base.dilation)
+        return F.conv2d(hidden, B.to(x.dtype)) * self._scaling[adapter]  # hidden: (n, r, h', w')
 
     def bind(self, adapter: str) -> Any:
         """The adapter's name: a convolution is heavy enough for `increment` to serve."""

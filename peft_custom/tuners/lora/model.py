@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from ..base import BaseTuner, BaseTunerLayer, register_tuner
+from ..base import BaseTuner, BaseTunerLayer, iter_adapters, register_tuner
+from ..modules_to_save import ModulesToSaveWrapper
 from ..targets import check_patterns, is_conv1d, pattern_value
+from .combine import add_weighted_adapter
 from .config import LoraConfig
 from .layer import Conv2d, Embedding, Linear, LoraLayer
+from .pissa import as_plain_lora
 
 
 @register_tuner("LORA", LoraConfig)
@@ -58,3 +62,69 @@ class LoraModel(BaseTuner):
         """Every key of `rank_pattern` and `alpha_pattern` must fit a chosen module."""
         check_patterns("rank_pattern", config.rank_pattern, names)
         check_patterns("alpha_pattern", config.alpha_pattern, names)
+
+    def lora_layers(self) -> Iterator[tuple[str, LoraLayer]]:
+        """Names and adapted layers."""
+        for name, layer in iter_adapters(self.model):
+            assert isinstance(layer, LoraLayer)
+            yield name, layer
+
+    def export(
+        self, adapter: str, convert_pissa_to_lora: bool | None = None
+    ) -> tuple[LoraConfig, dict[str, Tensor]]:
+        """What goes into a file.
+
+        A PiSSA adapter is relative to the residual base. As `"pissa"` it is written as it is, since
+        whoever loads it finds the same residual by the same SVD; one of the randomised kind (whose
+        SVD cannot be repeated), or any with `convert_pissa_to_lora=True`, becomes a plain LoRA
+        adapter of twice the rank for the original base.
+        """
+        config, tensors = super().export(adapter)
+        init = str(config.init_lora_weights)
+        convert = (
+            init.startswith("pissa_niter")
+            if convert_pissa_to_lora is None
+            else (convert_pissa_to_lora)
+        )
+        if convert and init.startswith("pissa"):
+            return as_plain_lora(config, tensors, adapter, dict(self.lora_layers()))
+        if convert:
+            raise ValueError(f"convert_pissa_to_lora: adapter {adapter!r} did not start from PiSSA")
+        return config, tensors
+
+    def import_state(self, adapter: str, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Folds increments that PEFT 0.11 put on a module it also saved in full.
+
+        With `"all-linear"` it adapts the classification head and writes the head's weight and its
+        factors; here such a head is trained in full, so it starts from their sum.
+        """
+        config = self.peft_config[adapter]
+        result = dict(state)
+        for name, module in self.model.named_modules():
+            if not isinstance(module, ModulesToSaveWrapper):
+                continue
+            for key in [k for k in state if k.startswith(f"{name}.") and ".base_layer." in f".{k}"]:
+                result[key.replace("base_layer.", "")] = result.pop(key)
+            for key in [
+                k for k in state if k.startswith(f"{name}.") and k.endswith("lora_A.weight")
+            ]:
+                target = key.removesuffix(".lora_A.weight")
+                A, B = result.pop(key), result.pop(f"{target}.lora_B.weight")
+                if f"{target}.weight" not in result:
+                    continue  # one of PEFT's second copies
+                rank = pattern_value(config.rank_pattern, target, config.r)
+                alpha = pattern_value(config.alpha_pattern, target, config.lora_alpha)
+                scaling = alpha / (rank**0.5 if config.use_rslora else rank)
+                result[f"{target}.weight"] = result[f"{target}.weight"] + scaling * (B @ A)
+        return result
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        **options: Any,
+    ) -> None:
+        """Adds a combination of adapters; see `combine.add_weighted_adapter`."""
+        add_weighted_adapter(self, adapters, weights, adapter_name, combination_type, **options)

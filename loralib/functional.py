@@ -4,8 +4,9 @@
 
 This is the one place with that arithmetic; layers, tuners and models call it. Common rules:
 
-* The *compute dtype* is autocast's where autocast is on for the device, else the weight's. x is cast
-  to it and y has it. A and B are fp32 parameters, cast for the products; their gradients are fp32.
+* The *compute dtype* is autocast's where autocast is on for the device, else the weight's. x is
+  cast to it and y has it. A and B are fp32 parameters, cast for the products; their gradients are
+  fp32.
 * ΔW is never formed in a forward pass where the two thin products do; nothing is computed or kept
   for a frozen W, nor for an x that needs no gradient; x is kept once, a dropout mask as bytes.
 * `p` is the dropout probability in force, so callers pass 0.0 in evaluation.
@@ -46,8 +47,8 @@ class _LowRankLinear(torch.autograd.Function):
     """x Wᵀ + b, and into each enabled segment of its columns the low-rank update of that segment.
 
     N tokens; n enabled segments of m columns, segment j starting at column c_j. A holds the n
-    blocks A_j (r, in) one above the other, B the n blocks B_j (m, r). With a dropout mask K of zeros
-    and ones shared by the segments, t = s / (1 - p), and [c_j] for the columns c_j … c_j + m:
+    blocks A_j (r, in) one above the other, B the n blocks B_j (m, r). With one dropout mask K of
+    zeros and ones for all segments, t = s / (1 - p), and [c_j] for the columns c_j … c_j + m:
 
         h = t·(K ∘ x) Aᵀ                                        (N, n r)   one product for all A_j
         y = x Wᵀ + b;   y[:, c_j] += h_j B_jᵀ                   (N, out)   written into the slice
@@ -57,7 +58,7 @@ class _LowRankLinear(torch.autograd.Function):
         ∂L/∂B_j = g[:, c_j]ᵀ h_j                                (m, r)
         d_j     = t·g[:, c_j] B_j        (= ∂L/∂h, times t)     (N, r)
         ∂L/∂A   = dᵀ (K ∘ x)                                    (n r, in)
-        ∂L/∂x   = g W + K ∘ (d A)                               (N, in)    added into the same buffer
+        ∂L/∂x   = g W + K ∘ (d A)                               (N, in)    into one buffer
 
     Kept for backward: x, h and the bytes of K. W is looked up, never copied. Without W (None) the
     update alone is computed; ∂L/∂W and ∂L/∂b are formed only for those who unfreeze them.
@@ -202,6 +203,7 @@ def lora_merged_linear(
     """
     n = sum(enabled)
     if n == 0:
+        x = x.to(compute_dtype(x, weight))
         return F.linear(x, weight.T if fan_in_fan_out else weight, bias)
     m = B.shape[0] // n
     starts = tuple(j * m for j, on in enumerate(enabled) if on)
@@ -249,10 +251,10 @@ def lora_conv(
 ) -> Tensor:
     """Convolution with the kernel W + s·(B A), B A reshaped to W's shape (out, in/groups, k, …).
 
-    Where A is (r, in/groups·k^d) and B (out, r) the update is two thin convolutions: x to r channels
-    per group with A as kernel, then 1 × 1 with B. Microsoft's square factors, A (r·k, in·k) and
-    B (out/groups·k, r·k), have no such form (their product's rank, read as a kernel, is up to r·k²),
-    so there the kernel is formed: its cost does not grow with the image.
+    Where A is (r, in/groups·k^d) and B (out, r) the update is two thin convolutions: x to r
+    channels per group with A as kernel, then 1 × 1 with B. Microsoft's factors, A (r·k, in·k) and
+    B (out/groups·k, r·k), have no such form (their product, read as a kernel, has a rank of up to
+    r·k²), so there the kernel is formed: its cost does not grow with the image.
 
     Args:
         x: (batch, in, *size) or (in, *size), already padded where `padding` cannot say how.

@@ -43,7 +43,7 @@ def scale_in_force(p: float, device: torch.device) -> float:
 
 
 def draw_mask(x: Tensor, p: float) -> Tensor:
-    """A mask for `x` from torch's global generator: int8 (-1 keeps, 0 drops) on a CPU, else bool."""
+    """A mask for `x` from the global generator: int8 (-1 keeps, 0 drops) on a CPU, else bool."""
     if not _bytewise(x.device):
         return torch.rand(x.shape, device=x.device) >= p
     k, levels = _levels(p)

@@ -1,0 +1,50 @@
+"""Which parameters of a model train, and which of them make the file one shares.
+
+The names decide, as in Microsoft's `loralib`: a factor's name contains `lora_`.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+BIAS_CHOICES = ("none", "all", "lora_only")
+
+
+def _chosen(model: nn.Module, bias: str) -> dict[str, nn.Parameter]:
+    """The factors, and the biases that go with `bias`; shared parameters under all their names."""
+    if bias not in BIAS_CHOICES:
+        raise ValueError(f"bias={bias!r}: must be one of {', '.join(map(repr, BIAS_CHOICES))}")
+    adapted = {
+        f"{name}.bias" if name else "bias"
+        for name, module in model.named_modules(remove_duplicate=False)
+        if any("lora_" in own for own, _ in module.named_parameters(recurse=False))
+    }
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if "lora_" in name
+        or (bias == "all" and "bias" in name)
+        or (bias == "lora_only" and name in adapted)
+    }
+
+
+def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
+    """Freezes every parameter but the factors and, by `bias`, some biases.
+
+    Args:
+        model: any module; a task head that should train is to be unfrozen afterwards.
+        bias: "none", "all" (every bias of the model) or "lora_only" (those of adapted layers).
+    """
+    chosen = _chosen(model, bias)  # checked before anything changes
+    for parameter in model.parameters():
+        parameter.requires_grad = False
+    for parameter in chosen.values():
+        parameter.requires_grad = True
+
+
+def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
+    """What `mark_only_lora_as_trainable` leaves trainable, by name; buffers never.
+
+    Load it with `model.load_state_dict(adapter, strict=False)` over the base model's weights.
+    """
+    return {name: parameter.detach() for name, parameter in _chosen(model, bias).items()}

@@ -1,11 +1,16 @@
 """Adapters in existing models: PEFT's interface and files, on any `nn.Module`.
 
-from peft_custom import LoraConfig, get_peft_model
-model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=8, target_modules="all-linear"))
+Usage:
+    from peft_custom import LoraConfig, get_peft_model
+    model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=8, target_modules="all-linear"))
+    ...
+    model.save_pretrained("adapter")
+    model = PeftModel.from_pretrained(base_model, "adapter").merge_and_unload()
 """
 
 from . import tuners
 from .config import PeftConfig, PeftType, TaskType
+from .hooks import TrainingHooks, attach, attached_hooks
 from .mapping import get_peft_model, inject_adapter_in_model
 from .peft_model import PeftModel
 from .save_and_load import (
@@ -37,6 +42,9 @@ __all__ = [
     "PeftModelForTokenClassification",
     "PeftType",
     "TaskType",
+    "TrainingHooks",
+    "attach",
+    "attached_hooks",
     "get_layer_status",
     "get_model_status",
     "get_peft_model",

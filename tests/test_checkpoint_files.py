@@ -6,7 +6,6 @@ import pickle
 import socket
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -196,11 +195,20 @@ def test_nothing_is_drawn_for_weights_that_are_there(folder, monkeypatch) -> Non
         tp.BertModel(loaded.config)
 
 
-def test_minilm_loads_within_a_second(minilm_dir) -> None:
-    tp.BertModel.from_pretrained(minilm_dir)  # imports, and the file into the page cache
-    start = time.perf_counter()
-    tp.BertModel.from_pretrained(minilm_dir)
-    assert time.perf_counter() - start < 1.0
+def test_the_first_load_of_minilm_takes_less_than_a_second(minilm_dir) -> None:
+    """In a fresh process: what a load imports counts too, as torch's meta initialisers would."""
+    script = (
+        "import sys, time, transformers_patched as tp; tp.BertModel; start = time.perf_counter(); "
+        "tp.BertModel.from_pretrained(sys.argv[1]); print(time.perf_counter() - start)"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", script, str(minilm_dir)],
+        cwd=Path(__file__).resolve().parent.parent,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    ).stdout
+    assert float(output) < 1.0
 
 
 def test_loading_keeps_no_tie_to_the_file(model, folder) -> None:

@@ -20,7 +20,16 @@ _MODULES = {
     ".models.bert.modeling_bert": tuple(f"Bert{head}" for head in _HEADS),
     ".models.roberta.modeling_roberta": tuple(f"Roberta{head}" for head in _HEADS),
     ".pretrained": ("PreTrainedModel",),
-    ".tokenization": ("AutoTokenizer",),
+    ".tokenization": (
+        "AutoTokenizer",
+        "BatchEncoding",
+        "BertTokenizer",
+        "BertTokenizerFast",
+        "PreTrainedTokenizer",
+        "PreTrainedTokenizerFast",
+        "RobertaTokenizer",
+        "RobertaTokenizerFast",
+    ),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -63,11 +63,12 @@ class PretrainedConfig:
             self.num_labels = self.num_labels  # names the labels
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "num_labels" and len(self.__dict__.get("id2label") or ()) != value:
+        if name == "num_labels":
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"num_labels must be a positive integer, not {value!r}")
-            self.__dict__["id2label"] = {i: f"LABEL_{i}" for i in range(value)}
-            self.__dict__["label2id"] = {f"LABEL_{i}": i for i in range(value)}
+            if len(self.__dict__.get("id2label") or ()) != value:
+                self.__dict__["id2label"] = {i: f"LABEL_{i}" for i in range(value)}
+                self.__dict__["label2id"] = {f"LABEL_{i}": i for i in range(value)}
         if name == "id2label" and value:
             value = {int(key): label for key, label in value.items()}
             self.__dict__["num_labels"] = len(value)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import loralib as lora
 
@@ -113,11 +116,12 @@ class PreTrainedModel(nn.Module):
         if config is None:
             config = cls.config_class.from_pretrained(name_or_path, **where, **overrides)
         else:
+            config = copy.deepcopy(config)
             config.update(overrides)
         config.name_or_path = str(name_or_path)
         tensors, files = read_weights(name_or_path, **where)
 
-        with torch.device("meta"):  # shapes only: nothing is drawn that the checkpoint overwrites
+        with torch.device("meta"), _NothingDrawn():  # shapes only: the checkpoint has the values
             model = cls(config, **arguments)
         found, report = _match(model, tensors, files)
         if report.mismatched and not ignore_mismatched_sizes:
@@ -168,9 +172,15 @@ class PreTrainedModel(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def num_parameters(self, only_trainable: bool = False) -> int:
-        """Counts parameters, tied ones once."""
-        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Counts parameters, tied ones once; word, position and type embeddings are embeddings."""
+        embeddings = {m.weight for m in self.modules() if isinstance(m, nn.Embedding)}
+        return sum(
+            weight.numel()
+            for weight in self.parameters()
+            if (weight.requires_grad or not only_trainable)
+            and not (exclude_embeddings and weight in embeddings)
+        )
 
     def asked_for(self, name: str, value: bool | None) -> bool:
         """The value of an option of the call, or the configuration's where the call is silent."""
@@ -182,13 +192,20 @@ class PreTrainedModel(nn.Module):
 
     # ------------------------------------------------------------------ training
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None) -> None:
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
         """Recomputes every layer in the backward pass instead of keeping its activations.
 
-        Checkpoints are always the non-re-entrant ones, so frozen inputs are no obstacle.
+        Checkpoints are always the non-re-entrant ones, so frozen inputs are no obstacle. The
+        arguments are those that Hugging Face's `Trainer` passes (`every_n_layers=1`,
+        `offload=False`); a value that asks for anything else is refused.
         """
-        if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-            raise ValueError("checkpoints are non-re-entrant here: leave out use_reentrant=True")
+        options = {**options, **(gradient_checkpointing_kwargs or {})}
+        if any(value is True or value not in (None, False, 1) for value in options.values()):
+            raise ValueError(
+                f"checkpoints are non-re-entrant and at every layer here: {options} is not possible"
+            )
         self.base_model.encoder.gradient_checkpointing = True
 
     def gradient_checkpointing_disable(self) -> None:
@@ -239,6 +256,19 @@ class PreTrainedModel(nn.Module):
 
 
 # ---------------------------------------------------------------------- loading, step by step
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Leaves out random initialisation; on the meta device it would import torch's decompositions,
+    which takes a second, only to draw nothing."""
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        drawing = getattr(func, "__module__", None) == "torch.nn.init"
+        if drawing or func in (Tensor.normal_, Tensor.uniform_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def _match(

@@ -48,7 +48,6 @@ def linear(config: BertConfig, name: str, inputs: int, outputs: int) -> nn.Linea
             r=config.lora_r,
             lora_alpha=config.lora_alpha,
             lora_dropout=config.lora_dropout,
-            merge_weights=False,
         )
     return nn.Linear(inputs, outputs)
 

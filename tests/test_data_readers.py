@@ -69,7 +69,7 @@ def test_quotes_in_tsv_are_characters(real_data: Callable[[str], Path]) -> None:
 
 
 def test_the_bundled_task_needs_no_folder() -> None:
-    task = get_task("order")
+    task = get_task("wording")
     assert Counter(read_split(task, None, "validation").labels) == {0: 200, 1: 200}
     assert len(read_split(task, None, "train")) >= 2000
 

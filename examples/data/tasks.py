@@ -158,7 +158,7 @@ _ALL = (
         submission={"test": "WNLI.tsv"},
         hub=(GLUE, "wnli"),
     ),
-    Task("order", PAIR, ("not_same", "same"), bundled=True),
+    Task("wording", PAIR, ("not_same", "same"), bundled=True),
 )
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}
 GLUE_TASKS = tuple(task.name for task in _ALL if task.hub is not None)

@@ -20,11 +20,11 @@ from .layout import HeadPlan, Layout
 # (forward + backward in ms on 2 cores with AMX, 12 heads, products / fused kernel):
 #
 #     tokens                       bf16, d 64     bf16, d 32     fp32, d 64     fp32, d 32
-#     packed, 16 of 25 to 90        7.8 / 36.7     5.0 / 29.4     8.9 / 16.1     5.0 /  8.3
-#     packed, 4 of 128 to 256       6.6 / 18.0     5.2 / 15.0     9.4 / 15.9     7.0 /  9.4
-#     packed, 4 of 256 to 512      19.3 / 42.1    13.9 / 30.6    36.6 / 42.7    24.8 / 25.0
-#     padded, 4 of 256              8.5 / 18.0     6.9 / 15.0    14.9 / 15.9    10.2 /  9.4
-#     padded, 4 of 512             31.6 / 42.1    27.2 / 30.6    67.1 / 42.7    55.6 / 25.0
+#     packed, 16 of 25 to 90        6.8 / 32.2     4.9 / 29.4     6.3 / 13.4     4.0 /  7.7
+#     packed, 4 of 128 to 256       6.7 / 17.7     5.6 / 14.7     9.4 / 15.9     6.8 /  9.6
+#     packed, 4 of 256 to 512      19.2 / 40.1    15.4 / 32.1    36.6 / 42.7    23.5 / 25.9
+#     padded, 4 of up to 256        9.2 / 17.7     7.3 / 14.7    14.9 / 15.9     9.8 /  9.6
+#     padded, 4 of up to 512       31.3 / 40.1    25.7 / 32.1    67.1 / 42.7    44.9 / 25.9
 #
 # Beyond, the L² scores also cost memory. The fused kernel has no dropout on a CPU.
 LONGEST_PRODUCTS = 512

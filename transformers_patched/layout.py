@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 # has a softmax; and representable in bf16, whose range is that of fp32.
 LOWEST = torch.finfo(torch.bfloat16).min
 # Sequences at least this fraction as long as the longest of their group share its matrix products.
-SHORTEST_IN_GROUP = 0.75
+SHORTEST_IN_GROUP = 0.85
 
 
 class Layout:

@@ -1,0 +1,100 @@
+"""Ways to compute attention on this CPU: the table behind the rule in `attention.py`.
+
+    python -m benchmarks.attention [--rounds 9] [--dtype bfloat16]
+
+For each shape (sequences, lengths, heads, head size, dropout) the contenders take turns, and the
+fastest round of each counts; milliseconds of forward + backward, then of forward alone:
+
+    one group      batched products, every sequence as long as the longest
+    groups         batched products over groups of similar length (what packed tokens get)
+    fused          torch's scaled-dot-product kernel on the padded form; it has no dropout on a CPU,
+                   so with dropout this column is the formula in plain torch operations
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from transformers_patched import attention as module
+from transformers_patched import layout as layouts
+from transformers_patched.layout import Layout
+
+# (sequences, shortest, longest, heads, head size, dropout): MRPC-like batches of MiniLM's 12 heads
+# of 32 and RoBERTa-base's 12 of 64, then longer ones.
+SHAPES = [
+    *[(b, 25, 90, 12, d, p) for d in (32, 64) for b in (16, 32) for p in (0.0, 0.1)],
+    *[(4, n // 2, n, 12, d, 0.0) for d in (32, 64) for n in (128, 256, 512)],
+]
+Contender = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def offsets(sequences: int, shortest: int, longest: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(shortest, longest + 1, (sequences,), generator=generator)
+    return torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]).int()
+
+
+def contenders(cu_seqlens: Tensor, longest: int, heads: int, p: float) -> dict[str, Contender]:
+    """The three ways as functions of packed q, k, v (T, heads, d)."""
+    chosen = layouts.SHORTEST_IN_GROUP
+    plans = {}
+    for name, fraction in (("one group", 0.0), ("groups", chosen)):
+        layouts.SHORTEST_IN_GROUP = fraction
+        plans[name] = Layout.packed(cu_seqlens, longest).head_plan(heads)
+    layout = Layout.packed(cu_seqlens, longest)
+
+    def products(name: str) -> Contender:
+        return lambda q, k, v: module._BatchedProducts.apply(q, k, v, plans[name], p)
+
+    def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return module._padded_attention(q, k, v, layout, p)
+
+    return {"one group": products("one group"), "groups": products("groups"), "fused": fused}
+
+
+def milliseconds(
+    ways: dict[str, Contender], qkv: list[Tensor], rounds: int, train: bool
+) -> dict[str, float]:
+    """The fastest of `rounds` rounds, in each of which every contender has its turn."""
+    best = dict.fromkeys(ways, float("inf"))
+    gradient = torch.randn_like(qkv[0])
+    for _ in range(rounds + 1):  # the first warms up and is as good as any for a minimum
+        for name, way in ways.items():
+            start = time.perf_counter()
+            if train:
+                way(*qkv).backward(gradient)
+            else:
+                with torch.no_grad():
+                    way(*qkv)
+            best[name] = min(best[name], 1e3 * (time.perf_counter() - start))
+    return best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], action="append")
+    options = parser.parse_args()
+    names = "".join(f"{name:>11s}" for name in ("one group", "groups", "fused"))
+    print(f"{'':35s}{'forward + backward, ms':>33s}{'forward, ms':>33s}")
+    print(f"{'dtype':9s}{'seqs':>5s}{'lengths':>9s}{'heads':>8s}{'p':>5s}{names}{names}")
+    for name in options.dtype or ["bfloat16", "float32"]:
+        for sequences, shortest, longest, heads, d, p in SHAPES:
+            cu_seqlens = offsets(sequences, shortest, longest)
+            shape = (int(cu_seqlens[-1]), heads, d)
+            qkv = [torch.randn(shape).to(getattr(torch, name)).requires_grad_() for _ in range(3)]
+            ways = contenders(cu_seqlens, longest, heads, p)
+            both = milliseconds(ways, qkv, options.rounds, train=True)
+            alone = milliseconds(ways, qkv, options.rounds, train=False)
+            lengths = f"{shortest}-{longest}"
+            cells = "".join(f"{x:11.2f}" for x in (*both.values(), *alone.values()))
+            print(f"{name:9s}{sequences:5d}{lengths:>9s}{heads:5d}x{d}{p:5.1f}{cells}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -29,7 +29,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizer:
 
 @pytest.fixture(scope="module")
 def rows() -> Rows:
-    return read_split(get_task("order"), None, "validation")
+    return read_split(get_task("wording"), None, "validation")
 
 
 def same(a: module.EncodedSplit, b: module.EncodedSplit) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -110,12 +111,11 @@ class PeftConfig:
         return values
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Writes `adapter_config.json` (sorted keys, indent 2), aside first and then renamed."""
+        """Writes `adapter_config.json`: sorted keys, indent 2."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        aside = folder / f".{CONFIG_NAME}.{os.getpid()}"
-        aside.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", "utf-8")
-        os.replace(aside, folder / CONFIG_NAME)
+        with written_aside(folder / CONFIG_NAME) as aside:
+            aside.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", "utf-8")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "configuration") -> PeftConfig:
@@ -163,6 +163,17 @@ class PeftConfig:
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}: not valid JSON ({error})") from error
         return cls.from_dict(values, source=str(path))
+
+
+@contextlib.contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to; on success it takes the place of `path`, whole."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield aside
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def find_file(

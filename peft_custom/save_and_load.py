@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .config import BIN_NAME, SAFETENSORS_NAME, find_file
+from .config import BIN_NAME, SAFETENSORS_NAME, find_file, written_aside
 from .hooks import note_unfinished
 from .tuners.base import BaseTuner, iter_tuners
 from .tuners.modules_to_save import ModulesToSaveWrapper
@@ -130,7 +130,7 @@ def set_peft_model_state_dict(
         if key not in expected and bare in embeddings:
             expected[key] = embeddings[bare]
     missing = [key for key in expected if key not in given]
-    unknown = [key for key in given if key not in expected] + foreign
+    unknown = [f"{PREFIX}{key}" for key in given if key not in expected] + foreign
     lost_biases = [key for key in missing if key in biases]
     if lost_biases and len(lost_biases) == len(biases):
         warnings.warn(
@@ -139,8 +139,9 @@ def set_peft_model_state_dict(
             stacklevel=2,
         )
         missing = [key for key in missing if key not in biases]
+    missing = [f"{PREFIX}{key}" for key in missing]
     shapes = [
-        f"{key}: file {tuple(given[key].shape)}, model {tuple(expected[key].shape)}"
+        f"{PREFIX}{key}: file {tuple(given[key].shape)}, model {tuple(expected[key].shape)}"
         for key in given
         if key in expected and given[key].shape != expected[key].shape
     ]
@@ -221,12 +222,11 @@ def save_adapter(
     name, other = (
         (SAFETENSORS_NAME, BIN_NAME) if safe_serialization else (BIN_NAME, SAFETENSORS_NAME)
     )
-    aside = folder / f".{name}.{os.getpid()}"
-    if safe_serialization:
-        save_file(state, aside, metadata={"format": "pt"})
-    else:
-        torch.save(state, aside)
-    os.replace(aside, folder / name)
+    with written_aside(folder / name) as aside:
+        if safe_serialization:
+            save_file(state, aside, metadata={"format": "pt"})
+        else:
+            torch.save(state, aside)
     (folder / other).unlink(missing_ok=True)  # it would hold an older adapter
     config.save_pretrained(folder)
     _write_card(folder, config)

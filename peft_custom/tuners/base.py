@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from ..config import CONFIG_CLASSES, PeftConfig
 from . import targets
 from .modules_to_save import BASE, ModulesToSaveWrapper, Routes
-from .tuner_layer import BaseTunerLayer
+from .parameters import decay_groups, trained_biases
+from .tuner_layer import BaseTunerLayer, iter_adapters
 
 __all__ = [
     "BaseTuner",
@@ -59,13 +60,6 @@ def tuner_class(config: PeftConfig) -> type[BaseTuner]:
             f"no tuner is registered for {config.peft_type!r}; known: {', '.join(sorted(TUNERS))}"
         )
     return TUNERS[config.peft_type]
-
-
-def iter_adapters(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
-    """Name and layer of every adapted module in `model`."""
-    for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer):
-            yield name, module
 
 
 def iter_tuners(model: nn.Module) -> Iterator[BaseTuner]:
@@ -419,48 +413,8 @@ class BaseTuner(nn.Module):
     def bias_parameters(self, adapter: str) -> dict[str, nn.Parameter]:
         """Biases of the base model that this adapter trains (`bias="all"|"lora_only"`)."""
         mode = getattr(self.peft_config[adapter], "bias", "none")
-        if mode == "none":
-            return {}
-        if mode == "all":
-            adapters = {
-                id(p) for _, layer in iter_adapters(self.model) for p in layer.adapter_parameters()
-            }
-            saved = {id(p) for _, wrapper in self._wrappers() for p in wrapper.parameters()}
-            found = {
-                name: p
-                for name, p in self.model.named_parameters()
-                if name.rsplit(".", 1)[-1] == "bias" and id(p) not in adapters | saved
-            }
-        else:
-            found = {
-                f"{name}.base_layer.bias": layer.base_layer.bias
-                for name, layer in iter_adapters(self.model)
-                if adapter in layer.adapters and getattr(layer.base_layer, "bias", None) is not None
-            }
-        half = [name for name, p in found.items() if p.dtype in (torch.float16, torch.bfloat16)]
-        if half:
-            raise ValueError(
-                f"bias={mode!r}: {half[0]} is {found[half[0]].dtype}, and what is "
-                "trained must be float32; load the base in float32 or use bias='none'"
-            )
-        return found
+        return trained_biases(self.model, mode, adapter)
 
     def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """Named optimiser groups of the trainable parameters: the tuner's own, `decay`, `no_decay`.
-
-        Biases and normalisation weights are not decayed.
-        """
-        special = self.special_groups(lr, weight_decay)
-        taken = {id(p) for group in special for p in group["params"]}
-        decay, plain = [], []
-        for module in self.model.modules():
-            norm = type(module).__name__.endswith("Norm") or isinstance(module, nn.LayerNorm)
-            for name, p in module.named_parameters(recurse=False):
-                if p.requires_grad and id(p) not in taken:
-                    taken.add(id(p))
-                    (plain if norm or name == "bias" else decay).append(p)
-        groups = [
-            {"params": decay, "name": "decay", "lr": lr, "weight_decay": weight_decay},
-            {"params": plain, "name": "no_decay", "lr": lr, "weight_decay": 0.0},
-        ]
-        return [*special, *(group for group in groups if group["params"])]
+        """Named optimiser groups: the tuner's own, then `decay` and `no_decay`."""
+        return decay_groups(self.model, self.special_groups(lr, weight_decay), lr, weight_decay)

@@ -252,3 +252,10 @@ def _store_unmerged_weight(
 def _unmerge_before_loading(layer: nn.Module, *unused: Any) -> None:
     if layer.merged:
         layer.unmerge()
+
+
+def iter_adapters(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
+    """Name and layer of every adapted module in `model`."""
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            yield name, module

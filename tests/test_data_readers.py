@@ -280,7 +280,14 @@ def test_broken_files(tmp_path: Path, name: str, text: str | bytes, words: list[
 
 @pytest.mark.parametrize(
     ("score", "words"),
-    [("5.1", "0 to 5"), ("-1", "0 to 5"), ("nan", "finite"), ("high", "number"), ("", "no label")],
+    [
+        ("5.1", "0 to 5"),
+        ("-1", "no label"),
+        ("-0.5", "0 to 5"),
+        ("nan", "finite"),
+        ("high", "number"),
+        ("", "no label"),
+    ],
 )
 def test_scores_are_checked(tmp_path: Path, score: str, words: str) -> None:
     path = write(tmp_path / "x.tsv", f"sentence1\tsentence2\tscore\na\tb\t5.0\na\tb\t{score}\n")
@@ -292,6 +299,14 @@ def test_an_unlabelled_test_split_is_fine(tmp_path: Path) -> None:
     write_table(tmp_path / "test.jsonl", COLUMNS | {"label": [-1, -1], "idx": [7, 9]})
     rows = read_split(MRPC, tmp_path, "test")
     assert (rows.labels, rows.ids) == (None, [7, 9])
+
+
+def test_the_hidden_scores_of_the_hub(tmp_path: Path) -> None:
+    columns = {"sentence1": ["a", "b"], "sentence2": ["c", "d"], "label": [-1.0, -1.0]}
+    write_table(tmp_path / "test.parquet", columns)
+    assert read_split(get_task("stsb"), tmp_path, "test").labels is None
+    with pytest.raises(DataError, match="row 1: no label .* in 2 of 2 rows"):
+        read_file(get_task("stsb"), tmp_path / "test.parquet", "train")
 
 
 # -- files of one's own ---------------------------------------------------------------------------

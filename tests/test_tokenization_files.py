@@ -10,6 +10,9 @@ import pytest
 import torch
 from tokenizers import AddedToken
 
+import transformers_patched
+from transformers_patched import tokenization
+from transformers_patched.checkpoint import CheckpointError
 from transformers_patched.tokenization import (
     AutoTokenizer,
     BertTokenizer,
@@ -273,3 +276,29 @@ def test_encodings_move_and_pickle(bert: Path) -> None:
         plain.word_ids()
     with pytest.raises(AttributeError):
         _ = plain.absent
+
+
+def test_a_hub_id_reads_the_files_the_hub_has(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def find_file(name: str, file: str, **options: object) -> Path | None:
+        asked.append((name, file, options["revision"]))
+        return bert / file if (bert / file).exists() else None
+
+    monkeypatch.setattr("transformers_patched.checkpoint.find_file", find_file)
+    tokenizer = AutoTokenizer.from_pretrained("someone/tiny", revision="v2")
+    assert isinstance(tokenizer, BertTokenizer)
+    assert ("someone/tiny", "vocab.txt", "v2") in asked
+    (bert / "vocab.txt").unlink()
+    with pytest.raises(FileNotFoundError, match="someone/tiny on the hub holds no tokenizer"):
+        AutoTokenizer.from_pretrained("someone/tiny")
+
+
+def test_a_hub_id_that_is_not_in_the_cache() -> None:
+    with pytest.raises(CheckpointError, match="someone/absent.* not in the cache"):
+        AutoTokenizer.from_pretrained("someone/absent", local_files_only=True)
+
+
+def test_every_tokenizer_class_is_exported() -> None:
+    for name in tokenization.__all__:
+        assert getattr(transformers_patched, name) is getattr(tokenization, name)

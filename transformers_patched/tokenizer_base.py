@@ -218,12 +218,11 @@ class PreTrainedTokenizer:
         return_offsets_mapping: bool = False,
         return_length: bool = False,
     ) -> BatchEncoding:
-        """Encodes a sentence, a pair, or a batch of either.
+        """Encodes a sentence, a pair (a list per field), or a batch of either (lists of lists).
 
         Args:
-            text: a string, a list of strings, a list of pairs; with `is_split_into_words` a list
-                of words or a list of such lists.
-            text_pair: the second sentences, in the same shape as `text`.
+            text: a string, a list of strings or of pairs; with `is_split_into_words` a list of
+                words or a list of such lists. `text_pair` has the same shape.
             padding: False, True or "longest" (of the batch), or "max_length".
             truncation: False, True or "longest_first", "only_first", "only_second"; left out, a
                 stated `max_length` truncates, with a warning.
@@ -233,16 +232,11 @@ class PreTrainedTokenizer:
             return_tensors: None for lists, "pt" or "np" for arrays.
             return_overflowing_tokens: what truncation cut becomes further rows;
                 `overflow_to_sample_mapping` says whose. The result is then always a batch.
-
-        Returns:
-            `input_ids`, `attention_mask` and, where the model takes them, `token_type_ids`, plus
-            what the `return_` flags ask for. Lists for one input, lists of lists for a batch.
         """
         texts, single = inputs(text, text_pair, is_split_into_words)
         pair = bool(texts) and isinstance(texts[0], tuple)
-        self._configure(
-            padding, truncation, max_length, stride, pad_to_multiple_of, add_special_tokens, pair
-        )
+        cut = self._cut(padding, truncation, max_length, stride, add_special_tokens, pair)
+        self._apply_settings(cut, self._fill_up(padding, max_length, pad_to_multiple_of))
         encoded = self._encode_batch(texts, add_special_tokens, is_split_into_words)
         rows, owner = flatten(encoded, return_overflowing_tokens)
         self._warn_if_too_long(rows, max_length)
@@ -363,55 +357,55 @@ class PreTrainedTokenizer:
             width = max(longest, limit)
         return -(-width // multiple) * multiple if multiple else width
 
-    def _configure(
+    def _cut(
         self,
         padding: bool | str,
         truncation: bool | str | None,
         max_length: int | None,
         stride: int,
-        multiple: int | None,
         special: bool,
         pair: bool,
-    ) -> None:
-        """Sets the library's truncation and padding to what this call asks for."""
+    ) -> tuple[Any, ...] | None:
+        """The library's truncation settings for a call; None where it does not truncate."""
         strategy = truncation_strategy(truncation, max_length, padding)
-        cut = None
-        if strategy != "do_not_truncate":
-            limit = self.model_max_length if max_length is None else max_length
-            if limit >= NO_LIMIT:
-                warnings.warn(
-                    "truncation asked for, but neither max_length nor model_max_length "
-                    "is set: nothing is truncated",
-                    stacklevel=3,
-                )
-            else:
-                room = limit - (self.num_special_tokens_to_add(pair) if special else 0)
-                if room < 0:
-                    raise ValueError(
-                        f"max_length={limit} leaves no room for the "
-                        f"{limit - room} special tokens; use a larger one"
-                    )
-                if stride < 0 or (stride and stride >= room):
-                    raise ValueError(
-                        f"stride={stride} must be smaller than the {room} tokens "
-                        f"that max_length={limit} leaves for text"
-                    )
-                cut = (limit, stride, strategy, self.truncation_side)
-        fill = None
+        if strategy == "do_not_truncate":
+            return None
+        limit = self.model_max_length if max_length is None else max_length
+        if limit >= NO_LIMIT:
+            warnings.warn(
+                "truncation asked for, but neither max_length nor model_max_length is set: "
+                "nothing is truncated",
+                stacklevel=3,
+            )
+            return None
+        room = limit - (self.num_special_tokens_to_add(pair) if special else 0)
+        if room < 0:
+            raise ValueError(
+                f"max_length={limit} leaves no room for the {limit - room} special tokens; "
+                "use a larger one"
+            )
+        if stride < 0 or (stride and stride >= room):
+            raise ValueError(
+                f"stride={stride} must be smaller than the {room} tokens that "
+                f"max_length={limit} leaves for text"
+            )
+        return limit, stride, strategy, self.truncation_side
+
+    def _fill_up(
+        self, padding: bool | str, max_length: int | None, multiple: int | None
+    ) -> tuple[Any, ...] | None:
+        """The library's padding settings for a call; None where it does not pad."""
         kind = padding_kind(padding)
-        if kind != "do_not_pad":
-            self._need_pad_token()
-            length = self._padded_width(kind, 0, max_length, None) if kind == "max_length" else None
-            if kind == "longest" or length is not None:
-                fill = (
-                    self.padding_side,
-                    self.pad_token_id,
-                    self.pad_token_type_id,
-                    self.pad_token,
-                    length,
-                    multiple,
-                )
-        self._apply_settings(cut, fill)
+        if kind == "do_not_pad":
+            return None
+        self._need_pad_token()
+        length = None
+        if kind == "max_length":
+            length = self._padded_width(kind, 0, max_length, None)
+            if length is None:
+                return None
+        pad = (self.pad_token_id, self.pad_token_type_id, self.pad_token)
+        return (self.padding_side, *pad, length, multiple)
 
     def _apply_settings(self, cut: Any, fill: Any) -> None:
         """Touches the library object only where a setting changes (each change costs a copy)."""

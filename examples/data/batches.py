@@ -134,17 +134,16 @@ class TrainingBatches:
             rows = _by_length(rows, self.lengths)
         if self.max_tokens is not None:
             pieces = split_by_tokens(rows, self.lengths, self.max_tokens)
-            if len(pieces) < min(self.processes, len(rows)):
-                pieces = np.array_split(rows, min(self.processes, len(rows)))
         else:
-            count = -(-len(rows) // self.batch_size)
-            # An even split: a short window must not leave one process without work.
-            pieces = np.array_split(rows, max(count, min(self.processes, len(rows))))
+            pieces = np.array_split(rows, -(-len(rows) // self.batch_size))
+        # As many pieces for every process, as long as there are rows to make them of.
+        share = -(-len(pieces) // self.processes)
+        pieces = _halve(pieces, min(share * self.processes, len(rows)), self.lengths)
         mine = [
             Batch(piece, int(self.lengths[piece].sum()), len(piece) / len(rows))
             for piece in pieces[self.process :: self.processes]
         ]
-        if len(mine) < -(-len(pieces) // self.processes):
+        if len(mine) < share:
             filler = rows[:1]
             mine.append(Batch(filler, int(self.lengths[filler].sum()), 0.0))
         return Window(index, tuple(mine), len(rows))
@@ -255,6 +254,15 @@ def collate(
 
 def _by_length(rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return rows[np.argsort(lengths[rows], kind="stable")]
+
+
+def _halve(pieces: list[np.ndarray], count: int, lengths: np.ndarray) -> list[np.ndarray]:
+    """Halves the piece of most tokens that has two rows or more, until there are `count`."""
+    while len(pieces) < count:
+        tokens = [lengths[piece].sum() if len(piece) > 1 else 0 for piece in pieces]
+        at = int(np.argmax(tokens))
+        pieces = [*pieces[:at], *np.array_split(pieces[at], 2), *pieces[at + 1 :]]
+    return pieces
 
 
 def _check_budget(split: EncodedSplit, max_tokens: int | None) -> None:

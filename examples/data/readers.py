@@ -24,7 +24,6 @@ SPLIT_FILES = {
     "validation_mismatched": ("validation_mismatched", "dev_mismatched"),
 }
 INDEX_COLUMNS = ("idx", "index", "id")
-UNLABELLED = (None, "", -1, "-1", "-")
 
 
 @dataclass(frozen=True)
@@ -221,13 +220,7 @@ def _labels(table: Table, task: Task, split: str) -> list[int] | list[float] | N
         return None
     name = _column(table, "label", task)
     values = table.columns[name]
-    missing = UNLABELLED if task.labels_by_index and task.label_range is None else (None, "")
-    # Equality alone would let True pass for 1 and -1.0 for -1.
-    blank = [
-        row
-        for row, value in enumerate(values)
-        if not isinstance(value, (bool, float, list, dict)) and value in missing
-    ]
+    blank = [row for row, value in enumerate(values) if _unlabelled(value, task)]
     if blank and testing:
         return None
     if blank:
@@ -246,6 +239,16 @@ def _labels(table: Table, task: Task, split: str) -> list[int] | list[float] | N
             raise table.fail(row, label)
         labels.append(label)
     return labels
+
+
+def _unlabelled(value: Any, task: Task) -> bool:
+    """No value at all, or the -1 of the hub's hidden labels where it cannot be a real one."""
+    if value is None or value == "":
+        return True
+    if task.regression:
+        return task.label_range is not None and value in (-1, "-1", "-1.0")
+    # Equality alone would let -1.0 pass, which is no class in any format.
+    return task.labels_by_index and type(value) in (int, str) and value in (-1, "-1", "-")
 
 
 def _class_index(value: Any, task: Task, known: dict[str, int]) -> int | str:

@@ -104,6 +104,19 @@ class PeftModel(nn.Module):
         """The first active adapter's configuration."""
         return self.peft_config[self.active_adapters[0]]
 
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the base model's forward takes keywords it does not name.
+
+        The Hugging Face Trainer asks before it passes `num_items_in_batch`; without this answer it
+        would look at the forward here, which always does.
+        """
+        base = self.base_model.model
+        if hasattr(base, "accepts_loss_kwargs"):
+            return bool(base.accepts_loss_kwargs)
+        parameters = inspect.signature(base.forward).parameters.values()
+        return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """Runs the model; with `adapter_names` sample i goes through adapter `adapter_names[i]`.
 

@@ -76,21 +76,24 @@ def main() -> None:
             for loader in sides:
                 folder, label = folders[saver], f"{saver} → {loader}"
                 if saver == "newest PEFT" and loader == "PEFT 0.11.1":
-                    known = set(json.loads(
-                        (GOLDEN / "peft011" / "rslora" / "adapter_config.json").read_text()))
-                    folder, label = without_newer_keys(
-                        folder, known, Path(place) / "stripped"), f"{label} (keys stripped)"
+                    known = set(
+                        json.loads(
+                            (GOLDEN / "peft011" / "rslora" / "adapter_config.json").read_text()
+                        )
+                    )
+                    folder, label = (
+                        without_newer_keys(folder, known, Path(place) / "stripped"),
+                        f"{label} (keys stripped)",
+                    )
                 columns[label] = work(loader, "load", folder)
-    width = max(map(len, VARIANTS)) + 1
-    for label, results in columns.items():
-        worst = max((v for v in results.values() if isinstance(v, float)), default=float("nan"))
-        print(f"\n{label}: worst {worst:.1e}")
-        for variant, value in results.items():
-            print(f"  {variant:{width}} {cell(value)}")
-    print("\n| variant | " + " | ".join(columns) + " |")
+    print("| variant | " + " | ".join(columns) + " |")
     print("|---" * (len(columns) + 1) + "|")
     for variant in VARIANTS:
         print(f"| {variant} | " + " | ".join(cell(c[variant]) for c in columns.values()) + " |")
+    for label, results in columns.items():
+        for variant, value in results.items():
+            if isinstance(value, str):
+                print(f"\n{label}, {variant}: {value}")
 
 
 if __name__ == "__main__":

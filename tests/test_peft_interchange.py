@@ -1,5 +1,8 @@
 """Adapter files between this project, PEFT 0.11.1 (golden files) and the newest PEFT (live)."""
 
+import json
+import os
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -49,8 +52,6 @@ def test_the_variants_are_not_the_base_model() -> None:
 
 
 def test_our_configuration_has_the_keys_of_0_11_1_and_no_other() -> None:
-    import json
-
     path = GOLDEN / "peft011" / "rslora" / "adapter_config.json"
     assert set(peft_custom.LoraConfig().to_dict()) == set(json.loads(path.read_text()))
     newer = peft_custom.LoraConfig(exclude_modules=["key"]).to_dict()
@@ -109,3 +110,20 @@ def test_training_equals_peft() -> None:
     ours, theirs = losses["peft_custom"], losses["peft"]
     assert abs(ours[0] - ours[-1]) > 0.05
     assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < 1e-4
+
+
+@pytest.mark.slow
+def test_peft_0_11_1_reads_what_we_wrote(tmp_path: Path) -> None:
+    """Needs PEFT 0.11.1 in `.peers/peft011`; `tests/golden/make_peft011.py` says how."""
+    old = GOLDEN.parent.parent / ".peers" / "peft011"
+    if not old.is_dir():
+        pytest.skip("no PEFT 0.11.1 in .peers/peft011")
+    assert peft_cases.run(peft_custom, "save", tmp_path) == {}
+    done = subprocess.run(
+        [sys.executable, str(GOLDEN / "make_peft011.py"), "load", str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(old), "PYTHONWARNINGS": "ignore"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    results = json.loads(done.stdout.strip().splitlines()[-1])
+    assert set(results) == set(CASES)
+    assert max(results.values()) < TOLERANCE, results

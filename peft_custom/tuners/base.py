@@ -327,7 +327,7 @@ class BaseTuner(nn.Module):
             for layer in layers:
                 layer.route(routes(rows))
             for wrapper in wrappers:
-                wrapper.routes = routes(owner)
+                wrapper.routes = (routes(owner), routes(rows))
             yield
         finally:
             for layer in layers:

@@ -21,7 +21,7 @@ class ModulesToSaveWrapper(nn.Module):
         self.modules_to_save = nn.ModuleDict()
         self.active_adapter: str | None = None
         self.adapters_enabled = True
-        self.routes: Routes | None = None
+        self.routes: tuple[Routes, Routes] | None = None  # by samples, by tokens
         self._current: tuple[nn.Module] = (original_module,)  # a tuple: not registered
 
     def add_adapter(self, name: str) -> None:
@@ -81,16 +81,23 @@ class ModulesToSaveWrapper(nn.Module):
             return self._forward_routed(*args, **kwargs)
         return run_in_own_dtype(self._current[0], args, kwargs)
 
-    def _forward_routed(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _forward_routed(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Every copy sees the whole batch (packed ones cannot be cut); each row takes its own's."""
         out: Tensor | None = None
-        for name, rows in self.routes or []:
+        for i, (name, _) in enumerate(self.routes[0]):
             module = self.modules_to_save[name] if name in self.modules_to_save else None
-            part = run_in_own_dtype(module or self.original_module, (x[rows], *args), kwargs)
+            part = run_in_own_dtype(module or self.original_module, args, kwargs)
             if not isinstance(part, Tensor):
                 raise TypeError("mixed batches need saved modules that return one tensor")
-            if out is None:
-                out = part.new_empty((x.shape[0], *part.shape[1:]))
-            out[rows] = part
+            fitting = [r for r in self.routes if sum(len(rows) for _, rows in r) == part.shape[0]]
+            if not fitting:
+                raise ValueError(
+                    f"adapter_names: a saved module returns {part.shape[0]} rows, which are "
+                    "neither the batch's samples nor its tokens"
+                )
+            rows = fitting[0][i][1]
+            out = torch.empty_like(part) if out is None else out
+            out[rows] = part[rows]
         assert out is not None
         return out
 

@@ -1,0 +1,141 @@
+"""One LoRA training step on the same Hugging Face model: our adapters beside the newest PEFT's.
+
+    python -m benchmarks.adapter_step --layers 12 --batch 8 --length 64
+
+A RoBERTa-base-size classifier with random weights, r 8 on all six linear maps of every layer, fp32,
+AdamW. Both sides share the model code, so the difference is the adapter layers alone. Prints, with
+and without LoRA dropout: operators dispatched in forward and backward, MiB kept for backward (each
+storage once, parameters left out), and milliseconds of a step, the two sides taking turns (fastest
+and median round) with their ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+import warnings
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+TARGETS = [
+    "query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense",
+]  # fmt: skip
+
+
+class Counter(TorchDispatchMode):
+    """Counts the operators that reach the backend."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def build(library: ModuleType, o: argparse.Namespace, dropout: float) -> nn.Module:
+    """The adapted model of one side."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.RobertaConfig(
+        vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, pad_token_id=1,
+        num_hidden_layers=o.layers, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    model = transformers.RobertaForSequenceClassification(config)
+    options = {"task_type": "SEQ_CLS", "r": 8, "lora_alpha": 16, "lora_dropout": dropout}
+    return library.get_peft_model(model, library.LoraConfig(target_modules=TARGETS, **options))
+
+
+def step(model: nn.Module, batch: dict[str, torch.Tensor], optimizer: Any) -> None:
+    model(**batch).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def kept_bytes(model: nn.Module, batch: dict[str, torch.Tensor]) -> int:
+    """Bytes that autograd holds between forward and backward."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    seen: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(**batch).loss
+    total = sum(seen.values())
+    loss.backward()
+    model.zero_grad()
+    return total
+
+
+def dispatched(model: nn.Module, batch: dict[str, torch.Tensor]) -> int:
+    with Counter() as counter:
+        model(**batch).loss.backward()
+    model.zero_grad()
+    return counter.count
+
+
+def compare(o: argparse.Namespace, dropout: float) -> None:
+    import peft
+
+    import peft_custom
+
+    torch.manual_seed(1)
+    batch = {
+        "input_ids": torch.randint(5, 50265, (o.batch, o.length)),
+        "attention_mask": torch.ones(o.batch, o.length, dtype=torch.long),
+        "labels": torch.randint(0, 2, (o.batch,)),
+    }
+    sides = {
+        "ours": build(peft_custom, o, dropout).train(),
+        "PEFT": build(peft, o, dropout).train(),
+    }
+    optimizers = {
+        name: torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-4)
+        for name, m in sides.items()
+    }
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(o.rounds + 1):
+        for name, model in sides.items():
+            start = time.perf_counter()
+            step(model, batch, optimizers[name])
+            if turn:  # the first round warms up
+                times[name].append(1e3 * (time.perf_counter() - start))
+    print(f"\nLoRA dropout {dropout}; {o.layers} layers, {o.batch} × {o.length} tokens")
+    rows = {
+        "operators, forward + backward": {n: dispatched(m, batch) for n, m in sides.items()},
+        "MiB kept for backward": {n: kept_bytes(m, batch) / 2**20 for n, m in sides.items()},
+        "ms per step, fastest": {n: min(t) for n, t in times.items()},
+        "ms per step, median": {n: statistics.median(t) for n, t in times.items()},
+    }
+    for label, row in rows.items():
+        ratio = row["PEFT"] / row["ours"]
+        print(f"{label:32} ours {row['ours']:9.1f}   PEFT {row['PEFT']:9.1f}   ratio {ratio:.2f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    o = parser.parse_args()
+    warnings.simplefilter("ignore")
+    for dropout in (0.0, 0.1):
+        compare(o, dropout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""Hooks' state on disk: `hooks.safetensors` for the tensors, `hooks.json` for the rest."""
+"""Hooks' state on disk: `hooks.safetensors`, with what is no tensor as JSON in its metadata."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-TENSORS = "hooks.safetensors"
-VALUES = "hooks.json"
-REFERENCE = "$tensor"  # {"$tensor": name} stands in the JSON file where the tensor was
+NAME = "hooks.safetensors"
+REFERENCE = "$tensor"  # {"$tensor": name} stands in the JSON where the tensor was
+FILLER = {"": torch.zeros(0)}  # older safetensors refuse a file without a tensor
 
 
 def _split(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
@@ -21,14 +22,14 @@ def _split(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         while path in tensors:  # "a.b" may be one key or two
             path += "'"
-        tensors[path] = value.detach().cpu().contiguous().clone()  # storage of its own: no aliases
+        tensors[path] = value.detach().cpu().contiguous().clone()  # a storage of its own
         return {REFERENCE: path}
     if isinstance(value, dict):
         for key in value:
             if not isinstance(key, str):
                 raise TypeError(
-                    f"hooks' state: {path or 'top level'} has the key {key!r}; keys of "
-                    "a saved dictionary are strings"
+                    f"hooks' state: {path or 'top level'} has the key {key!r}; keys of a saved "
+                    "dictionary are strings"
                 )
         return {
             key: _split(item, f"{path}.{key}" if path else key, tensors)
@@ -39,8 +40,8 @@ def _split(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise TypeError(
-        f"hooks' state: {path} is a {type(value).__name__}; tensors, numbers, strings, "
-        "lists and dictionaries of those can be saved"
+        f"hooks' state: {path} is a {type(value).__name__}; tensors, numbers, strings, lists and "
+        "dictionaries of those can be saved"
     )
 
 
@@ -54,52 +55,46 @@ def _join(value: Any, tensors: dict[str, Tensor]) -> Any:
     return value
 
 
-def save_hooks_state(folder: str | os.PathLike[str], state: dict[str, Any], **extra: Any) -> None:
-    """Writes a hooks' `state_dict()` into an existing folder; each file aside first, then renamed.
+def save_hooks_state(
+    folder: str | os.PathLike[str], state: dict[str, Any], token: str = ""
+) -> None:
+    """Writes a hooks' `state_dict()` into an existing folder, aside first and then renamed.
 
     Args:
         folder: a checkpoint's folder.
         state: what `TrainingHooks.state_dict` returned.
-        extra: JSON values to keep beside it, which `load_hooks_state` ignores.
+        token: names the checkpoint the file belongs to (`saved_token` reads it).
     """
     tensors: dict[str, Tensor] = {}
-    values = _split(state, "", tensors)
-    stamp = os.urandom(8).hex()  # ties the two files together
-    folder = Path(folder)
-    aside = {name: folder / f".{name}.{os.getpid()}" for name in (TENSORS, VALUES)}
-    save_file(tensors, aside[TENSORS], metadata={"stamp": stamp})
-    document = {**extra, "stamp": stamp, "state": values}
-    aside[VALUES].write_text(json.dumps(document, indent=1) + "\n", "utf-8")
-    for name, path in aside.items():
-        os.replace(path, folder / name)
+    values = json.dumps(_split(state, "", tensors))
+    aside = Path(folder) / f".{NAME}.{os.getpid()}"
+    save_file(tensors or FILLER, aside, metadata={"state": values, "token": token})
+    os.replace(aside, Path(folder) / NAME)
 
 
-def read_values(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The content of `hooks.json`, tensors left as references."""
-    path = Path(folder) / VALUES
+def _open(folder: str | os.PathLike[str], read_tensors: bool) -> tuple[dict[str, str], Any]:
+    """(metadata, state); the state is None unless the tensors are read."""
+    path = Path(folder) / NAME
     if not path.is_file():
         raise FileNotFoundError(f"{path}: this checkpoint holds no state of training hooks")
     try:
-        document = json.loads(path.read_text("utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(document, dict) or not {"stamp", "state"} <= set(document):
-        raise ValueError(f"{path}: not a state of training hooks ('stamp' or 'state' is missing)")
-    return document
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if not read_tensors:
+                return metadata, None
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return metadata, _join(json.loads(metadata["state"]), tensors)
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"{path}: damaged, or no state of training hooks ({error}); use another checkpoint"
+        ) from error
+
+
+def saved_token(folder: str | os.PathLike[str]) -> str:
+    """The token given when the folder's hooks' state was written."""
+    return _open(folder, read_tensors=False)[0].get("token", "")
 
 
 def load_hooks_state(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads what `save_hooks_state` wrote."""
-    document = read_values(folder)
-    path = Path(folder) / TENSORS
-    try:
-        with safe_open(path, "pt") as file:
-            stamp = (file.metadata() or {}).get("stamp")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from error
-    if stamp != document["stamp"]:
-        raise ValueError(
-            f"{path} and {VALUES} beside it come from different saves; use another checkpoint"
-        )
-    return _join(document["state"], tensors)
+    return _open(folder, read_tensors=True)[1]

@@ -9,8 +9,8 @@
 
 Rules every loop can rely on:
 
-* One applied optimiser step is one step t = 0, 1, … of the schedule, however many micro-batches made
-  its gradient. The counter is the hooks' own. A step that a GradScaler skips is no step.
+* One applied optimiser step is one step t = 0, 1, … of the schedule, however many micro-batches
+  made its gradient. The counter is the hooks' own. A step that a GradScaler skips is no step.
 * Hooks sit on the innermost `torch.optim.Optimizer`, so they survive `accelerator.prepare` and
   `load_state_dict`. A copy of an optimiser has no hooks: stepping one raises.
 * All trainable adapter parameters of `model` belong to that one optimiser. Where several optimisers
@@ -52,9 +52,9 @@ __all__ = [
 class TrainingHooks:
     """What a tuner does around every applied optimiser step; the base class does nothing.
 
-    A tuner overrides what it needs and returns an instance from `BaseTuner.training_hooks`. For step
-    t the order is: `begin_step`, the forward and backward passes, `before_step`, the optimiser's
-    update, `after_step`; then t grows by one. All four run without gradient recording.
+    A tuner overrides what it needs and returns an instance from `BaseTuner.training_hooks`. The
+    order in step t: `begin_step`, forward and backward passes, `before_step`, the optimiser's
+    update, `after_step`; then t grows by one. All three hooks run without gradient recording.
 
     Attributes:
         t: index of the current step, 0-based; in `after_step` still that of the step just applied.
@@ -91,7 +91,7 @@ class TrainingHooks:
         """
 
     def before_step(self) -> None:
-        """Gradients are final (reduced, unscaled, clipped): statistics; added analytic gradients."""
+        """Gradients are final (reduced, unscaled, clipped): take statistics, add gradients."""
 
     def after_step(self) -> None:
         """Parameters have moved: masks, rank allocation, rows to put back."""
@@ -119,7 +119,7 @@ class TrainingHooks:
 
     @property
     def finished(self) -> bool:
-        """Whether the adapter has its final form: saving before that is saving a work in progress."""
+        """Whether the adapter has its final form; before that, what is saved is unfinished."""
         return self.t >= self.total_steps
 
     # --- what a method uses ---------------------------------------------------------------------
@@ -140,14 +140,14 @@ class TrainingHooks:
         if isinstance(length, float):
             if not 0.0 <= length <= 1.0:
                 raise ValueError(
-                    f"{name}={length!r}: a fraction of training is from 0.0 to 1.0; for steps write "
-                    f"a whole number ({name}={max(0, round(length)) if math.isfinite(length) else 100})"
+                    f"{name}={length!r}: a fraction of training is from 0.0 to 1.0; a number of "
+                    f"steps is a whole number, such as {name}=100"
                 )
             length = math.floor(length * self.total_steps + 0.5)
         elif not 0 <= length <= self.total_steps:
             raise ValueError(
-                f"{name}={length!r}: must be from 0 to total_steps={self.total_steps}, or a fraction "
-                "of training such as 0.1"
+                f"{name}={length!r}: must be from 0 to total_steps={self.total_steps}, or a "
+                "fraction of training such as 0.1"
             )
         self.schedule[name] = length
         return length
@@ -172,8 +172,8 @@ def _whole_steps(total_steps: Any) -> int:
         steps = 0
     if steps <= 0 or isinstance(total_steps, bool):
         raise ValueError(
-            f"total_steps={total_steps!r}: this adapter adapts while it trains, so it must know how "
-            "many optimiser steps there will be, for example epochs × ⌈batches / accumulation⌉"
+            f"total_steps={total_steps!r}: this adapter adapts while it trains, so it must know "
+            "how many optimiser steps there will be: epochs × ⌈batches / accumulation⌉, say"
         )
     return steps
 
@@ -209,8 +209,8 @@ class AttachedHooks(TrainingHooks):
         self._refuse_unprepared()
         if self.parts and self.t == self.total_steps:
             warnings.warn(
-                f"training goes on past total_steps={self.total_steps}: the schedule has ended, and "
-                "its end state stays; attach with the real number of steps",
+                f"training goes on past total_steps={self.total_steps}: the schedule has ended "
+                "and its end state stays; attach with the real number of steps",
                 stacklevel=2,
             )
         for part in self.parts:
@@ -332,14 +332,15 @@ class AttachedHooks(TrainingHooks):
         if state["total_steps"] != self.total_steps:
             raise ValueError(
                 f"the saved schedule is one of total_steps={state['total_steps']}, but these hooks "
-                f"were attached with {self.total_steps}: attach with the saved number (training may "
-                "go on past it), or start a new schedule by not loading the hooks"
+                f"were attached with {self.total_steps}: attach with the saved number (training "
+                "may go on past it), or start a new schedule by not loading the hooks"
             )
         for part, values in zip(self.parts, state["parts"], strict=True):
             if part.schedule != values["schedule"]:
                 raise ValueError(
                     f"the saved schedule has {values['schedule']}, but the options given now make "
-                    f"{part.schedule} of total_steps={self.total_steps}: resume with the same options"
+                    f"{part.schedule} of total_steps={self.total_steps}: resume with the same "
+                    "options"
                 )
         self._load(state)
         self._begin()
@@ -351,7 +352,7 @@ class AttachedHooks(TrainingHooks):
             part.load_state_dict(values["state"])
 
     def remove(self) -> None:
-        """Detaches from the optimiser; the model stays as it is. Removing twice is removing once."""
+        """Detaches from the optimiser; the model stays as it is. May be called again."""
         if self._driver is None:
             return
         self._driver.remove()
@@ -396,7 +397,7 @@ def refuse_if_attached(tuner: nn.Module, call: str = "update_and_allocate") -> N
 
 
 def mark_schedule(tuner: Any, finished: bool) -> None:
-    """Notes on a tuner whether its adapter has its final form (after loading a file, for example)."""
+    """Notes on a tuner whether its adapter has its final form, as a file says it does."""
     if getattr(tuner, "_schedule_finished", None) is not finished:
         tuner._schedule_finished = finished
 
@@ -420,7 +421,7 @@ def note_unfinished(tuner: Any, config: Any) -> None:
 
     Args:
         tuner: whose adapter is saved.
-        config: the configuration that goes into the file; `finished` is set where it has that field.
+        config: what goes into the file; `finished` is set where it has that field.
     """
     finished = schedule_finished(tuner)
     if hasattr(config, "finished"):
@@ -459,7 +460,7 @@ def attach(
         The hooks; where nothing adapts, an object of the same interface on which nothing happens.
 
     Raises:
-        ValueError: a trainable adapter parameter is not in the optimiser, or total_steps is missing.
+        ValueError: a trainable adapter parameter is not the optimiser's; total_steps is missing.
     """
     inner = unwrap_optimizer(optimizer)
     owners = list(_owners(model))
@@ -477,8 +478,8 @@ def attach(
             parts.append((owner, part))
     if schedule and not parts:
         raise TypeError(
-            f"attach: {', '.join(schedule)} given, but nothing in this {type(model).__name__} adapts "
-            "during training"
+            f"attach: {', '.join(schedule)} given, but nothing in this {type(model).__name__} "
+            "adapts during training"
         )
     return AttachedHooks(inner, parts, watched)
 
@@ -497,8 +498,8 @@ def _adapter_parameters(model: nn.Module, optimizer: Optimizer) -> list[nn.Param
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise ValueError(
-            f"the optimiser does not have these adapter parameters: {', '.join(missing[:5])}{more}; "
-            "create it after the adapter, from model.parameter_groups(lr, weight_decay) or all "
-            "parameters that require gradients"
+            f"the optimiser does not have these adapter parameters: {', '.join(missing[:5])}{more}"
+            "; create it after the adapter, from model.parameter_groups(lr, weight_decay) or from "
+            "all parameters that require gradients"
         )
     return [p for _, p in found]

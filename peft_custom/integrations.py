@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .hook_files import load_hooks_state, read_values, save_hooks_state
+from .hook_files import load_hooks_state, save_hooks_state, saved_token
 from .hooks import TrainingHooks, attach
 
 NAME = "TunerCallback"
@@ -44,7 +44,7 @@ class _Callback:
         self._state: Any = None
 
     def state(self) -> dict[str, Any]:
-        """What goes into `trainer_state.json`, just before `on_save`: how to find the hooks' files."""
+        """For `trainer_state.json`, asked just before `on_save`: where the hooks' state will be."""
         if self._state is not None:
             folder = _checkpoint(self._output_dir, self._state.global_step)
             self.saved = {"token": os.urandom(8).hex(), "folder": str(folder.resolve())}
@@ -75,7 +75,7 @@ class _Callback:
         model.zero_grad()
 
     def _resumed_from(self, args: Any, state: Any) -> Path:
-        """The folder whose hooks' files were written together with the resumed `trainer_state.json`."""
+        """The folder whose hooks' state was written with the resumed `trainer_state.json`."""
         noted = state.stateful_callbacks.get(NAME, {})
         noted = noted[-1] if isinstance(noted, list) else noted
         saved = noted.get("attributes", {}).get("saved", {})
@@ -89,14 +89,14 @@ class _Callback:
         tried = list(dict.fromkeys(str(path) for path in candidates if path))
         for path in tried:
             try:
-                if read_values(path).get("token") == saved.get("token"):
+                if saved_token(path) == saved.get("token", ""):
                     return Path(path)
             except FileNotFoundError:
                 continue
         raise FileNotFoundError(
             f"resuming at step {state.global_step}, but the hooks' state of that checkpoint is in "
-            f"none of {', '.join(tried)}: pass TunerCallback(checkpoint=…) if the folder was moved; "
-            "a checkpoint written without TunerCallback cannot be resumed, because its adapter was "
+            f"none of {', '.join(tried)}: pass TunerCallback(checkpoint=…) if the folder was "
+            "moved. A checkpoint written without TunerCallback cannot be resumed: its adapter was "
             "not adapting"
         )
 
@@ -107,10 +107,11 @@ class _Callback:
         folder = _checkpoint(args.output_dir, state.global_step)
         if not folder.is_dir():
             raise FileNotFoundError(
-                f"{folder}: the Trainer's checkpoint is not where it is expected, so the hooks' state "
-                "cannot be saved with it (hyper-parameter search is not supported with TunerCallback)"
+                f"{folder}: the Trainer's checkpoint is not where it is expected, so the hooks' "
+                "state cannot be saved with it (TunerCallback does not support hyper-parameter "
+                "search)"
             )
-        save_hooks_state(folder, self.hooks.state_dict(), token=self.saved.get("token"))
+        save_hooks_state(folder, self.hooks.state_dict(), token=self.saved.get("token", ""))
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **unused: Any
@@ -144,8 +145,10 @@ def _task_loss(model: nn.Module, batch: Any) -> Tensor:
     out = model(**batch)
     loss = out["loss"] if isinstance(out, dict) else getattr(out, "loss", None)
     if loss is None:
-        raise ValueError("prepare needs the task loss, but the model returned none: does the training "
-                         "data have labels?")
+        raise ValueError(
+            "prepare needs the task loss, but the model returned none: does the training data have "
+            "labels?"
+        )
     return loss
 
 

@@ -1,7 +1,7 @@
 """Counter-based randomness: every draw is a function of (seed, counters), never of a history.
 
-What must agree between processes, or after a resume, is drawn here with the step as a counter: there
-is no generator state to save, and a process that has drawn other numbers in between still agrees.
+What must agree between processes, or after a resume, is drawn here with the step as a counter:
+there is no generator state to save, and a process that drew other numbers in between still agrees.
 
     x₀ = seed,  xᵢ = mix(xᵢ₋₁ + φ·(cᵢ + 1))  (mod 2⁶⁴),  φ = 2⁶⁴/golden ratio
 

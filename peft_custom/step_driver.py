@@ -2,13 +2,13 @@
 
 What stands between `optimizer.step()` and "one applied step with final gradients":
 
-| | what happens | what is done here |
-|---|---|---|
-| GradScaler, ordinary optimiser | an overflowing step is never called | nothing |
-| GradScaler, `fused=True` | the step is called, skips itself, gets scaled gradients | `found_inf` is read, gradients are unscaled first |
-| closure | gradients appear within the step | `before` runs after every evaluation, all but the last undone |
-| a subclass calls `super().step()` | torch fires both steps' hooks | the outer call counts |
-| copied or second optimiser | steps the same parameters without hooks | raises |
+* GradScaler and an ordinary optimiser: an overflowing step is never called.
+* GradScaler and `fused=True`: the step is called, skips itself when it overflows, and gets scaled
+  gradients. `found_inf` is read here, and the gradients are unscaled before the hooks see them.
+* A closure: gradients appear within the step. `before` runs after every evaluation; all but the
+  last are undone.
+* A subclass that calls `super().step()`: torch fires both steps' hooks; the outer call counts.
+* A copied or second optimiser would step the same parameters without hooks: it raises.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class StepDriver:
         return args, {**kwargs, "closure": closure}
 
     def _wrapped(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """The closure, followed by `before`; an evaluation that was not the last leaves no trace."""
+        """The closure, then `before`; an evaluation that was not the last leaves no trace."""
         undo: Action | None = None
 
         def evaluate() -> Any:
@@ -122,8 +122,8 @@ class StepDriver:
             return
         if not self._ready:
             raise RuntimeError(
-                f"{type(optimizer).__name__}.step did not evaluate the closure it was given, so the "
-                "attached hooks never saw its gradients; compute them before and call step() alone"
+                f"{type(optimizer).__name__}.step did not evaluate the closure it was given, so "
+                "the attached hooks never saw gradients; compute them before and call step() alone"
             )
         self._after()
 
@@ -138,10 +138,10 @@ def _running(frame: FrameType) -> bool:
 
 @torch.no_grad()
 def _skips_itself(optimizer: Optimizer, kwargs: dict[str, Any]) -> bool:
-    """Whether a fused optimiser will find inf or NaN and do nothing; else its gradients are unscaled.
+    """Whether a fused optimiser will find inf or NaN and do nothing; else unscales its gradients.
 
-    A GradScaler leaves `found_inf` and, for gradients still multiplied by the scale, `grad_scale` on
-    an optimiser that does the unscaling within its step.
+    A GradScaler leaves `found_inf` and, for gradients still multiplied by the scale, `grad_scale`
+    on an optimiser that does the unscaling within its step.
     """
     if kwargs.get("grad_scaler") is not None:
         raise RuntimeError(
@@ -164,7 +164,7 @@ def _skips_itself(optimizer: Optimizer, kwargs: dict[str, Any]) -> bool:
         inverse = torch.as_tensor(scale).double().reciprocal().float()
         for device, gradients in by_device.items():
             torch._foreach_mul_(gradients, inverse.to(device))
-        optimizer.grad_scale = None  # type: ignore[attr-defined]  # done; the kernel must not repeat it
+        optimizer.grad_scale = None  # type: ignore[attr-defined]  # the kernel must not repeat it
     return False
 
 
@@ -196,9 +196,9 @@ def _refuse_strangers(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[
     for driver in _drivers:
         if driver.optimizer is not optimizer and not own.isdisjoint(driver.watched):
             raise RuntimeError(
-                f"this {type(optimizer).__name__} steps adapter parameters whose hooks are attached "
-                "to another optimiser (a copy of an optimiser has no hooks): the adapter would not "
-                "adapt. Call attach(model, optimizer, …) with the optimiser you step, or "
-                "hooks.remove() first"
+                f"this {type(optimizer).__name__} steps adapter parameters whose hooks are "
+                "attached to another optimiser (a copy of an optimiser has no hooks): the adapter "
+                "would not adapt. Call attach(model, optimizer, …) with the optimiser you step, "
+                "or hooks.remove() first"
             )
     _cleared.add(optimizer)

@@ -101,7 +101,7 @@ def test_optimizer_that_takes_the_scaler_itself_is_refused() -> None:
     class Own(torch.optim.SGD):
         _step_supports_amp_scaling = True
 
-        def step(self, closure: Any = None, grad_scaler: Any = None) -> None:  # type: ignore[override]
+        def step(self, closure: Any = None, grad_scaler: Any = None) -> None:  # type: ignore
             super().step(closure)
 
     model, optimizer, hooks = built(Own, lr=0.1)

@@ -185,10 +185,18 @@ def find_file(
         path = folder / (subfolder or "") / name
         return str(path) if path.is_file() else None
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+    from huggingface_hub.utils import (
+        EntryNotFoundError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
     try:
         return hf_hub_download(str(folder_or_hub_id), name, subfolder=subfolder, **hub)
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{folder_or_hub_id}: not a local folder, and the hub could not be asked for {name}"
+        ) from error
     except EntryNotFoundError:
         return None
     except HFValidationError as error:

@@ -40,6 +40,7 @@ class PeftModel(nn.Module):
             raise TypeError("this is a PeftModel already; use add_adapter or load_adapter on it")
         config = self._completed(peft_config, model)
         self.base_model: BaseTuner = tuner_class(config)(model, config, adapter_name)
+        self.training = model.training
 
     def _completed(self, peft_config: PeftConfig, model: nn.Module) -> PeftConfig:
         """A copy of the configuration that names the base model and the task's head."""
@@ -238,7 +239,7 @@ class PeftModel(nn.Module):
 
     @torch.no_grad()
     def _logits(self, batch: Batch) -> Tensor:
-        was_training = self.training
+        modes = {module: module.training for module in self.modules()}
         self.eval()
         try:
             if isinstance(batch, Mapping):
@@ -246,7 +247,8 @@ class PeftModel(nn.Module):
             else:
                 out = self(*batch) if isinstance(batch, (list, tuple)) else self(batch)
         finally:
-            self.train(was_training)
+            for module, mode in modes.items():
+                module.training = mode
         for name in ("logits", "start_logits", "last_hidden_state"):
             if isinstance(getattr(out, name, None), Tensor):
                 return getattr(out, name).float()

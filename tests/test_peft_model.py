@@ -99,6 +99,7 @@ def test_what_matches_nothing_is_an_error_and_leaves_the_model_alone(options, me
     with pytest.raises(ValueError, match=message):
         get_peft_model(model, LoraConfig(**{**QV, **options}))
     assert [name for name, _ in model.named_modules()] == before
+    assert all(p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize(
@@ -125,6 +126,25 @@ def test_what_matches_nothing_is_an_error_and_leaves_the_model_alone(options, me
 def test_configurations_are_refused_in_words(options, error, message) -> None:
     with pytest.raises(error, match=message):
         LoraConfig(**options)
+
+
+def test_torch_transformer_layers_do_not_bypass_their_adapters() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    options = {"r": 2, "init_lora_weights": False}
+    model = get_peft_model(
+        nn.TransformerEncoder(layer, 2), LoraConfig(target_modules="all-linear", **options)
+    )
+    assert sorted({name.rsplit(".", 1)[-1] for name in names(model)}) == ["linear1", "linear2"]
+    x = torch.randn(2, 5, 8)
+    want = model.train()(x)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), want)
+        plain = model.merge_and_unload()
+        torch.testing.assert_close(plain(x), want, rtol=1e-4, atol=1e-5)
+    assert all(child.activation_relu_or_gelu for child in plain.layers)
+    with pytest.raises(NotImplementedError, match="reads this weight past the module"):
+        get_peft_model(nn.TransformerEncoder(layer, 1), LoraConfig(target_modules=["out_proj"]))
 
 
 def test_quantised_base_is_refused() -> None:
@@ -462,7 +482,7 @@ def test_a_failed_write_leaves_the_old_adapter(tmp_path, monkeypatch) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
-def test_keys_of_newer_configurations(tmp_path) -> None:
+def test_keys_of_newer_configurations(tmp_path, monkeypatch) -> None:
     values = LoraConfig(**QV).to_dict()
     new = {"use_qalora": False, "qalora_group_size": 16, "eva_config": None, "peft_version": "9.9",
            "some_future_option": None, "another": [], "lora_bias": False}  # fmt: skip
@@ -478,6 +498,11 @@ def test_keys_of_newer_configurations(tmp_path) -> None:
         PeftConfig.from_dict({**values, "peft_type": "LOHA"})
     with pytest.raises(FileNotFoundError, match="adapter_config.json"):
         PeftConfig.from_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="neither a local folder nor a hub id"):
+        PeftConfig.from_pretrained("runs/no/such/folder")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match="the hub could not be asked for adapter_config"):
+        PeftConfig.from_pretrained("nobody/nothing", cache_dir=tmp_path / "cache")
     (tmp_path / "adapter_config.json").write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):
         PeftConfig.from_pretrained(tmp_path)
@@ -491,6 +516,8 @@ def test_merge_and_unload_verifies(capsys) -> None:
     assert capsys.readouterr().out.startswith("merged; largest logit difference ")
     assert type(plain) is type(bert())
     torch.testing.assert_close(plain(input_ids=IDS).logits, want, rtol=1e-5, atol=1e-5)
+
+    assert not plain.training  # as it was
 
     model = get_peft_model(bert().bfloat16(), LoraConfig(task_type="SEQ_CLS", **QV)).eval()
     before = {k: v.clone() for k, v in model.state_dict().items()}

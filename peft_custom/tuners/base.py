@@ -84,8 +84,10 @@ class BaseTuner(nn.Module):
         self.model = model
         self.peft_config: dict[str, PeftConfig] = {}
         self.active_adapters: list[str] = []
-        model.requires_grad_(False)
+        self._slowed: list[tuple[nn.Module, int]] = []  # see _wrap
+        self.training = model.training
         self.add_adapter(adapter_name, config)
+        model.requires_grad_(False)
         self.set_adapter(adapter_name)
 
     # --- what a method implements ---------------------------------------------------------------
@@ -210,6 +212,11 @@ class BaseTuner(nn.Module):
         try:
             for name, module in chosen:
                 layer = module
+                if targets.read_past(module):
+                    raise NotImplementedError(
+                        f"{name!r}: nn.MultiheadAttention reads this weight past the module, so an "
+                        "adapter on it would do nothing; leave it out of target_modules"
+                    )
                 if not isinstance(layer, BaseTunerLayer):
                     layer = self.new_layer(module, name, config)
                     if layer is None:
@@ -227,6 +234,13 @@ class BaseTuner(nn.Module):
             if module is not layer:
                 layer.train(module.training)
                 self._replace(module, layer)
+        for module in self.model.modules():
+            # In eval mode this class computes from its linear layers' weights without calling them,
+            # past any adapter; this flag of its own keeps it on the path that calls them.
+            if isinstance(module, nn.TransformerEncoderLayer) and module.activation_relu_or_gelu:
+                if any(isinstance(child, BaseTunerLayer) for child in module.modules()):
+                    self._slowed.append((module, module.activation_relu_or_gelu))
+                    module.activation_relu_or_gelu = 0
 
     def _replace(self, old: nn.Module, new: nn.Module) -> None:
         """Puts `new` wherever `old` is registered (a module may have several names)."""
@@ -406,6 +420,8 @@ class BaseTuner(nn.Module):
             self._replace(layer, layer.base_layer)
         for _, wrapper in list(self._wrappers()):
             self._replace(wrapper, wrapper.current_module())
+        for module, flag in self._slowed:
+            module.activation_relu_or_gelu = flag
         self.model.__dict__.pop("_injecting_tuners", None)
         return self.model
 

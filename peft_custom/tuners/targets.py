@@ -45,6 +45,11 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "weight")
 
 
+def read_past(module: nn.Module) -> bool:
+    """Whether the parent uses this module's weight without calling it (`nn.MultiheadAttention`)."""
+    return type(module).__name__ == "NonDynamicallyQuantizableLinear"
+
+
 def walk(
     model: nn.Module, opaque: tuple[type, ...], prefix: str = ""
 ) -> Iterator[tuple[str, nn.Module]]:
@@ -115,6 +120,7 @@ def all_linear(
         name
         for name, module in candidates
         if (isinstance(module, nn.Linear) or is_conv1d(module))
+        and not read_past(module)
         and name.startswith(inside)
         and module is not output
         and not under(name, skip)

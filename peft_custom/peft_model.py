@@ -6,6 +6,7 @@ import contextlib
 import copy
 import inspect
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,7 +19,7 @@ from .hooks import mark_schedule
 from .save_and_load import load_peft_weights, save_adapter, set_peft_model_state_dict
 from .status import count_parameters
 from .tuners.base import BaseTuner, iter_adapters, tuner_class
-from .tuners.targets import as_list, name_matches
+from .tuners.targets import as_list, name_matches, under
 
 Batch = Mapping[str, Any] | list[Any] | tuple[Any, ...] | Tensor
 
@@ -41,6 +42,20 @@ class PeftModel(nn.Module):
         config = self._completed(peft_config, model)
         self.base_model: BaseTuner = tuner_class(config)(model, config, adapter_name)
         self.training = model.training
+        self._warn_of_random_weights(model, config)
+
+    def _warn_of_random_weights(self, model: nn.Module, config: PeftConfig) -> None:
+        """Random weights that are frozen and not saved would make a saved adapter worthless."""
+        fresh = getattr(model, "newly_initialised", ())
+        saved = as_list(getattr(config, "modules_to_save", None))
+        modules = sorted({name.rpartition(".")[0] for name in fresh if not under(name, saved)})
+        if modules:
+            warnings.warn(
+                f"{', '.join(modules)}: newly initialised, not in the checkpoint, and not saved "
+                "with the adapter, so that a reloaded model would differ; add them: "
+                f"modules_to_save={[*saved, *modules]}",
+                stacklevel=4,
+            )
 
     def _completed(self, peft_config: PeftConfig, model: nn.Module) -> PeftConfig:
         """A copy of the configuration that names the base model and the task's head."""

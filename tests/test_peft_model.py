@@ -3,6 +3,7 @@
 import copy
 import inspect
 import json
+import warnings
 
 import pytest
 import torch
@@ -391,6 +392,21 @@ def test_a_task_without_its_head_is_an_error() -> None:
     with pytest.raises(ValueError, match="no head called classifier or score"):
         get_peft_model(
             nn.Sequential(nn.Linear(2, 2)), LoraConfig(task_type="SEQ_CLS", target_modules=["0"])
+        )
+
+
+def test_random_frozen_weights_are_named() -> None:
+    model = bert()
+    model.newly_initialised = ("bert.pooler.dense.weight", "bert.pooler.dense.bias",
+                               "classifier.weight", "classifier.bias")  # fmt: skip
+    with pytest.warns(UserWarning, match=r"^bert.pooler.dense: newly initialised.*'bert.pooler"):
+        get_peft_model(model, LoraConfig(task_type="SEQ_CLS", **QV))
+    model = bert()
+    model.newly_initialised = ("bert.pooler.dense.weight", "classifier.weight")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        get_peft_model(
+            model, LoraConfig(task_type="SEQ_CLS", **QV, modules_to_save=["pooler.dense"])
         )
 
 

@@ -11,13 +11,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from toy_tuner import ToyConfig
 
+from examples.data.batches import Batch, Window
+from examples.options import TrainingOptions
+from examples.runfolder import RunFolder
+from examples.trainer import Trainer
 from peft_custom import PeftModel, attach, attached_hooks, get_peft_model
 from peft_custom.hook_files import load_hooks_state, save_hooks_state
 from peft_custom.hooks import schedule_finished
@@ -110,8 +116,7 @@ def plain(folder: Path, kill: int | None, **options: Any) -> dict[str, Tensor] |
 
 def accelerated(folder: Path, kill: int | None, **options: Any) -> dict[str, Tensor] | None:
     """accelerate's wrapped optimiser and its own checkpoints."""
-    accelerate = pytest.importorskip("accelerate")
-    accelerator = accelerate.Accelerator(cpu=True)
+    accelerator = Accelerator(cpu=True)
     model = tiny(**options).train()
     model, optimizer, loader = accelerator.prepare(model, adamw(model), batches_loader())
     hooks = attach(model, optimizer, total_steps=STEPS, seed=SEED)
@@ -194,7 +199,49 @@ def hugging_face(folder: Path, kill: int | None, **options: Any) -> dict[str, Te
     return outcome(made.model, callback_of(made).hooks)
 
 
-LOOPS = {"plain": plain, "accelerate": accelerated, "trainer": hugging_face}
+class Windows:
+    """The rows in their order, one batch per step; stops at the step that the signal hits."""
+
+    def __init__(self, kill: int | None) -> None:
+        self.kill = kill
+
+    def __len__(self) -> int:
+        return STEPS // EPOCHS
+
+    def windows(self, epoch: int, start: int = 0) -> Any:
+        for index in range(start, len(self)):
+            if self.kill is not None and epoch * len(self) + index == self.kill:
+                raise Killed
+            numbers = np.arange(index * ROWS, (index + 1) * ROWS)
+            yield Window(index, (Batch(numbers, 8 * ROWS),), ROWS)
+
+
+def ours(folder: Path, kill: int | None, **options: Any) -> dict[str, Tensor] | None:
+    """This project's trainer, resuming from its own checkpoint."""
+    arguments = TrainingOptions(
+        output_dir=str(folder), num_train_epochs=EPOCHS, seed=SEED, max_grad_norm=0.0,
+        eval_strategy="no", save_steps=5, logging_steps=1, disable_tqdm=True)
+    model, data = tiny(**options), rows()
+    run = RunFolder(folder, {})
+    resumed = run.check(False, "auto")
+    run.open(SEED, "cpu", resumed_at=None if resumed is None else 5)
+    made = Trainer(
+        model, adamw(model), arguments, Accelerator(cpu=True), run, train=Windows(kill),
+        collate=lambda batch: default_collate([data[i] for i in batch.rows]),
+        schedule=lambda step: 1.0, total_steps=STEPS)
+    if resumed is not None:
+        made.resume(resumed)
+        assert made.progress.step == 5
+    try:
+        made.train()
+    except Killed:
+        return None
+    logged = run.read_lines("log.jsonl")
+    assert len(logged) == STEPS and all(row["density"] == 0.5 for row in logged)
+    return outcome(model, made.hooks)
+
+
+LOOPS = {"plain": plain, "accelerate": accelerated, "trainer": hugging_face, "ours": ours}
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["", "prepared"])
@@ -223,18 +270,18 @@ def test_the_reference_run_adapts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("loop", LOOPS)
 def test_every_loop_gives_the_same(loop: str, reference: Any, tmp_path: Path) -> None:
     options, ends = reference
-    ours = LOOPS[loop](tmp_path, None, **options)
-    assert ours is not None
-    assert_equal(ours, ends)
+    found = LOOPS[loop](tmp_path, None, **options)
+    assert found is not None
+    assert_equal(found, ends)
 
 
 @pytest.mark.parametrize("loop", LOOPS)
 def test_killed_and_resumed_is_uninterrupted(loop: str, reference: Any, tmp_path: Path) -> None:
     options, ends = reference
     assert LOOPS[loop](tmp_path, 8, **options) is None
-    ours = LOOPS[loop](tmp_path, None, **options)
-    assert ours is not None
-    assert_equal(ours, ends)
+    found = LOOPS[loop](tmp_path, None, **options)
+    assert found is not None
+    assert_equal(found, ends)
 
 
 # --- the callback ---------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import peft_custom
 from peft_custom import LoraConfig, PeftModel, get_peft_model, iter_adapters
 from peft_custom.tuners.lora.combine import combine, prune_by_magnitude, vote
 
@@ -65,8 +66,8 @@ def test_linear_keeps_signs_and_has_its_cross_terms() -> None:
     for layer, _, _ in deltas(adapted, "sum"):
         factors = [layer.factors(name) for name in ("default", "b")]
         s = [w * layer.scaling[n] for w, n in zip(WEIGHTS, ("default", "b"), strict=True)]
-        A = sum(abs(x) ** 0.5 * f[0] for x, f in zip(s, factors, strict=True))
-        B = (s[0] ** 0.5) * factors[0][1] - (-s[1]) ** 0.5 * factors[1][1]
+        A = (s[0] ** 0.5) * factors[0][0] - (-s[1]) ** 0.5 * factors[1][0]
+        B = sum(abs(x) ** 0.5 * f[1] for x, f in zip(s, factors, strict=True))
         torch.testing.assert_close(layer.factors("sum")[0], A)
         torch.testing.assert_close(layer.factors("sum")[1], B)
     for weight in (2.0, -0.5):  # of one adapter alone it is exact, negative weights included
@@ -148,3 +149,29 @@ def test_refusals() -> None:
     pissa = model((2,), target_modules=["map"], init_lora_weights="pissa")
     with pytest.raises(ValueError, match="convert_pissa_to_lora"):
         pissa.add_weighted_adapter(["default"], [1.0], "x")
+
+
+@pytest.mark.parametrize("weights", [[0.7, 1.3], [0.7, -1.3]])
+@pytest.mark.parametrize(
+    "kind", ["linear", "cat", "svd", "ties", "magnitude_prune", "ties_svd", "magnitude_prune_svd"]
+)
+def test_equals_the_newest_peft(kind: str, weights: list[float]) -> None:
+    peft = pytest.importorskip("peft")
+    found = []
+    for library in (peft, peft_custom):
+        torch.manual_seed(0)
+        net = nn.ModuleDict({"map": nn.Linear(9, 7)})
+        adapted = library.get_peft_model(
+            net, library.LoraConfig(r=3, lora_alpha=6, target_modules=["map"])
+        )
+        adapted.add_adapter("b", library.LoraConfig(r=3, lora_alpha=3, target_modules=["map"]))
+        draw = torch.Generator().manual_seed(3)
+        for name, p in sorted(adapted.named_parameters()):
+            if "lora_" in name:
+                p.data.copy_(torch.randn(p.shape, generator=draw))
+        density = 0.5 if "ties" in kind or "prune" in kind else None
+        adapted.add_weighted_adapter(
+            ["default", "b"], weights, "new", combination_type=kind, density=density
+        )
+        found.append(adapted.base_model.model["map"].get_delta_weight("new").detach())
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)

@@ -7,7 +7,7 @@ With ΔWᵢ = sᵢ Bᵢ Aᵢ and weights wᵢ, the new adapter (α = r, so s = 1
 | `cat` | Σ wᵢ ΔWᵢ exactly; rank Σ rᵢ |
 | `svd` | the best rank-`svd_rank` approximation of Σ wᵢ ΔWᵢ |
 | `<rule>_svd` | the same of rule(w, ΔW); rules: ties, dare_linear, dare_ties, magnitude_prune |
-| `linear` | (Σ ±√\\|wᵢsᵢ\\| Bᵢ)(Σ √\\|wᵢsᵢ\\| Aᵢ): needs equal ranks, and has cross terms BᵢAⱼ |
+| `linear` | (Σ √\\|wᵢsᵢ\\| Bᵢ)(Σ ±√\\|wᵢsᵢ\\| Aᵢ): needs equal ranks, and has cross terms BᵢAⱼ |
 | `<rule>` | as `linear`, the rule in place of the sum over A's and over B's |
 
 magnitude_prune keeps the `density` largest entries of each tensor; dare drops entries at random
@@ -120,8 +120,8 @@ def combined_factors(
         return truncate(total, rank, options["svd_clamp"], options["svd_driver"])
     roots = [math.sqrt(abs(s)) for _, _, s in parts]
     signed = [math.copysign(root, s) for root, (_, _, s) in zip(roots, parts, strict=True)]
-    A = combine([A for A, _, _ in parts], roots, kind, density, method)
-    return A, combine([B for _, B, _ in parts], signed, kind, density, method)
+    A = combine([A for A, _, _ in parts], signed, kind, density, method)
+    return A, combine([B for _, B, _ in parts], roots, kind, density, method)
 
 
 def _checked(

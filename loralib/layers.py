@@ -235,7 +235,7 @@ class ConvLoRA(LoRALayer):
         )  # fmt: skip
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        # Microsoft's layer lists its parameters twice, as `weight` and as `conv.weight`.
+        # Microsoft's layer has them as `conv.weight` and `conv.bias`, or under both names.
         for name in ("weight", "bias"):
             if (twin := f"{prefix}conv.{name}") in state_dict:
                 state_dict.setdefault(prefix + name, state_dict[twin])

@@ -29,9 +29,12 @@ def _bytewise(device: torch.device) -> bool:
 
 
 def _levels(p: float) -> tuple[int, int]:
-    """(k, levels) of a CPU mask: within 5 % of p."""
-    k = round(p * 256)
-    return (k, 256) if abs(k / 256 - p) <= 0.05 * p else (max(1, round(p * 65536)), 65536)
+    """(k, levels) of a CPU mask: to 5 % of p and of 1 - p, which every scale depends on."""
+    for levels in (256, 65536):
+        k = round(p * levels)
+        if abs(k / levels - p) <= 0.05 * min(p, 1.0 - p):
+            return k, levels
+    return (max(1, min(k, levels - 1)), levels) if p < 1.0 else (levels, levels)
 
 
 def scale_in_force(p: float, device: torch.device) -> float:

@@ -1,0 +1,157 @@
+"""Checkpoints: folders `checkpoint-N` that appear whole or not at all, without a pickle in them.
+
+A state is a tree of dictionaries, lists, tuples, numbers, strings and tensors. Its tensors go into
+`state.safetensors`, the tree itself, with references, into that file's metadata: one file, one
+truth. `progress.json` repeats the figures for people.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+STATE = "state.safetensors"
+PROGRESS = "progress.json"
+ASIDE = ".tmp"
+
+
+class RunError(RuntimeError):
+    """A run that cannot start or go on; the message says why and what to do."""
+
+
+# -- one state, one file ------------------------------------------------------------------------
+
+
+def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """JSON for a tree; tensors become references, tuples and other keys than text are marked."""
+    if isinstance(value, Tensor):
+        tensors[path] = value.detach().cpu().contiguous().clone()  # no shared storage in a file
+        return {"$tensor": path}
+    if isinstance(value, dict):
+        items = [[key, _pack(item, f"{path}.{key}", tensors)] for key, item in value.items()]
+        if all(isinstance(key, str) and not key.startswith("$") for key in value):
+            return dict(items)
+        return {"$items": items}
+    if isinstance(value, tuple):
+        return {"$tuple": [_pack(item, f"{path}.{i}", tensors) for i, item in enumerate(value)]}
+    if isinstance(value, list):
+        return [_pack(item, f"{path}.{i}", tensors) for i, item in enumerate(value)]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"checkpoint: {path} is a {type(value).__name__}, which no checkpoint can hold")
+
+
+def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_unpack(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "$tensor" in value:
+        return tensors[value["$tensor"]]
+    if "$tuple" in value:
+        return tuple(_unpack(item, tensors) for item in value["$tuple"])
+    if "$items" in value:
+        return {key: _unpack(item, tensors) for key, item in value["$items"]}
+    return {key: _unpack(item, tensors) for key, item in value.items()}
+
+
+def write_state(path: Path, state: dict[str, Any]) -> None:
+    """Writes a tree of tensors and plain values."""
+    tensors: dict[str, Tensor] = {}
+    tree = json.dumps(_pack(state, "state", tensors))
+    # safetensors refuses a file without a tensor
+    save_file(tensors or {"none": torch.zeros(1)}, path, metadata={"tree": tree})
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Reads what `write_state` wrote.
+
+    Raises:
+        RunError: the file is missing, damaged, or something else.
+    """
+    if not path.is_file():
+        raise RunError(f"{path}: no such file, so {path.parent} is no checkpoint of a run")
+    try:
+        with safe_open(path, "pt") as file:
+            tree = (file.metadata() or {})["tree"]
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return _unpack(json.loads(tree), tensors)
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise RunError(
+            f"{path}: damaged or no checkpoint ({error}); resume from an earlier one"
+        ) from error
+
+
+# -- folders ------------------------------------------------------------------------------------
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether saving failed for want of room (or of a quota, or of a permitted file size)."""
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    words = ("No space left", "quota exceeded", "File too large", "StorageFull", "os error 28")
+    if isinstance(error, OSError) and error.errno in codes:
+        return True
+    return isinstance(error, (OSError, SafetensorError)) and any(w in str(error) for w in words)
+
+
+def save(folder: Path, step: int, state: dict[str, Any], progress: dict[str, Any]) -> Path:
+    """Writes `folder/checkpoint-<step>`: aside first, then renamed.
+
+    Raises:
+        RunError: the disk is full, or the folder cannot be written; what was there is untouched.
+    """
+    final = folder / f"checkpoint-{step}"
+    aside = folder / f"checkpoint-{step}{ASIDE}"
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        write_state(aside / STATE, state)
+        (aside / PROGRESS).write_text(json.dumps(progress, indent=1) + "\n", "utf-8")
+        for name in (STATE, PROGRESS):
+            with open(aside / name, "rb+") as file:
+                os.fsync(file.fileno())
+        if final.exists():  # written by a run that was resumed from before it
+            shutil.rmtree(final)
+        os.replace(aside, final)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise saving_failed(final, error) from error
+    return final
+
+
+def saving_failed(path: Path, error: BaseException) -> RunError:
+    """The error to raise when `path` could not be written."""
+    reason = "the disk is full" if is_disk_full(error) else f"it cannot be written ({error})"
+    earlier = list_checkpoints(path.parent)
+    kept = f"{earlier[-1]} is untouched" if earlier else "nothing was overwritten"
+    return RunError(
+        f"saving {path}: {reason}; {kept}. Make room (--save_total_limit keeps fewer), then go on "
+        "with --resume_from_checkpoint auto"
+    )
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints in a run's folder, oldest first."""
+    if not folder.is_dir():
+        return []
+    found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.iterdir()]
+    return [path for _, path in sorted((int(m[1]), path) for m, path in found if m)]
+
+
+def prune(folder: Path, keep: int, best: str | None) -> None:
+    """Removes all but the `keep` newest checkpoints and the best one; 0 keeps all."""
+    if keep < 1:
+        return
+    for path in list_checkpoints(folder)[:-keep]:
+        if path.name != best:
+            shutil.rmtree(path)

@@ -1,0 +1,148 @@
+"""The options that programs share: model, data, training. No torch here, so `--help` is quick."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass
+
+from examples.config import OptionError, option
+from examples.schedules import SCHEDULES
+
+TRACKERS = ("tensorboard", "wandb", "trackio")
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    model_name_or_path: str = option(MISSING, "folder or hub id of the pretrained model")
+    tokenizer_name: str | None = option(None, "folder or hub id of another tokenizer")
+    revision: str | None = option(None, "branch, tag or commit on the hub")
+    local_files_only: bool = option(False, "never ask the hub")
+    ignore_mismatched_sizes: bool = option(
+        False, "draw anew what has another shape in the checkpoint, such as a head of other labels"
+    )
+    base_dtype: str = option(
+        "auto",
+        "dtype of frozen weights and of the activations; what is trained stays float32. auto: "
+        "bfloat16 where the hardware multiplies it (full fine-tuning: float32)",
+        choices=("auto", "float32", "bfloat16"),
+    )
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    task_name: str | None = option(None, "a task: cola mnli mrpc qnli qqp rte sst2 stsb wnli …")
+    data_dir: str | None = option(
+        None, "folder with a folder per task, or the task's own; without it the hub is read"
+    )
+    train_file: str | None = option(None, "training file of your own (tsv csv json jsonl parquet)")
+    validation_file: str | None = option(None, "its validation file")
+    test_file: str | None = option(None, "its test file, for --do_predict")
+    dataset_name: str | None = option(None, "a dataset of your own: hub id or folder")
+    dataset_config_name: str | None = option(None, "its configuration")
+    max_length: int = option(128, "tokens per row; longer rows are cut", low=3)
+    pad_to_max_length: bool = option(False, "pad every row to max_length (slow)")
+    group_by_length: bool = option(True, "let rows of like length meet: little padding")
+    packing: bool = option(False, "no padding at all: the tokens of a batch end to end")
+    max_tokens: int | None = option(
+        None, "with packing: tokens per forward pass; a step keeps its number of rows", low=1
+    )
+    max_train_samples: int | None = option(None, "use only the first rows of the split", low=1)
+    max_eval_samples: int | None = option(None, "use only the first rows of each split", low=1)
+    max_predict_samples: int | None = option(None, "use only the first rows of each split", low=1)
+    cache_dir: str | None = option(None, "where encoded data is kept ($RANKWISE_CACHE)")
+    cache: bool = option(True, "keep encoded data for the next run")
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None and not self.packing:
+            raise OptionError("--max_tokens goes with --packing")
+        if self.packing and self.pad_to_max_length:
+            raise OptionError("--packing and --pad_to_max_length exclude each other")
+        own = [n for n in ("train_file", "validation_file", "test_file") if getattr(self, n)]
+        ways = [self.task_name is not None, bool(own), self.dataset_name is not None]
+        if sum(ways) != 1:
+            raise OptionError(
+                "give --task_name, or --train_file and --validation_file, or --dataset_name"
+                + (", only one of these" if sum(ways) > 1 else "")
+            )
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    output_dir: str = option(MISSING, "the run's folder")
+    overwrite_output_dir: bool = option(False, "remove what another run left in output_dir")
+    resume_from_checkpoint: str | None = option(
+        None, "auto: the newest checkpoint in output_dir, if any; or a checkpoint folder"
+    )
+    do_train: bool = option(True, "train")
+    do_eval: bool = option(True, "evaluate")
+    do_predict: bool = option(False, "write predictions for the test split (GLUE submission files)")
+    seed: int = option(0, "of initial weights, data order and dropout", low=0)
+    learning_rate: float = option(5e-5, "peak learning rate (clr has its own)", low=0)
+    weight_decay: float = option(0.0, "not on biases and normalisation weights", low=0)
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0: never", low=0)
+    label_smoothing_factor: float = option(0.0, "share of the label spread evenly", low=0, high=1)
+    num_train_epochs: float = option(3.0, "passes over the training data", low=0)
+    max_train_steps: int | None = option(None, "optimiser steps, instead of epochs")
+    per_device_train_batch_size: int = option(8, "rows per forward pass and process", low=1)
+    per_device_eval_batch_size: int = option(64, "rows per forward pass and process", low=1)
+    gradient_accumulation_steps: int = option(1, "forward passes per optimiser step", low=1)
+    global_batch_size: int | None = option(
+        None, "rows per optimiser step, over all processes; accumulation follows from it", low=1
+    )
+    lr_scheduler_type: str = option("linear", "learning rate over training", choices=SCHEDULES)
+    num_warmup_steps: int = option(0, "optimiser steps of linear warm-up", low=0)
+    warmup_ratio: float = option(0.0, "the same as a share of all steps", low=0, high=1)
+    lr_num_cycles: int = option(1, "cycles of cosine_with_restarts", low=1)
+    lr_schedule_first_lr: float = option(2.0, "clr: rate until const_epochs", low=0)
+    lr_schedule_const_epochs: float = option(
+        1.0, "clr: epochs (above 100: steps) at first_lr, warm-up included", low=0
+    )
+    lr_schedule_second_lr: float = option(0.2, "clr: rate after that", low=0)
+    lr_schedule_end_lr: float = option(0.0, "clr: rate at the end", low=0)
+    mixed_precision: str = option("no", "autocast", choices=("no", "bf16", "fp16"))
+    gradient_checkpointing: bool = option(False, "less memory, about a third more time")
+    compile: bool = option(False, "torch.compile; says whether the run is long enough to pay")
+    eval_strategy: str = option(
+        "epoch",
+        "evaluate after epochs, every eval_steps, or only at the end",
+        choices=("epoch", "steps", "no"),
+    )
+    eval_steps: int = option(0, "also evaluate every so many optimiser steps; 0: not", low=0)
+    eval_after_epochs: int = option(0, "evaluations within epochs begin at this epoch", low=0)
+    save_strategy: str = option("epoch", "when to save", choices=("epoch", "steps", "no"))
+    save_steps: int | str = option(0, "save every so many optimiser steps (or: epoch)")
+    save_total_limit: int = option(2, "checkpoints kept beside the best one; 0: all", low=0)
+    load_best_model_at_end: bool = option(True, "the best evaluation's weights are the result")
+    metric_for_best_model: str | None = option(None, "default: the task's own; `loss` is possible")
+    early_stopping_patience: int = option(
+        0, "stop after so many evaluations without a better one; 0: never", low=0
+    )
+    logging_steps: int = option(50, "log the loss every so many optimiser steps; 0: never", low=0)
+    report_to: tuple[str, ...] = option(("none",), "trackers", choices=("none", "all", *TRACKERS))
+    project_prefix: str = option("rankwise_", "the trackers' project is this and the task")
+    disable_tqdm: bool = option(False, "plain lines instead of a progress bar")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.save_steps, str):
+            if self.save_steps != "epoch":
+                raise OptionError(f"--save_steps {self.save_steps}: a whole number, or epoch")
+            object.__setattr__(self, "save_steps", 0)
+        elif self.save_steps > 0 and self.save_strategy == "epoch":
+            object.__setattr__(self, "save_strategy", "steps")
+        if self.save_strategy == "steps" and self.save_steps < 1:
+            raise OptionError("--save_strategy steps needs --save_steps, such as 500")
+        if self.eval_strategy == "steps" and self.eval_steps < 1:
+            raise OptionError("--eval_strategy steps needs --eval_steps, such as 500")
+        if self.num_warmup_steps and self.warmup_ratio:
+            raise OptionError("give --num_warmup_steps or --warmup_ratio, not both")
+        if self.global_batch_size is not None and self.gradient_accumulation_steps != 1:
+            raise OptionError(
+                "--global_batch_size sets the accumulation; leave --gradient_accumulation_steps out"
+            )
+        if self.max_train_steps is not None and self.max_train_steps < 1:
+            object.__setattr__(self, "max_train_steps", None)
+        if self.num_train_epochs == 0 and self.max_train_steps is None and self.do_train:
+            raise OptionError("--num_train_epochs 0: use --eval_only to evaluate without training")
+        if "none" in self.report_to and len(self.report_to) > 1:
+            raise OptionError("--report_to none stands alone")
+        if not (self.do_train or self.do_eval or self.do_predict):
+            raise OptionError("nothing to do: --do_train, --do_eval and --do_predict are all off")

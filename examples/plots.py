@@ -1,0 +1,88 @@
+"""The learning curve of a run, as a PNG. matplotlib is asked for only here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def learning_curve(
+    path: Path,
+    log: list[dict[str, Any]],
+    metrics: list[dict[str, Any]],
+    main_metric: str,
+    title: str,
+) -> str | None:
+    """Draws losses and the main metric over epochs.
+
+    Args:
+        path: of the PNG.
+        log: rows of `log.jsonl`.
+        metrics: rows of `metrics.jsonl`.
+        main_metric: the metric that chooses the best weights; its best point is marked.
+        title: the run in a few words.
+
+    Returns:
+        Why there is no picture, or None.
+    """
+    if not metrics and not log:
+        return "no learning curve: nothing was logged"
+    try:
+        import matplotlib
+    except ImportError:
+        return "no learning curve: matplotlib is not installed (pip install 'rankwise[plots]')"
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, left = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    if log:
+        left.plot(_of(log, "epoch"), _of(log, "loss"), color="0.65", lw=1, label="training loss")
+    rows = [row for row in metrics if "train_loss" in row]
+    left.plot(
+        _of(rows, "epoch"),
+        _of(rows, "train_loss"),
+        "o-",
+        color="0.35",
+        ms=3,
+        label="training loss, mean since the last evaluation",
+    )
+    with_loss = [row for row in metrics if "eval_loss" in row]
+    if with_loss:
+        left.plot(
+            _of(with_loss, "epoch"),
+            _of(with_loss, "eval_loss"),
+            "s-",
+            color="tab:orange",
+            ms=3,
+            label="validation loss",
+        )
+    left.set_xlabel("epoch")
+    left.set_ylabel("loss")
+    left.set_ylim(bottom=0)
+    scored = [row for row in metrics if main_metric in row]
+    if scored and not main_metric.endswith("loss"):
+        _metric(left.twinx(), scored, main_metric)
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small", frameon=False)
+    left.set_title(title, fontsize="medium")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return None
+
+
+def _metric(axes: Any, rows: list[dict[str, Any]], name: str) -> None:
+    values, epochs = _of(rows, name), _of(rows, "epoch")
+    best = max(range(len(values)), key=values.__getitem__)
+    axes.plot(epochs, values, "o-", color="tab:blue", ms=4, label=name)
+    axes.plot(
+        epochs[best],
+        values[best],
+        "*",
+        color="tab:blue",
+        ms=13,
+        label=f"best: {values[best]:.4f} at epoch {epochs[best]:g}",
+    )
+    axes.set_ylabel(name, color="tab:blue")
+
+
+def _of(rows: list[dict[str, Any]], name: str) -> list[float]:
+    return [row[name] for row in rows]

@@ -1,0 +1,11 @@
+"""`run_glue` under the name of the example that scripts of the originals call."""
+
+from __future__ import annotations
+
+import sys
+
+from examples.program import run_main
+from examples.run_glue import work
+
+if __name__ == "__main__":
+    sys.exit(run_main(work))

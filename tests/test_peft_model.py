@@ -598,6 +598,21 @@ def test_a_merged_language_model_saves_and_loads_untied(tmp_path) -> None:
     torch.testing.assert_close(again(input_ids=IDS).logits, want, rtol=1e-4, atol=1e-5)
 
 
+def test_a_saved_copy_of_a_tied_embedding_stays_untied(tmp_path) -> None:
+    with pytest.warns(UserWarning, match="Embedding shares its weight with cls.predictions"):
+        model = get_peft_model(
+            bert(head="MaskedLM"),
+            LoraConfig(target_modules=["query"], modules_to_save=["word_embeddings"]),
+        ).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn_like(p) * p.requires_grad
+    want = model(input_ids=IDS).logits
+    model.merge_and_unload().save_pretrained(tmp_path)
+    again = transformers.BertForMaskedLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(again(input_ids=IDS).logits, want, rtol=1e-4, atol=1e-5)
+
+
 # --- the wrapper ----------------------------------------------------------------------------------
 def test_task_classes_spell_their_arguments_out() -> None:
     for name in ("SequenceClassification", "TokenClassification", "CausalLM", "FeatureExtraction"):

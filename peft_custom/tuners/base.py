@@ -24,7 +24,7 @@ from ..config import CONFIG_CLASSES, PeftConfig
 from . import targets
 from .modules_to_save import BASE, ModulesToSaveWrapper, Routes
 from .parameters import decay_groups, trained_biases
-from .tuner_layer import BaseTunerLayer, iter_adapters
+from .tuner_layer import BaseTunerLayer, iter_adapters, keep_from_bypassing
 
 __all__ = [
     "BaseTuner",
@@ -84,7 +84,8 @@ class BaseTuner(nn.Module):
         self.model = model
         self.peft_config: dict[str, PeftConfig] = {}
         self.active_adapters: list[str] = []
-        self._slowed: list[tuple[nn.Module, int]] = []  # see _wrap
+        self._slowed: list[tuple[nn.Module, int]] = []  # see keep_from_bypassing
+        self._unties = False  # whether a saved module's copy no longer shares its weight
         self.training = model.training
         self.add_adapter(adapter_name, config)
         model.requires_grad_(False)
@@ -166,6 +167,7 @@ class BaseTuner(nn.Module):
         self._wrap(adapter, config, chosen)
         for module in saved:
             if not isinstance(module, ModulesToSaveWrapper):
+                self._warn_of_ties(module)
                 wrapper = ModulesToSaveWrapper(module)
                 self._replace(module, wrapper)
                 module = wrapper
@@ -173,6 +175,16 @@ class BaseTuner(nn.Module):
         self.peft_config[adapter] = config
         if self.active_adapters:
             self.set_adapter(self.active_adapters)
+
+    def _warn_of_ties(self, module: nn.Module) -> None:
+        """A copy of a module is trained without the modules it shared weights with."""
+        if shared := self.tied_with(module):
+            self._unties = True
+            warnings.warn(
+                f"modules_to_save: {type(module).__name__} shares its weight with "
+                f"{', '.join(shared)}; what is trained and saved is a copy, not shared with them",
+                stacklevel=6,
+            )
 
     def _resolve(self, config: Any) -> list[tuple[str, nn.Module]]:
         """Chosen (name, module) pairs; `target_modules` None and "all-linear" become entries."""
@@ -234,13 +246,7 @@ class BaseTuner(nn.Module):
             if module is not layer:
                 layer.train(module.training)
                 self._replace(module, layer)
-        for module in self.model.modules():
-            # In eval mode this class computes from its linear layers' weights without calling them,
-            # past any adapter; this flag of its own keeps it on the path that calls them.
-            if isinstance(module, nn.TransformerEncoderLayer) and module.activation_relu_or_gelu:
-                if any(isinstance(child, BaseTunerLayer) for child in module.modules()):
-                    self._slowed.append((module, module.activation_relu_or_gelu))
-                    module.activation_relu_or_gelu = 0
+        self._slowed += keep_from_bypassing(self.model)
 
     def _replace(self, old: nn.Module, new: nn.Module) -> None:
         """Puts `new` wherever `old` is registered (a module may have several names)."""
@@ -351,14 +357,20 @@ class BaseTuner(nn.Module):
                 wrapper.routes = None
 
     # --- merging -------------------------------------------------------------------------------
-    def tied_with(self, layer: BaseTunerLayer) -> list[str]:
-        """Names of other modules that use the very weight `layer` wraps."""
-        weight = layer.base_layer.weight
+    def tied_with(self, module: nn.Module) -> list[str]:
+        """Names of other modules that use a parameter of `module`."""
+        own = {id(p) for p in module.parameters()}
+        inside = set(module.modules())
         return [
             name
-            for name, module in self.model.named_modules()
-            if module is not layer.base_layer and module._parameters.get("weight") is weight
+            for name, other in self.model.named_modules()
+            if other not in inside and any(id(p) in own for p in other._parameters.values())
         ]
+
+    def _untie_config(self) -> None:
+        config = getattr(self.model, "config", None)
+        if hasattr(config, "tie_word_embeddings"):
+            config.tie_word_embeddings = False
 
     def merge_adapter(
         self, names: list[str] | None = None, keep: bool = True, untie: bool = False
@@ -382,7 +394,7 @@ class BaseTuner(nn.Module):
             if set(wanted) & set(layer.adapters)
         ]
         for name, layer in layers:
-            shared = self.tied_with(layer)
+            shared = self.tied_with(layer.base_layer)
             if shared and not untie:
                 raise ValueError(
                     f"{name!r} shares its weight with {', '.join(shared)}: merging would change "
@@ -393,8 +405,7 @@ class BaseTuner(nn.Module):
                 layer.base_layer.weight = nn.Parameter(
                     layer.base_layer.weight.detach().clone(), requires_grad=False
                 )
-                if hasattr(getattr(self.model, "config", None), "tie_word_embeddings"):
-                    self.model.config.tie_word_embeddings = False
+                self._untie_config()
         lost = {name: layer.merge(wanted, keep=keep) for name, layer in layers}
         worst = max(lost, key=lost.__getitem__, default=None)
         if worst is not None and lost[worst] > 1e-2:
@@ -420,6 +431,8 @@ class BaseTuner(nn.Module):
             self._replace(layer, layer.base_layer)
         for _, wrapper in list(self._wrappers()):
             self._replace(wrapper, wrapper.current_module())
+        if self._unties:
+            self._untie_config()
         for module, flag in self._slowed:
             module.activation_relu_or_gelu = flag
         self.model.__dict__.pop("_injecting_tuners", None)

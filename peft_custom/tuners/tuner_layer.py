@@ -259,3 +259,18 @@ def iter_adapters(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
             yield name, module
+
+
+def keep_from_bypassing(model: nn.Module) -> list[tuple[nn.Module, int]]:
+    """Stops `nn.TransformerEncoderLayer` from computing past its adapters.
+
+    In eval mode that class computes from its linear layers' weights without calling them. A flag of
+    its own keeps it on the path that calls them; the flags' values are returned, to be put back.
+    """
+    changed = []
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and module.activation_relu_or_gelu:
+            if any(isinstance(child, BaseTunerLayer) for child in module.modules()):
+                changed.append((module, module.activation_relu_or_gelu))
+                module.activation_relu_or_gelu = 0
+    return changed

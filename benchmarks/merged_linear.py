@@ -5,11 +5,11 @@
 
 Work: forward and backward, input gradient included, of a 768 -> 2304 linear layer, rank 4 on q and
 v, 8 × 64 tokens. In turn, round by round: the frozen linear layer alone, `loralib.MergedLinear` in
-both orientations of the stored weight, and the update written naively, by forming ΔW. With
-Microsoft's package unpacked in `.peers/loralib`
-(`pip install --no-deps --target .peers/loralib loralib==0.1.2`) it takes its turns too, in a process
-of its own because it has our name. Prints for each the median milliseconds and the median of the
-round-by-round ratios to the frozen layer. The multiplications alone put the floor at 1.007.
+both orientations of the stored weight, and the update written naively, by forming ΔW. Microsoft's
+package takes its turns too, in a process of its own because it has our name, where
+`pip install --no-deps --target .peers/loralib loralib==0.1.2` was run. Prints for each the median
+milliseconds and the median of the round-by-round ratios to the frozen layer. Counting
+multiplications, the update adds 1 % to the frozen layer's forward and input gradient.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ IN, OUT, ENABLED = 768, 2304, (True, False, True)
 
 
 class DenseUpdate(nn.Linear):
-    """x (W + ΔW)ᵀ written the naive way: ΔW formed at every call, and a full-size product with it."""
+    """x (W + ΔW)ᵀ the naive way: ΔW formed at every call, and a full-size product with it."""
 
     def __init__(self, r: int, p: float) -> None:
         super().__init__(IN, OUT)

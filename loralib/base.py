@@ -42,7 +42,7 @@ class LoRALayer(nn.Module):
         self.merge_weights = merge_weights
         self.adapted = r > 0 and shapes is not None
         self._original: Tensor | None = None  # the weight as it was before merge()
-        self._cached: tuple[tuple, Tensor] | None = None  # (state of W, A, B; W + s·B A)
+        self._cached: tuple[tuple, Tensor] | None = None  # (state of s, W, A, B; W + s·B A)
         if self.adapted:
             weight = self.weight
             # Factors are fp32 beside a weight of lower precision, for the optimiser's small steps.
@@ -130,7 +130,7 @@ class LoRALayer(nn.Module):
 
         Only for evaluation without gradients, and in fp32: rounding W + ΔW to bf16 would lose part
         of the update. Versions and addresses tell when W, A or B changed; writes through `.data`
-        leave no trace, so a change of mode or a load drops the copy as well.
+        leave no trace, so a call of `train` or `eval` or a load drops the copy as well.
         """
         if self.training or not self.merge_weights or torch.is_grad_enabled():
             return None
@@ -140,7 +140,7 @@ class LoRALayer(nn.Module):
             return None
         if x.is_floating_point() and lora.compute_dtype(x, weight) != weight.dtype:
             return None
-        state = tuple((t.data_ptr(), t._version, t.dtype, t.device) for t in parts)
+        state = (self.scaling, *((t.data_ptr(), t._version, t.dtype, t.device) for t in parts))
         if self._cached is None or self._cached[0] != state:
             self._cached = None  # the old copy goes before the new one is made
             self._cached = (state, self.merged_weight().to(weight.dtype))

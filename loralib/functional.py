@@ -221,15 +221,13 @@ def lora_embedding(
     max_norm: float | None = None,
     norm_type: float = 2.0,
     scale_grad_by_freq: bool = False,
-    sparse: bool = False,
 ) -> Tensor:
     """s·Aᵀ[ids] Bᵀ, (..., dim): what a table's rows gain. A (r, num), B (dim, r).
 
     The keyword arguments are those of the lookup in the base table; they act on the lookup in Aᵀ.
+    There is no `sparse`: torch has no sparse gradient for A, whose columns are what is looked up.
     """
-    rows = F.embedding(
-        ids, A.T, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
-    )  # (..., r)
+    rows = F.embedding(ids, A.T, padding_idx, max_norm, norm_type, scale_grad_by_freq)  # (..., r)
     return (rows @ B.T) * scaling
 
 

@@ -178,8 +178,10 @@ class Embedding(LoRALayer, nn.Embedding):
         if self._is_plain():
             return super().forward(ids)
         options = {
-            name: getattr(self, name)
-            for name in ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+            "padding_idx": self.padding_idx,
+            "max_norm": self.max_norm,
+            "norm_type": self.norm_type,
+            "scale_grad_by_freq": self.scale_grad_by_freq,
         }
         # max_norm shortens the rows of W and of Aᵀ each by itself: a sum of them cannot stand in.
         if self.max_norm is None and (weight := self._evaluation_weight(ids)) is not None:

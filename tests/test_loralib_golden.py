@@ -1,4 +1,4 @@
-"""Equality with Microsoft's loralib 0.1.2: outputs, gradients, state dicts (golden/make_loralib.py)."""
+"""Equality with Microsoft's loralib 0.1.2, recorded by golden/make_loralib.py."""
 
 import json
 from collections.abc import Callable

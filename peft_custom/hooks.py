@@ -79,7 +79,7 @@ class TrainingHooks:
         """Looks at data before the first step (with `requires_prepare = True`); not after a resume.
 
         Args:
-            dataloader: batches, this process's share of them.
+            dataloader: batches, this process's share of them; can be gone through again.
             forward_loss: batch → scalar task loss, with a graph.
         """
 
@@ -178,6 +178,16 @@ def _whole_steps(total_steps: Any) -> int:
     return steps
 
 
+class _Again:
+    """What a function that returns iterators iterates over, as often as asked."""
+
+    def __init__(self, start: Callable[[], Iterator[Any]]) -> None:
+        self.start = start
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.start()
+
+
 class AttachedHooks(TrainingHooks):
     """The hooks of all tuners in one model, driven by one optimiser; none of them costs nothing."""
 
@@ -251,13 +261,28 @@ class AttachedHooks(TrainingHooks):
         """Whether a step may be taken."""
         return not self.requires_prepare
 
-    def prepare(self, dataloader: Iterable[Any], forward_loss: Callable[[Any], Tensor]) -> None:
+    def prepare(
+        self,
+        dataloader: Iterable[Any] | Callable[[], Iterator[Any]],
+        forward_loss: Callable[[Any], Tensor],
+    ) -> None:
         """Lets the tuners that ask for it look at data; does nothing where none does, or again.
 
         Args:
-            dataloader: batches, as the training loop sees them.
+            dataloader: batches, as the training loop sees them: something that can be gone through
+                several times, or a function that returns an iterator.
             forward_loss: batch → scalar task loss: `lambda batch: model(**batch).loss`.
         """
+        if not self.requires_prepare:
+            return
+        if isinstance(dataloader, Iterator):
+            raise TypeError(
+                f"prepare may go through the data several times, but a {type(dataloader).__name__} "
+                "is used up after once: give the DataLoader, a list, or a function that returns "
+                "the iterator"
+            )
+        if not isinstance(dataloader, Iterable):
+            dataloader = _Again(dataloader)
         for part in self.parts:
             if part.requires_prepare and not part.prepared:
                 part.prepare(dataloader, forward_loss)

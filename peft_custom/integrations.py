@@ -70,7 +70,8 @@ class _Callback:
             return
         training = model.training
         model.train()
-        self.hooks.prepare(train_dataloader or (), lambda batch: _task_loss(model, batch))
+        data = () if train_dataloader is None else train_dataloader
+        self.hooks.prepare(data, lambda batch: _task_loss(model, batch))
         model.train(training)
         model.zero_grad()
 

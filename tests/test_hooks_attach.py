@@ -226,7 +226,9 @@ def test_prepare_is_required_once() -> None:
         seen.append(1.0)
         return model(batch).square().mean()
 
-    hooks.prepare([torch.ones(2, 6)] * 3, loss)
+    with pytest.raises(TypeError, match="a list_iterator is used up after once"):
+        hooks.prepare(iter([torch.ones(2, 6)]), loss)
+    hooks.prepare(lambda: iter([torch.ones(2, 6)] * 3), loss)
     hooks.prepare([torch.ones(2, 6)] * 3, loss)
     assert len(seen) == 3 and hooks.prepared
     step(model, optimizer)

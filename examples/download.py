@@ -1,0 +1,282 @@
+"""Fetches models and GLUE tasks into plain folders.
+
+    python -m examples.download [--to DIR] [--from DIR] [--revision REV] NAME ...
+
+A NAME that is a task (`mrpc`, `STS-B`, or `glue` for all nine) becomes JSON lines in
+`data/<task>/`; any other is a model on the hub and becomes `checkpoints/<name>/`: configuration,
+tokenizer, weights. Whatever has the final name is complete: everything is written aside first. After
+a download that broke off, the next call fetches only the files of the model that are not there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+from examples.data.readers import Rows, find_split, read_hub, read_split
+from examples.data.tables import DataError, write_table
+from examples.data.tasks import GLUE_TASKS, TASKS, Task, plain_name
+
+SMALL_FILES = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt",
+    "spm.model", "LICENSE", "README.md",
+)  # fmt: skip
+# First what can be had without unpickling. Each: whole file, or its index and pieces.
+WEIGHTS = (
+    r"model\.safetensors|model\.safetensors\.index\.json|model-\d+-of-\d+\.safetensors",
+    r"pytorch_model\.bin|pytorch_model\.bin\.index\.json|pytorch_model-\d+-of-\d+\.bin",
+)
+
+
+class DownloadError(RuntimeError):
+    """What was asked for cannot be had; the message says why and what to do."""
+
+
+def endpoint() -> str:
+    """The hub's address, once it has answered.
+
+    Raises:
+        DownloadError: it is switched off or silent.
+    """
+    from huggingface_hub import constants
+
+    from transformers_patched.checkpoint import hub_answers
+
+    if constants.HF_HUB_OFFLINE:
+        raise DownloadError("HF_HUB_OFFLINE is set, so nothing is downloaded: unset it")
+    if not hub_answers(constants.ENDPOINT):
+        raise DownloadError(
+            f"the hub at {constants.ENDPOINT} does not answer; try again later, or set HF_ENDPOINT "
+            "to a mirror; tasks can be read from files with --from DIR"
+        )
+    return constants.ENDPOINT
+
+
+# -- tasks --------------------------------------------------------------------------------------
+
+
+def fetch_task(task: Task, parent: Path, source: Path | None) -> Path:
+    """Writes the splits of a task to `parent/<task>/<split>.jsonl`.
+
+    Args:
+        task: from `examples.data.tasks`.
+        parent: gets the folder.
+        source: a folder with the task's files in any format `examples.data` reads, the parquet
+            files of the hub for instance; None: the hub itself.
+
+    Raises:
+        DataError: a file is missing or wrong; nothing is left behind.
+    """
+    done = _present(task, parent)
+    if done is not None:
+        print(f"{task.name}: {done} is there already, left alone (delete it to fetch it again)")
+        return done
+    splits, missing = _splits(task, source)
+    read = _hub_reader(task) if source is None else partial(read_split, task, source)
+    folder, aside = parent / task.name, parent / f".{task.name}.partial"
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        counts = [f"{_export(task, read, aside, split):,} {split}" for split in splits]
+        aside.rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    without = f"; {source} has no {', '.join(missing)}" if missing else ""
+    print(f"{task.name}: {folder} ({', '.join(counts)}{without})")
+    return folder
+
+
+def _splits(task: Task, source: Path | None) -> tuple[list[str], list[str]]:
+    """The splits to fetch, and the test splits that a source folder lacks: not all have them."""
+    splits, missing = ["train", *task.evaluation.values()], []
+    for split in task.test_splits:
+        try:
+            if source is not None:
+                find_split(task, source, split)
+            splits.append(split)
+        except DataError:
+            missing.append(split)
+    return splits, missing
+
+
+def _present(task: Task, parent: Path) -> Path | None:
+    if not parent.is_dir():
+        return None
+    found = (p for p in sorted(parent.iterdir()) if plain_name(p.name) == task.name)
+    return next((path for path in found if not path.name.startswith(".")), None)
+
+
+def _hub_reader(task: Task) -> Callable[[str], Rows]:
+    if find_spec("datasets") is None:
+        raise DownloadError(
+            f"fetching {task.name} needs the datasets package: pip install 'rankwise[data]' "
+            "(the extra named data), or give files with --from DIR"
+        )
+    endpoint()
+    assert task.hub is not None  # `names` lets no other task through
+    name, config = task.hub
+
+    def read(split: str) -> Rows:
+        try:
+            return read_hub(task, name, config, split)
+        except DataError as error:
+            if error.__cause__ is None or isinstance(error.__cause__, DataError):
+                raise
+            reason = f"{type(error.__cause__).__name__}: {error.__cause__}"
+            raise DownloadError(
+                f"{task.name}: the hub's {name}, split {split}, did not come through ({reason}); "
+                "try again, or give files with --from DIR"
+            ) from error
+
+    return read
+
+
+def _export(task: Task, read: Callable[[str], Rows], folder: Path, split: str) -> int:
+    """Writes one split, and reads it back to be sure; its number of rows."""
+    rows = read(split)
+    columns = {"idx": rows.ids, **dict(zip(task.text, rows.text, strict=True))}
+    if rows.labels is not None:
+        columns["label"] = rows.labels
+    write_table(folder / f"{split}.jsonl", columns)
+    back = read_split(task, folder, split)
+    if (back.text, back.labels, back.ids) != (rows.text, rows.labels, rows.ids):
+        raise DownloadError(f"{task.name}, {split}: what was written differs; is the disk sound?")
+    return len(rows)
+
+
+# -- models -------------------------------------------------------------------------------------
+
+
+def wanted(files: Iterable[str]) -> list[str]:
+    """Which of a repository's files make a model: small ones, and one kind of weights."""
+    files = sorted(files)
+    kinds = [[name for name in files if re.fullmatch(kind, name)] for kind in WEIGHTS]
+    return [name for name in files if name in SMALL_FILES] + next(filter(None, kinds), [])
+
+
+def fetch_model(name: str, parent: Path, revision: str | None) -> Path:
+    """Downloads a model of the hub to `parent/<last part of its name>`.
+
+    Raises:
+        DownloadError: there is no such model, it has no weights, or the download broke off.
+    """
+    folder = parent / name.rpartition("/")[2]
+    if folder.exists():
+        print(f"{name}: {folder} is there already, left alone (delete it to fetch it again)")
+        return folder
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        raise DownloadError(f"{name}: neither a task ({', '.join(GLUE_TASKS)}) nor a hub id")
+    hub = endpoint()
+    aside = parent / f".{folder.name}.partial"
+    try:
+        files = _fetch_files(name, aside, revision)
+    except DownloadError:
+        raise
+    except Exception as error:  # the hub's client, its HTTP library and the disk raise their own
+        raise DownloadError(_reason(name, hub, revision, error)) from error
+    shutil.rmtree(aside / ".cache", ignore_errors=True)  # the client's notes on the download
+    aside.rename(folder)
+    if any(file.endswith(".bin") for file in files):
+        print(f"{name}: has no safetensors, so it is pytorch_model.bin (read with weights_only)")
+    print(f"{name}: {folder} ({', '.join(files)})")
+    return folder
+
+
+def _fetch_files(name: str, folder: Path, revision: str | None) -> list[str]:
+    from huggingface_hub import HfApi, hf_hub_download
+
+    info = HfApi().model_info(name, revision=revision)
+    there = [sibling.rfilename for sibling in info.siblings or ()]
+    files = wanted(there)
+    if "config.json" not in files or not any(re.fullmatch("|".join(WEIGHTS), f) for f in files):
+        raise DownloadError(
+            f"{name}: no config.json with model.safetensors or pytorch_model.bin in it; it has "
+            f"{', '.join(sorted(there)[:12]) or 'nothing'}"
+        )
+    for file in files:  # all of one commit, even if the branch moves meanwhile
+        hf_hub_download(name, file, revision=info.sha, local_dir=folder)
+    return files
+
+
+def _reason(name: str, hub: str, revision: str | None, error: Exception) -> str:
+    from huggingface_hub import utils
+
+    if isinstance(error, utils.GatedRepoError):
+        return f"{name}: accept its licence at {hub}/{name}, then log in with `hf auth login`"
+    if isinstance(error, utils.RevisionNotFoundError):
+        return f"{name} has no revision {revision!r}"
+    if isinstance(error, utils.RepositoryNotFoundError):
+        return (
+            f"{name}: neither a task ({', '.join(GLUE_TASKS)}) nor a model you can read at {hub} "
+            "(a private one needs `hf auth login`)"
+        )
+    first = next(iter(str(error).strip().splitlines()), "")
+    return (
+        f"{name}: the download broke off ({type(error).__name__}: {first}); call again, "
+        "files that came whole are kept"
+    )
+
+
+# -- the program --------------------------------------------------------------------------------
+
+
+def names(words: Sequence[str]) -> list[Task | str]:
+    """Tasks, and names of models."""
+    found: list[Task | str] = []
+    for word in words:
+        task = TASKS.get(plain_name(word))
+        if plain_name(word) == "glue":
+            found += [TASKS[name] for name in GLUE_TASKS]
+        elif task is not None and task.hub is None:
+            raise DownloadError(f"{word}: comes with the project, there is nothing to fetch")
+        else:
+            found.append(word if task is None else task)
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program; what a user can mend is one line on stderr and exit status 2."""
+    parser = argparse.ArgumentParser(prog="download", description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "names", nargs="+", metavar="NAME",
+        help=f"a model's hub id, a task ({', '.join(GLUE_TASKS)}), or glue for all tasks",
+    )  # fmt: skip
+    parser.add_argument("--to", type=Path, help="instead of data/ and checkpoints/")
+    parser.add_argument(
+        "--from", type=Path, dest="source",
+        help="folder of parquet (or other) files that tasks are read from instead of the hub",
+    )  # fmt: skip
+    parser.add_argument("--revision", help="of a model: branch, tag or commit")
+    parser.add_argument(
+        "--home", type=Path, default=Path(), help="where data/ and checkpoints/ are (here)"
+    )
+    o = parser.parse_intermixed_args(argv)
+    try:
+        if o.source is not None and not o.source.is_dir():
+            raise DownloadError(f"--from {o.source}: no such folder")
+        for name in names(o.names):
+            if isinstance(name, Task):
+                fetch_task(name, o.to or o.home / "data", o.source)
+            elif o.source is not None:
+                raise DownloadError(
+                    f"{name}: no task ({', '.join(GLUE_TASKS)}), and --from is for tasks"
+                )
+            else:
+                fetch_model(name, o.to or o.home / "checkpoints", o.revision)
+    except (DownloadError, DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; call again, files of a model that came whole are kept", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# RoBERTa-large on SST-2; glue.sh says how to call this.
+source "$(dirname "${BASH_SOURCE[0]}")/glue.sh"
+lora=(
+  --lora_r 8 --lora_alpha 16
+  --learning_rate 4e-4 --num_train_epochs 10
+  --global_batch_size 64 --per_device_train_batch_size 8 # per device: at most
+  --max_length 512 --weight_decay 0.1 --warmup_ratio 0.06 --seed 0
+)
+glue roberta_large sst2 pretrained "$@"

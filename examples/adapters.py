@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import transformers_patched
 from examples.methods import AdamWOptions, FullOptions, LoraOptions
 from loralib import lora_state_dict
-from peft_custom import LoraConfig, PeftConfig, get_peft_model, set_peft_model_state_dict
+from peft_custom import LoraConfig, PeftConfig, get_peft_model
 from transformers_patched import CheckpointError, PreTrainedModel
 from transformers_patched.checkpoint import read_bin, read_safetensors, write_safetensors
 

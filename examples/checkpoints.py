@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,36 @@ ASIDE = ".tmp"
 
 class RunError(RuntimeError):
     """A run that cannot start or go on; the message says why and what to do."""
+
+
+@dataclass
+class Progress:
+    """Where a run is; saved in every checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    best: float | None = None
+    best_step: int | None = None
+    worse: int = 0  # evaluations since the best one
+    stopped: bool = False
+    loss_sum: float = 0.0  # since the last evaluation
+    loss_steps: int = 0
+    log_sum: float = 0.0  # since the last line of the log
+    log_steps: int = 0
+
+    def count(self, losses: list[float]) -> None:
+        """Adds the losses of some steps to both means."""
+        for name in ("loss", "log"):
+            setattr(self, f"{name}_sum", getattr(self, f"{name}_sum") + sum(losses))
+            setattr(self, f"{name}_steps", getattr(self, f"{name}_steps") + len(losses))
+
+    def take(self, name: str) -> tuple[float, int]:
+        """Sum and number of the losses since this was last called for `name`: "loss" or "log"."""
+        found = getattr(self, f"{name}_sum"), getattr(self, f"{name}_steps")
+        setattr(self, f"{name}_sum", 0.0)
+        setattr(self, f"{name}_steps", 0)
+        return found
 
 
 # -- one state, one file ------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Options: frozen dataclasses without torch, made into a command line, read from YAML, saved as JSON.
+"""Options: frozen dataclasses without torch, a command line, YAML to read, JSON to save.
 
 A program names its option classes; the chosen method and optimiser add theirs. Values come from,
 in this order, the defaults, `--config FILE.yaml` (or .json, a run's own `config.json` included),

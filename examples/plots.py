@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+Rows = list[dict[str, Any]]
+
 
 def learning_curve(
     path: Path,
-    log: list[dict[str, Any]],
-    metrics: list[dict[str, Any]],
+    log: Rows,
+    metrics: Rows,
     main_metric: str,
     title: str,
 ) -> str | None:
@@ -69,7 +71,7 @@ def learning_curve(
     return None
 
 
-def _metric(axes: Any, rows: list[dict[str, Any]], name: str) -> None:
+def _metric(axes: Any, rows: Rows, name: str) -> None:
     values, epochs = _of(rows, name), _of(rows, "epoch")
     best = max(range(len(values)), key=values.__getitem__)
     axes.plot(epochs, values, "o-", color="tab:blue", ms=4, label=name)
@@ -84,5 +86,5 @@ def _metric(axes: Any, rows: list[dict[str, Any]], name: str) -> None:
     axes.set_ylabel(name, color="tab:blue")
 
 
-def _of(rows: list[dict[str, Any]], name: str) -> list[float]:
+def _of(rows: Rows, name: str) -> list[float]:
     return [row[name] for row in rows]

@@ -1,6 +1,6 @@
 """What every program does around its task: options, errors, trainer, results, the final table.
 
-A program calls `parse` with its option classes, then `main_of` around its work; its work reads data,
+A program gives its work to `run_main`. The work calls `parse` with its option classes, reads data,
 names a head, and hands both to `Run`.
 """
 
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from examples import config
 from examples.config import OptionError
 from examples.methods import METHODS, OPTIMIZERS, Entry, MethodOptions
-from examples.options import TRACKERS, ModelOptions, TrainingOptions
+from examples.options import TRACKERS, TrainingOptions
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -123,6 +123,9 @@ def run_main(work: Callable[[Sequence[str]], int], argv: Sequence[str] | None = 
     """Runs a program; what a user can mend is one line on stderr and exit status 2."""
     try:
         return work(sys.argv[1:] if argv is None else argv)
+    except BrokenPipeError:  # whoever read our output has seen enough
+        sys.stderr.close()
+        return 1
     except KeyboardInterrupt:
         print("interrupted; --resume_from_checkpoint auto goes on", file=sys.stderr)
         return 130
@@ -146,14 +149,14 @@ def is_users(error: Exception) -> bool:
 
 
 class SetupError(ValueError):
-    """A ValueError of the parts, raised while a run is put together: options that do not fit."""
+    """What a part refused while a run was put together: options that do not fit, missing files."""
 
 
 def put_together(build: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Calls `build`; its ValueErrors are the user's, their messages say what to change."""
+    """Calls `build`; what it refuses is the user's to mend, and its message says how."""
     try:
         return build(*args, **kwargs)
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, NotImplementedError, OSError) as error:
         if is_users(error):
             raise
         raise SetupError(str(error)) from error
@@ -165,8 +168,10 @@ def put_together(build: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def make_accelerator(options: TrainingOptions) -> Accelerator:
     """Devices, processes, precision and trackers, with the seed set."""
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
     from accelerate.utils import set_seed
 
+    AcceleratorState._reset_state()  # a sweep makes several runs in one process
     set_seed(options.seed)
     wanted = TRACKERS if options.report_to == ("all",) else options.report_to
     trackers = [] if wanted == ("none",) else [_tracker(t, options.report_to) for t in wanted]

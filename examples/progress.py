@@ -1,4 +1,4 @@
-"""What a person sees of a run: one bar with ETA, loss and metric, or plain lines without a terminal."""
+"""What a person sees of a run: a bar with ETA, loss and metric; without a terminal, lines."""
 
 from __future__ import annotations
 

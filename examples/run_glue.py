@@ -215,7 +215,8 @@ def _do(run: program.Run, data: Data, evaluated: dict[str, str], accelerator: Ac
 
     o, training = data.options, run.training
     model: ModelOptions = run.options[ModelOptions]
-    tokenizer = AutoTokenizer.from_pretrained(
+    tokenizer = program.put_together(
+        AutoTokenizer.from_pretrained,
         model.tokenizer_name or model.model_name_or_path,
         revision=model.revision,
         local_files_only=model.local_files_only,

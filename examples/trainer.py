@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from examples import checkpoints
-from examples.checkpoints import RunError
+from examples.checkpoints import Progress, RunError
 from examples.data.batches import TrainingBatches, Window
 from examples.evaluation import Collate, EvaluationSet, on_device, predict
 from examples.options import TrainingOptions
@@ -39,23 +39,6 @@ from peft_custom.rng import bits
 LOOK_EVERY = 20  # steps between looks at the losses of an accelerator: each look waits for it
 SUMS = ("tokens", "loss_sum", "log_sum")  # every process has its own part of these
 RETRIES = 30  # halvings of fp16's scale before a step is given up
-
-
-@dataclass
-class Progress:
-    """Where a run is; saved in every checkpoint."""
-
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    best: float | None = None
-    best_step: int | None = None
-    worse: int = 0  # evaluations since the best one
-    stopped: bool = False
-    loss_sum: float = 0.0  # since the last evaluation
-    loss_steps: int = 0
-    log_sum: float = 0.0  # since the last line of the log
-    log_steps: int = 0
 
 
 class Trainer:
@@ -227,12 +210,7 @@ class Trainer:
         for i, loss in enumerate(losses):
             if not math.isfinite(loss):
                 raise self._diverged(first + i)
-        state = self.progress
-        state.loss_sum, state.loss_steps = (
-            state.loss_sum + sum(losses),
-            state.loss_steps + len(losses),
-        )
-        state.log_sum, state.log_steps = state.log_sum + sum(losses), state.log_steps + len(losses)
+        self.progress.count(losses)
 
     def _diverged(self, step: int) -> RunError:
         kept = checkpoints.list_checkpoints(self.folder.path)
@@ -246,15 +224,18 @@ class Trainer:
 
     def _log(self) -> None:
         self._look_at_losses()
-        state, step = self.progress, self.progress.step
-        loss = self._over_processes(state.log_sum) / max(1, state.log_steps)
-        state.log_sum, state.log_steps = 0.0, 0
+        step, loss = self.progress.step, self._mean_loss("log")
         rate = self.optimizer.param_groups[0]["lr"]
         row = {"step": step, "epoch": self.epoch(), "loss": loss, "learning_rate": rate}
         row |= self.hooks.losses() | self.hooks.log()
         self.folder.add_line(LOG, row)
         self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=step)
         self.bar.note(step, loss=loss)
+
+    def _mean_loss(self, name: str) -> float:
+        """Over processes and over the steps since this was last asked for `name`."""
+        own, steps = self.progress.take(name)
+        return self._over_processes(own) / max(1, steps)
 
     def _over_processes(self, value: float) -> float:
         """The sum of a figure of every process."""
@@ -273,10 +254,9 @@ class Trainer:
         self._stop_clock()
         state = self.progress
         values = self.evaluate()
-        loss = self._over_processes(state.loss_sum) / max(1, state.loss_steps)
-        row = {"step": state.step, "epoch": self.epoch(), "train_loss": loss, **values}
+        row = {"step": state.step, "epoch": self.epoch(), "train_loss": self._mean_loss("loss")}
+        row |= values
         row |= self.hooks.losses() | self.hooks.log()
-        state.loss_sum, state.loss_steps = 0.0, 0
         self.folder.add_line(METRICS, row)
         self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=state.step)
         shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
@@ -356,11 +336,7 @@ class Trainer:
                 "total_steps": self.total_steps,
                 "progress": asdict(state) | sums,
             }
-            figures = {
-                **content["progress"],
-                "epoch": self.epoch(),
-                "main_metric": self.main_metric,
-            }
+            figures = content["progress"] | {"epoch": self.epoch()}
             checkpoints.save(self.folder.path, state.step, content, figures)
             best = None if state.best_step is None else f"checkpoint-{state.best_step}"
             checkpoints.prune(self.folder.path, self.options.save_total_limit, best)

@@ -1,0 +1,86 @@
+"""GLUE's metrics against scikit-learn and scipy, and what they do where a formula has no value."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from examples import metrics
+from examples.data.tasks import get_task
+
+sklearn = pytest.importorskip("sklearn.metrics")
+
+
+def labels(classes: int) -> st.SearchStrategy[tuple[list[int], list[int]]]:
+    row = st.tuples(st.integers(0, classes - 1), st.integers(0, classes - 1))
+    return st.lists(row, min_size=1, max_size=40).map(lambda rows: tuple(map(list, zip(*rows))))
+
+
+@settings(deadline=None, max_examples=150)
+@given(labels(2))
+def test_binary_metrics_equal_scikit_learn(rows):
+    predicted, true = map(np.asarray, rows)
+    assert metrics.accuracy(predicted, true) == pytest.approx(
+        sklearn.accuracy_score(true, predicted)
+    )
+    assert metrics.f1(predicted, true) == pytest.approx(
+        sklearn.f1_score(true, predicted, zero_division=0)
+    )
+    assert metrics.matthews_correlation(predicted, true) == pytest.approx(
+        sklearn.matthews_corrcoef(true, predicted)
+    )
+
+
+@settings(deadline=None, max_examples=100)
+@given(labels(4))
+def test_matthews_of_many_classes_equals_scikit_learn(rows):
+    predicted, true = map(np.asarray, rows)
+    assert metrics.matthews_correlation(predicted, true) == pytest.approx(
+        sklearn.matthews_corrcoef(true, predicted), abs=1e-12
+    )
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.tuples(st.floats(-5, 5, width=32), st.integers(0, 25)), min_size=3, max_size=30))
+def test_correlations_equal_scipy(rows):
+    from scipy import stats
+
+    x = np.array([row[0] for row in rows], np.float32)
+    y = np.array([row[1] / 5 for row in rows], np.float32)
+    if np.ptp(x) < 1e-3 or np.ptp(y) == 0:
+        return
+    expected = stats.pearsonr(x.astype(np.float64), y.astype(np.float64)).statistic
+    assert metrics.pearson(x, y) == pytest.approx(expected, abs=1e-9)
+    assert metrics.spearmanr(x, y) == pytest.approx(stats.spearmanr(x, y).statistic, abs=1e-9)
+
+
+@pytest.mark.parametrize("value", [0.0, 2.3, 1e8, -0.1])
+def test_constant_predictions_have_no_correlation(value):
+    constant, true = np.full(9, value, np.float32), np.arange(9, dtype=np.float32)
+    assert metrics.pearson(constant, true) == 0.0
+    assert metrics.spearmanr(constant, true) == 0.0
+    ones = np.ones(9, np.int64)
+    assert metrics.matthews_correlation(ones, np.arange(9) % 2) == 0.0
+    assert metrics.f1(np.zeros(9, np.int64), ones) == 0.0
+
+
+def test_tasks_report_their_metrics_and_the_mean_of_several():
+    logits = np.array([[0.2, 0.9], [1.0, -1.0], [0.0, 0.1], [2.0, 0.0]], np.float32)
+    found = metrics.compute(get_task("mrpc"), logits, np.array([1, 0, 0, 0]))
+    assert found == {"accuracy": 0.75, "f1": pytest.approx(2 / 3), "combined_score": pytest.approx(17 / 24)}
+    assert list(metrics.compute(get_task("cola"), logits, np.array([1, 0, 0, 0]))) == [
+        "matthews_correlation"
+    ]
+    scores = metrics.compute(get_task("stsb"), logits[:, :1], np.array([1.0, 2.0, 0.5, 5.0]))
+    assert list(scores) == ["pearson", "spearmanr", "combined_score"]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_an_error(bad):
+    logits = np.array([[0.2, bad], [1.0, -1.0]], np.float32)
+    with pytest.raises(ValueError, match="1 of 2 rows are not finite"):
+        metrics.compute(get_task("mrpc"), logits, np.array([1, 0]))
+    with pytest.raises(ValueError, match="no row"):
+        metrics.compute(get_task("mrpc"), logits[:0], np.array([], np.int64))

@@ -83,10 +83,9 @@ class LoRALayer(nn.Module):
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        """W + s·B A, a new tensor of at least fp32."""
+        """W + s·B A in at least fp32, a new tensor."""
         base = self.weight if self._original is None else self._original
-        delta = self.delta_weight()
-        return delta.add_(base.to(delta.dtype))
+        return self.delta_weight() + base  # promotes to the wider of the two types
 
     @torch.no_grad()
     def merge(self) -> None:

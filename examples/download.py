@@ -4,8 +4,9 @@
 
 A NAME that is a task (`mrpc`, `STS-B`, or `glue` for all nine) becomes JSON lines in
 `data/<task>/`; any other is a model on the hub and becomes `checkpoints/<name>/`: configuration,
-tokenizer, weights. Whatever has the final name is complete: everything is written aside first. After
-a download that broke off, the next call fetches only the files of the model that are not there.
+tokenizer, weights. Whatever has the final name is complete: everything is written aside first.
+After a download that broke off, the next call fetches only the files of the model that are not
+there.
 """
 
 from __future__ import annotations

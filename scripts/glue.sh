@@ -35,8 +35,13 @@ glue() {
     accelerate tokenizers 2>/dev/null || environment data
   export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
   run=(python -m examples.run_glue)
-  [ "$gpus" = 1 ] || run=(accelerate launch --num_processes "$gpus" --num_machines 1
-    --mixed_precision no --dynamo_backend no --module examples.run_glue)
+  if [ "$gpus" != 1 ]; then
+    # with fewer GPUs the launcher would quietly start one process, or several that do the same
+    python -c 'import sys, torch; sys.exit(torch.accelerator.device_count() < int(sys.argv[1]))' \
+      "$gpus" || fail "NUM_GPUS=$gpus: torch sees fewer GPUs than that"
+    run=(accelerate launch --multi_gpu --num_processes "$gpus" --num_machines 1
+      --mixed_precision no --dynamo_backend no --module examples.run_glue)
+  fi
   run+=("${flags[@]}" "$@")
   printf '+%s\n' "$(printf ' %q' "${run[@]}")" >&2
   exec "${run[@]}"

@@ -288,6 +288,18 @@ def real(folder: Path, script: str, *words: str, **environment: str) -> str:
     return done.stdout
 
 
+def test_more_processes_than_gpus_are_an_error(tmp_path: Path) -> None:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "roberta_base_cola.sh"), "--output_dir", str(tmp_path)],
+        env={**os.environ, "PATH": path, "NUM_GPUS": "64"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr == ("roberta_base_cola.sh: NUM_GPUS=64: torch sees fewer GPUs than that\n")
+
+
 def test_help_comes_from_anywhere(tmp_path: Path) -> None:
     assert "--lora_alpha" in real(tmp_path, "roberta_base_mrpc.sh", "--help")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -167,6 +168,7 @@ def put_together(build: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 def make_accelerator(options: TrainingOptions) -> Accelerator:
     """Devices, processes, precision and trackers, with the seed set."""
+    import torch
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     from accelerate.utils import set_seed
@@ -176,12 +178,19 @@ def make_accelerator(options: TrainingOptions) -> Accelerator:
     wanted = TRACKERS if options.report_to == ("all",) else options.report_to
     trackers = [] if wanted == ("none",) else [_tracker(t, options.report_to) for t in wanted]
     trackers = [tracker for tracker in trackers if tracker]
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
     accelerator = Accelerator(
+        # without a GPU accelerate joins launched processes only where it is told so
+        cpu=launched > 1 and not torch.accelerator.is_available(),
         mixed_precision=options.mixed_precision,
         log_with=trackers or None,
         project_dir=options.output_dir if trackers else None,
         step_scheduler_with_optimizer=False,
     )
+    if accelerator.num_processes != launched:
+        raise OptionError(
+            f"{launched} processes were launched, but accelerate joined {accelerator.num_processes}"
+        )
     if options.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise OptionError("--mixed_precision fp16 needs a GPU; use bf16 on a CPU")
     return accelerator
@@ -341,7 +350,7 @@ class Run:
 
     def _figures(self) -> dict[str, Any]:
         trainer, state = self.trainer, self.trainer.progress
-        tokens = trainer._over_processes(float(state.tokens))
+        tokens = trainer.over_processes(state.tokens)
         return {
             "steps": state.step,
             "epochs": trainer.epoch(),

@@ -235,13 +235,14 @@ class Trainer:
     def _mean_loss(self, name: str) -> float:
         """Over processes and over the steps since this was last asked for `name`."""
         own, steps = self.progress.take(name)
-        return self._over_processes(own) / max(1, steps)
+        return self.over_processes(own) / max(1, steps)
 
-    def _over_processes(self, value: float) -> float:
+    def over_processes(self, value: float) -> float:
         """The sum of a figure of every process."""
         if self.accelerator.num_processes == 1:
             return value
-        return float(self.accelerator.reduce(torch.tensor(value, device=self.device), "sum"))
+        own = torch.tensor(float(value), dtype=torch.float64, device=self.device)
+        return float(self.accelerator.reduce(own, "sum"))
 
     def epoch(self, step: int | None = None) -> float:
         """Passes over the training data after `step` steps (default: now)."""
@@ -324,7 +325,7 @@ class Trainer:
         state, weights = self.progress, self.weights()
         if not all(bool(t.isfinite().all()) for t in weights.values() if t.is_floating_point()):
             raise self._diverged(state.step - 1)
-        sums = {name: self._over_processes(getattr(state, name)) for name in SUMS}
+        sums = {name: self.over_processes(getattr(state, name)) for name in SUMS}
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
             content = {

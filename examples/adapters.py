@@ -67,7 +67,28 @@ class ModelSource:
         ):
             if names and self.speak:
                 print(f"{self.name_or_path}: {what}: {', '.join(names)}")
+        if "id2label" in self.arguments and not fresh:
+            self._order_labels(model)
         return model
+
+    def _order_labels(self, model: PreTrainedModel) -> None:
+        """A trained head whose classes have our labels' names in another order gets ours."""
+        where = {k: v for k, v in self.arguments.items() if k in ("revision", "local_files_only")}
+        theirs = transformers_patched.AutoConfig.from_pretrained(
+            self.name_or_path, **where
+        ).id2label
+        theirs = [theirs[i].casefold() for i in sorted(theirs)]
+        ours = [name.casefold() for name in self.arguments["id2label"].values()]
+        if theirs == ours or sorted(theirs) != sorted(ours):
+            return
+        order = [theirs.index(name) for name in ours]
+        base = {id(p) for p in model.base_model.parameters()}
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if id(weight) not in base and weight.shape[0] == len(ours):
+                    weight.copy_(weight[order])
+                    if self.speak:
+                        print(f"{self.name_or_path}: {name} put in the order {', '.join(ours)}")
 
 
 @dataclass

@@ -171,6 +171,17 @@ def saving_failed(path: Path, error: BaseException) -> RunError:
     )
 
 
+def diverged(folder: Path, step: int, total: int, rate: float) -> RunError:
+    """The error to raise when the loss of a step (or the weights after it) is not finite."""
+    kept = list_checkpoints(folder)
+    where = f"{kept[-1]} is from before" if kept else "nothing was saved"
+    return RunError(
+        f"the loss is not finite in step {step} of {total}: training has diverged; {where}, and "
+        f"nothing was overwritten. Lower --learning_rate (now {rate:g}), raise --num_warmup_steps, "
+        "keep --max_grad_norm at 1.0, or use --mixed_precision bf16 or no instead of fp16"
+    )
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints in a run's folder, oldest first."""
     if not folder.is_dir():

@@ -28,6 +28,7 @@ from torch.optim import Optimizer
 
 from examples import checkpoints
 from examples.checkpoints import Progress, RunError
+from examples.compiling import compile_and_compare
 from examples.data.batches import TrainingBatches, Window
 from examples.evaluation import Collate, EvaluationSet, on_device, predict
 from examples.options import TrainingOptions
@@ -120,6 +121,8 @@ class Trainer:
             plain=self.options.disable_tqdm,
         )
         self.model.train()
+        if self.options.compile and state.step < self.total_steps:
+            self._compile()
         self.began = time.perf_counter()
         while state.step < self.total_steps and not state.stopped:
             epoch, start = divmod(state.step, len(self.train_batches))
@@ -130,6 +133,20 @@ class Trainer:
                     break
         self._stop_clock()
         self.bar.close()
+
+    def _compile(self) -> None:
+        """Compiles the model, and measures on the next window whether that pays."""
+        epoch, start = divmod(self.progress.step, len(self.train_batches))
+        window = next(self.train_batches.windows(epoch, start))
+
+        def run_window() -> None:
+            self._backward(window)
+            self.optimizer.zero_grad()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+
+        left = self.total_steps - self.progress.step
+        self.bar.line(compile_and_compare(self.raw, run_window, left))
 
     def _batches_of_epoch(self, epoch: int) -> Iterator[dict[str, Any]]:
         for window in self.train_batches.windows(epoch):
@@ -213,14 +230,8 @@ class Trainer:
         self.progress.count(losses)
 
     def _diverged(self, step: int) -> RunError:
-        kept = checkpoints.list_checkpoints(self.folder.path)
-        where = f"{kept[-1]} is from before" if kept else "nothing was saved"
-        return RunError(
-            f"the loss is not finite in step {step + 1} of {self.total_steps}: training has "
-            f"diverged; {where}, and nothing was overwritten. Lower --learning_rate (now "
-            f"{self.options.learning_rate:g}), raise --num_warmup_steps, keep --max_grad_norm at "
-            "1.0, or use --mixed_precision bf16 or no instead of fp16"
-        )
+        rate = self.options.learning_rate
+        return checkpoints.diverged(self.folder.path, step + 1, self.total_steps, rate)
 
     def _log(self) -> None:
         self._look_at_losses()

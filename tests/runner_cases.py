@@ -9,8 +9,12 @@ from pathlib import Path
 import torch
 
 from examples.data.tables import write_table
-from transformers_patched import BertConfig, BertForSequenceClassification, RobertaConfig
-from transformers_patched import RobertaForSequenceClassification
+from transformers_patched import (
+    BertConfig,
+    BertForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 WORDS = [f"{a}{b}" for a in "bcdfghklmn" for b in ("ado", "eno", "iru", "osa")]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

@@ -11,11 +11,14 @@ from examples import metrics
 from examples.data.tasks import get_task
 
 sklearn = pytest.importorskip("sklearn.metrics")
+pytestmark = pytest.mark.filterwarnings("ignore:A single label was found")
 
 
 def labels(classes: int) -> st.SearchStrategy[tuple[list[int], list[int]]]:
     row = st.tuples(st.integers(0, classes - 1), st.integers(0, classes - 1))
-    return st.lists(row, min_size=1, max_size=40).map(lambda rows: tuple(map(list, zip(*rows))))
+    return st.lists(row, min_size=1, max_size=40).map(
+        lambda rows: tuple(map(list, zip(*rows, strict=True)))
+    )
 
 
 @settings(deadline=None, max_examples=150)
@@ -69,7 +72,11 @@ def test_constant_predictions_have_no_correlation(value):
 def test_tasks_report_their_metrics_and_the_mean_of_several():
     logits = np.array([[0.2, 0.9], [1.0, -1.0], [0.0, 0.1], [2.0, 0.0]], np.float32)
     found = metrics.compute(get_task("mrpc"), logits, np.array([1, 0, 0, 0]))
-    assert found == {"accuracy": 0.75, "f1": pytest.approx(2 / 3), "combined_score": pytest.approx(17 / 24)}
+    assert found == {
+        "accuracy": 0.75,
+        "f1": pytest.approx(2 / 3),
+        "combined_score": pytest.approx(17 / 24),
+    }
     assert list(metrics.compute(get_task("cola"), logits, np.array([1, 0, 0, 0]))) == [
         "matthews_correlation"
     ]

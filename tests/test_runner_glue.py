@@ -178,7 +178,9 @@ def test_files_of_ones_own(home, tmp_path):
 def test_label_smoothing_and_early_stopping(home, tmp_path):
     words = ["--label_smoothing_factor", "0.1", "--num_train_epochs", "6", "--learning_rate", "0"]
     assert run(home, tmp_path / "run", *words, "--early_stopping_patience", "2") == 0
-    assert results(tmp_path / "run")["epochs"] == 3.0 and results(tmp_path / "run")["best_step"] == 5
+    assert (
+        results(tmp_path / "run")["epochs"] == 3.0 and results(tmp_path / "run")["best_step"] == 5
+    )
 
 
 @pytest.mark.parametrize("strategy", ["epoch", "no"])
@@ -198,7 +200,7 @@ def test_trackers(home, tmp_path):
 
 
 def test_microsofts_checkpoint_continues_in_both_wirings(tmp_path):
-    """52 tensors under RoBERTa's names, head of three labels: the factors are taken, the head not."""
+    """Tensors under RoBERTa's names, head of three labels: the factors are taken, the head not."""
     from pathlib import Path
 
     from examples.adapters import ModelSource, _named, lora
@@ -211,7 +213,10 @@ def test_microsofts_checkpoint_continues_in_both_wirings(tmp_path):
             name = f"roberta.encoder.layer.{layer}.attention.self.{part}"
             state[f"{name}.lora_A"] = torch.randn(4, 32)
             state[f"{name}.lora_B"] = torch.randn(32, 4)
-    state |= {"classifier.dense.weight": torch.randn(32, 32), "classifier.dense.bias": torch.ones(32)}
+    state |= {
+        "classifier.dense.weight": torch.randn(32, 32),
+        "classifier.dense.bias": torch.ones(32),
+    }
     state |= {"classifier.out_proj.weight": torch.randn(3, 32)}
     state |= {"classifier.out_proj.bias": torch.ones(3)}
     path = tmp_path / "roberta_lora_mnli.bin"
@@ -296,3 +301,66 @@ def test_predictions_do_not_depend_on_batches(home, tmp_path):
         assert run(home, tmp_path / size, *words) == 0
         found.append(results(tmp_path / size)["eval_loss"])
     assert math.isclose(*found, abs_tol=1e-5) and np.isfinite(found[0])
+
+
+def test_a_head_with_its_labels_in_another_order_is_put_in_ours(tmp_path):
+    """As in published MNLI checkpoints, whose classes stand the other way round."""
+    from examples.adapters import FullOptions, ModelSource, full
+
+    names = {0: "CONTRADICTION", 1: "NEUTRAL", 2: "ENTAILMENT"}
+    model = tiny_roberta(tmp_path / "roberta", num_labels=3)
+    model.config.id2label = names
+    model.save_pretrained(tmp_path / "mnli")
+    arguments = {"id2label": {0: "entailment", 1: "neutral", 2: "contradiction"}}
+    source = ModelSource(
+        str(tmp_path / "mnli"), "AutoModelForSequenceClassification", "SEQ_CLS", "auto", arguments
+    )
+    found = full(source, FullOptions()).model.eval()
+    ids = torch.randint(5, 60, (4, 9))
+    expected = model.eval()(input_ids=ids).logits[:, [2, 1, 0]]
+    torch.testing.assert_close(found(input_ids=ids).logits, expected)
+
+
+def test_mixed_precision_trains(home, tmp_path):
+    words = ["--bf16", "--method", "full", "--base_dtype", "auto"]
+    assert run(home, tmp_path / "run", *words) == 0
+    assert results(tmp_path / "run")["eval_loss"] < 1.0
+
+
+@pytest.mark.parametrize(
+    ("plain", "compiled", "steps", "word"),
+    [
+        (0.03, 0.02, 4000, "pays after 2,000 of 4,000 steps"),
+        (0.03, 0.02, 400, "pays after 2,000 steps, but this run has 400: leave"),
+        (0.03, 0.04, 400, "does not pay here"),
+    ],
+)
+def test_whether_compiling_pays(plain, compiled, steps, word):
+    from examples.compiling import verdict
+
+    assert word in verdict(plain, compiled, 20.0, steps)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_computes_the_same(home, tmp_path, capsys):
+    bert = tiny_bert(tmp_path / "bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    for name, words in (("plain", []), ("compiled", ["--compile"])):
+        words = ["--model_name_or_path", str(bert), *words]
+        assert run(home, tmp_path / name, *words) == 0
+    assert "warning: compiling took" in capsys.readouterr().err
+    one, two = (lines(tmp_path / name / "metrics.jsonl") for name in ("plain", "compiled"))
+    for a, b in zip(one, two, strict=True):
+        assert a == pytest.approx(b, abs=1e-4)
+
+
+def test_unlabelled_and_empty_splits_are_named(home, tmp_path, capsys):
+    pair_task(tmp_path / "data" / "mrpc", {"train": 4, "validation": 0, "test": 3})
+    words = ["--data_dir", str(tmp_path / "data")]
+    assert run(home, tmp_path / "run", *words) == 2
+    assert "validation.jsonl: empty" in capsys.readouterr().err
+    test = tmp_path / "data" / "mrpc" / "test.jsonl"
+    (tmp_path / "data" / "mrpc" / "train.jsonl").write_bytes(test.read_bytes())
+    (tmp_path / "data" / "mrpc" / "validation.jsonl").write_bytes(test.read_bytes())
+    assert run(home, tmp_path / "run", *words) == 2
+    assert "no label (-1) in 3 of 3 rows" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -37,7 +37,14 @@ def words(home: Path, out: Path, *more: str) -> list[str]:
 
 
 def two_processes(home: Path, out: Path, *more: str) -> None:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
     command = [*launch, "-m", "examples.run_glue", *words(home, out, *more)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -1,4 +1,4 @@
-"""A run that is killed and goes on ends with the same bytes; what goes wrong while saving is said."""
+"""A run that is killed and goes on ends with the same bytes; failing to save is said."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from examples.run_glue import work
 
 ROWS = {"train": 60, "validation": 20}
 OPTIONS = (
-    "--task_name mrpc --base_dtype float32 --learning_rate 5e-3 --num_train_epochs 3 --max_length 40 "
-    "--lora_dropout 0.1 --warmup_ratio 0.1 --logging_steps 1 --eval_steps 3 --no_cache"
+    "--task_name mrpc --base_dtype float32 --learning_rate 5e-3 --num_train_epochs 3 "
+    "--max_length 40 --lora_dropout 0.1 --warmup_ratio 0.1 --logging_steps 1 --eval_steps 3 --no_cache"
 ).split()
 # What may differ between a run that went through and one that was killed.
 TIMES = re.compile("seconds|memory|tokens_per")
@@ -99,7 +99,9 @@ def test_going_on_from_any_checkpoint(home, whole, tmp_path, step):
 
 
 def test_auto_starts_where_nothing_is_there(home, tmp_path):
-    assert run(home, tmp_path / "r", "--max_train_steps", "2", "--resume_from_checkpoint", "auto") == 0
+    assert (
+        run(home, tmp_path / "r", "--max_train_steps", "2", "--resume_from_checkpoint", "auto") == 0
+    )
     assert results(tmp_path / "r")["steps"] == 2
 
 

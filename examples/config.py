@@ -184,14 +184,18 @@ def fields_of(classes: Iterable[type]) -> dict[str, tuple[dataclasses.Field, Any
 def given_on_command_line(
     argv: Sequence[str], fields: Mapping[str, tuple[dataclasses.Field, Any]]
 ) -> dict[str, Any]:
-    """name as typed -> text (True for a bare switch); aliases and unknown names are left in."""
+    """name -> text (True for a bare switch), the last of each; unknown names are left in."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     unknown = object()
     words = []
     for word in argv:
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
-            word = f"--{name.replace('-', '_')}{equals}{value}"
+            name = name.replace("-", "_")
+            name = ALIASES.get(name, name)
+            if name.startswith("no_") and _is_switch(name[3:], fields):
+                name, equals, value = name[3:], "=", str(not _switch(value or True)).lower()
+            word = f"--{name}{equals}{value}"
         words.append(word)
     names = {*fields, *ALIASES, *SWITCHES, *GONE, "config"}
     names |= {word[2:].partition("=")[0] for word in words if word.startswith("--")}
@@ -217,7 +221,6 @@ def canonical(
     given: Mapping[str, Any],
     fields: Mapping[str, tuple[dataclasses.Field, Any]],
     source: str,
-    elsewhere: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Replaces the originals' names by ours and refuses unknown ones.
 
@@ -225,7 +228,6 @@ def canonical(
         given: from the command line or a file.
         fields: all options there are.
         source: named in errors.
-        elsewhere: options of methods not chosen -> the method, for the error.
     """
     result: dict[str, Any] = {}
     soft: dict[str, Any] = {}
@@ -252,18 +254,10 @@ def canonical(
         elif name in GONE:
             raise OptionError(f"{source}: --{name} has no meaning here: {GONE[name]}")
         else:
-            _refuse(name, target, fields, source, elsewhere or {})
+            near = difflib.get_close_matches(name, [*fields, *ALIASES, *SWITCHES], 3, 0.6)
+            hint = f"; did you mean --{' or --'.join(near)}?" if near else "; see --help"
+            raise OptionError(f"{source}: there is no option --{name}{hint}")
     return {**soft, **result}
-
-
-def _refuse(
-    name: str, target: str, fields: Mapping[str, Any], source: str, elsewhere: Mapping[str, str]
-) -> None:
-    if target in elsewhere:
-        raise OptionError(f"{source}: --{name} is an option of {elsewhere[target]}")
-    near = difflib.get_close_matches(name, [*fields, *ALIASES, *SWITCHES, *elsewhere], 3, 0.6)
-    hint = f"; did you mean --{' or --'.join(near)}?" if near else "; see --help"
-    raise OptionError(f"{source}: there is no option --{name}{hint}")
 
 
 def build(owner: type, values: Mapping[str, Any]) -> Any:

@@ -86,11 +86,16 @@ class TrainingOptions:
     per_device_eval_batch_size: int = option(64, "rows per forward pass and process", low=1)
     gradient_accumulation_steps: int = option(1, "forward passes per optimiser step", low=1)
     global_batch_size: int | None = option(
-        None, "rows per optimiser step, over all processes; accumulation follows from it", low=1
+        None,
+        "rows per optimiser step, over all processes: accumulation follows from it, and "
+        "per_device_train_batch_size is an upper limit",
+        low=1,
     )
     lr_scheduler_type: str = option("linear", "learning rate over training", choices=SCHEDULES)
     num_warmup_steps: int = option(0, "optimiser steps of linear warm-up", low=0)
-    warmup_ratio: float = option(0.0, "the same as a share of all steps", low=0, high=1)
+    warmup_ratio: float = option(
+        0.0, "the same as a share of all steps, where num_warmup_steps is 0", low=0, high=1
+    )
     lr_num_cycles: int = option(1, "cycles of cosine_with_restarts", low=1)
     lr_schedule_first_lr: float = option(2.0, "clr: rate until const_epochs", low=0)
     lr_schedule_const_epochs: float = option(
@@ -132,8 +137,6 @@ class TrainingOptions:
             raise OptionError("--save_strategy steps needs --save_steps, such as 500")
         if self.eval_strategy == "steps" and self.eval_steps < 1:
             raise OptionError("--eval_strategy steps needs --eval_steps, such as 500")
-        if self.num_warmup_steps and self.warmup_ratio:
-            raise OptionError("give --num_warmup_steps or --warmup_ratio, not both")
         if self.global_batch_size is not None and self.gradient_accumulation_steps != 1:
             raise OptionError(
                 "--global_batch_size sets the accumulation; leave --gradient_accumulation_steps out"

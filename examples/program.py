@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from examples.evaluation import EvaluationSet
     from examples.trainer import Trainer
 
-STARTED = time.perf_counter()
-
 
 @dataclass(frozen=True)
 class Options:
@@ -40,6 +38,7 @@ class Options:
         groups: option class -> its instance.
         method: the chosen method; `method_options` are its own.
         optimizer: the chosen optimiser; `optimizer_options` are its own.
+        began: when they were read, for the wall time.
     """
 
     groups: dict[type, Any]
@@ -47,6 +46,7 @@ class Options:
     method_options: Any
     optimizer: Entry
     optimizer_options: Any
+    began: float = dataclasses.field(default_factory=time.perf_counter)
 
     def __getitem__(self, owner: type) -> Any:
         return self.groups[owner]
@@ -208,25 +208,24 @@ def _tracker(name: str, asked: Sequence[str]) -> str | None:
 
 
 def rows_at_once(options: TrainingOptions, processes: int) -> int:
-    """Rows per forward pass and process: no more than its share of a stated global batch."""
+    """Rows per forward pass and process: of a stated global batch, as many as divide it evenly."""
+    limit = options.per_device_train_batch_size
     if options.global_batch_size is None:
-        return options.per_device_train_batch_size
-    share = max(1, options.global_batch_size // processes)
-    return min(options.per_device_train_batch_size, share)
+        return limit
+    own, rest = divmod(options.global_batch_size, processes)
+    if rest or not own:
+        raise OptionError(
+            f"--global_batch_size {options.global_batch_size} is no multiple of the {processes} "
+            f"processes; {max(1, own) * processes} is"
+        )
+    return max(size for size in range(1, min(limit, own) + 1) if own % size == 0)
 
 
 def accumulation(options: TrainingOptions, processes: int) -> int:
-    """Micro-batches per optimiser step and process."""
+    """Forward passes per optimiser step and process."""
     if options.global_batch_size is None:
         return options.gradient_accumulation_steps
-    rows = rows_at_once(options, processes)
-    steps, rest = divmod(options.global_batch_size, rows * processes)
-    if rest or not steps:
-        raise OptionError(
-            f"--global_batch_size {options.global_batch_size} is no multiple of "
-            f"{rows} rows × {processes} processes"
-        )
-    return steps
+    return options.global_batch_size // (rows_at_once(options, processes) * processes)
 
 
 @dataclass
@@ -239,6 +238,7 @@ class Run:
         source: where the model comes from.
         title: the run in a few words: task and model.
         main_metric: chooses the best weights.
+        tokenizer: saved beside a whole model.
     """
 
     options: Options
@@ -246,6 +246,7 @@ class Run:
     source: ModelSource
     title: str
     main_metric: str
+    tokenizer: Any = None
 
     def __post_init__(self) -> None:
         from examples.runfolder import RunFolder
@@ -342,6 +343,8 @@ class Run:
             folder = self.folder.path / self.adapted.folder
             try:
                 self.adapted.save(folder)
+                if self.tokenizer is not None and self.adapted.folder == "model":
+                    self.tokenizer.save_pretrained(folder)
             except Exception as error:
                 if isinstance(error, OSError) or is_disk_full(error):
                     raise saving_failed(folder, error) from error
@@ -375,7 +378,7 @@ class Run:
             "trainable_parameters": trained,
             "total_parameters": total,
             "trainable_share": trained / total,
-            "wall_seconds": round(time.perf_counter() - STARTED, 3),
+            "wall_seconds": round(time.perf_counter() - self.options.began, 3),
             "peak_memory_bytes": peak_memory(str(self.trainer.device)),
         }
         self.accelerator.end_training()

@@ -92,18 +92,23 @@ class Data:
 
         o = self.options
         return partial(
-            collate, split, packed=o.packing, width=o.max_length if o.pad_to_max_length else None
+            collate,
+            split,
+            packed=o.packing,
+            width=o.max_length if o.pad_to_max_length else None,
+            multiple=8,
         )
 
     def training_batches(self, split: EncodedSplit) -> Any:
         """The windows of every epoch."""
         from examples.data.batches import TrainingBatches
 
+        processes = self.share["processes"]
         return program.put_together(
             TrainingBatches,
             split,
-            program.rows_at_once(self.training, self.share["processes"]),
-            accumulation=program.accumulation(self.training, self.share["processes"]),
+            program.rows_at_once(self.training, processes),
+            accumulation=program.accumulation(self.training, processes),
             seed=self.training.seed,
             order="bucket" if self.options.group_by_length else "random",
             max_tokens=self.options.max_tokens,
@@ -177,11 +182,12 @@ def work(argv: Sequence[str]) -> int:
         raise OptionError(
             f"--metric_for_best_model {metric}: {data.task.name} has {', '.join(known)}"
         )
+    model: ModelOptions = options[ModelOptions]
     run = program.Run(
         options,
         accelerator,
-        _source(options[ModelOptions], data.task),
-        f"{data.task.name} with {Path(options[ModelOptions].model_name_or_path).name}",
+        _source(model, data.task),
+        f"{data.task.name} with {'/'.join(Path(model.model_name_or_path).parts[-2:])}",
         f"eval_{names[0]}_{metric}" if names[0] else f"eval_{metric}",
     )
     _do(run, data, dict(zip(evaluated.values(), names, strict=False)), accelerator)
@@ -221,6 +227,7 @@ def _do(run: program.Run, data: Data, evaluated: dict[str, str], accelerator: Ac
         revision=model.revision,
         local_files_only=model.local_files_only,
     )
+    run.tokenizer = tokenizer
     with accelerator.main_process_first():  # one process fills the cache of encoded data
         rows = {s: data.read(s, o.max_eval_samples) for s in evaluated}
         tests = data.task.test_splits if training.do_predict else ()

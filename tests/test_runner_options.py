@@ -67,6 +67,9 @@ def test_defaults_and_types():
         (["--apply_lora", "--lora_type", "lora"], "method", "lora"),
         (["--with_tracking", "--report_to", "tensorboard"], "report_to", ["tensorboard"]),
         (["--eval_only"], "do_train", False),
+        (["--max_length", "9", "--max_seq_length", "8"], "max_length", 8),
+        (["--packing", "--no_packing"], "packing", False),
+        (["--no_cache", "--cache"], "cache", True),
     ],
 )
 def test_names_of_the_originals(words, name, value):
@@ -88,10 +91,8 @@ def test_saving_every_n_steps_or_by_epoch():
         (["--seed", "1.5"], "--seed 1.5: a whole number"),
         (["--method", "lroa"], "did you mean lora"),
         (["--method", "full", "--lora_r", "4"], "--lora_r is an option of method lora, but"),
-        (["--max_length", "9", "--max_seq_length", "8"], "are the same option"),
         (["--trust_remote_code"], "no code is ever loaded"),
         (["--packing", "--pad_to_max_length"], "exclude each other"),
-        (["--warmup_ratio", "0.1", "--warmup_steps", "5"], "not both"),
         (["--warmup_ratio", "1.5"], "from 0 to 1"),
         (["--learning_rate", "nan"], "--learning_rate nan: must be at least 0"),
         (["--packing", "maybe"], "true or false"),
@@ -138,6 +139,7 @@ def test_a_file_of_options_and_its_rows(tmp_path):
         ("a: [", "sheet.yaml"),
         ("seed: {a: 1}", "seed must be one value"),
         ("tasks: {rte: {seed: 1}}", "no row 'mrpc'"),
+        ("max_length: 9\nmax_seq_length: 8", "are the same option"),
     ],
 )
 def test_mistakes_in_a_file(tmp_path, text, message):
@@ -148,6 +150,24 @@ def test_mistakes_in_a_file(tmp_path, text, message):
     assert message in str(found.value)
     with pytest.raises(OptionError, match="cannot be read"):
         parse("--config", str(tmp_path / "none.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("batch", "limit", "processes", "expected"),
+    [
+        (128, 16, 1, (16, 8)),
+        (128, 16, 8, (16, 1)),
+        (16, 16, 4, (4, 1)),
+        (12, 8, 1, (6, 2)),
+        (7, 4, 1, (1, 7)),
+    ],
+)
+def test_the_global_batch_is_kept(batch, limit, processes, expected):
+    options = TrainingOptions("o", global_batch_size=batch, per_device_train_batch_size=limit)
+    found = program.rows_at_once(options, processes), program.accumulation(options, processes)
+    assert found == expected
+    with pytest.raises(OptionError, match="no multiple of the 5 processes"):
+        program.rows_at_once(options, 5)
 
 
 def test_every_option_has_a_help_line():

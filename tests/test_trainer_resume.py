@@ -21,7 +21,8 @@ from examples.run_glue import work
 ROWS = {"train": 60, "validation": 20}
 OPTIONS = (
     "--task_name mrpc --base_dtype float32 --learning_rate 5e-3 --num_train_epochs 3 "
-    "--max_length 40 --lora_dropout 0.1 --warmup_ratio 0.1 --logging_steps 1 --eval_steps 3 --no_cache"
+    "--max_length 40 --lora_dropout 0.1 --warmup_ratio 0.1 --logging_steps 1 --eval_steps 3 "
+    "--no_cache"
 ).split()
 # What may differ between a run that went through and one that was killed.
 TIMES = re.compile("seconds|memory|tokens_per")

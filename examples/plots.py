@@ -37,17 +37,8 @@ def learning_curve(
     from matplotlib import pyplot
 
     figure, left = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    if log:
-        left.plot(_of(log, "epoch"), _of(log, "loss"), color="0.65", lw=1, label="training loss")
-    rows = [row for row in metrics if "train_loss" in row]
-    left.plot(
-        _of(rows, "epoch"),
-        _of(rows, "train_loss"),
-        "o-",
-        color="0.35",
-        ms=3,
-        label="training loss, mean since the last evaluation",
-    )
+    curve, loss = (log, "loss") if log else (metrics, "train_loss")
+    left.plot(_of(curve, "epoch"), _of(curve, loss), color="0.4", lw=1.2, label="training loss")
     with_loss = [row for row in metrics if "eval_loss" in row]
     if with_loss:
         left.plot(

@@ -39,13 +39,15 @@ def offsets(sequences: int, shortest: int, longest: int) -> Tensor:
     return torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]).int()
 
 
-def contenders(cu_seqlens: Tensor, longest: int, heads: int, p: float) -> dict[str, Contender]:
+def contenders(
+    cu_seqlens: Tensor, longest: int, query: Tensor, p: float
+) -> dict[str, Contender]:
     """The three ways as functions of packed q, k, v (T, heads, d)."""
     chosen = layouts.SHORTEST_IN_GROUP
     plans = {}
     for name, fraction in (("one group", 0.0), ("groups", chosen)):
         layouts.SHORTEST_IN_GROUP = fraction
-        plans[name] = Layout.packed(cu_seqlens, longest).head_plan(heads)
+        plans[name] = Layout.packed(cu_seqlens, longest).head_plan(query)
     layout = Layout.packed(cu_seqlens, longest)
 
     def products(name: str) -> Contender:
@@ -88,7 +90,7 @@ def main() -> None:
             cu_seqlens = offsets(sequences, shortest, longest)
             shape = (int(cu_seqlens[-1]), heads, d)
             qkv = [torch.randn(shape).to(getattr(torch, name)).requires_grad_() for _ in range(3)]
-            ways = contenders(cu_seqlens, longest, heads, p)
+            ways = contenders(cu_seqlens, longest, qkv[0], p)
             both = milliseconds(ways, qkv, options.rounds, train=True)
             alone = milliseconds(ways, qkv, options.rounds, train=False)
             lengths = f"{shortest}-{longest}"

@@ -174,3 +174,38 @@ def test_wrong_calls_are_named() -> None:
         model(torch.full((1, room), 5))
         with pytest.raises(ValueError, match=f"{room + 1} tokens .* {room} positions"):
             model(torch.full((1, room + 1), 5))
+
+
+@pytest.mark.parametrize("name", ["Bert", "Roberta"])
+@pytest.mark.parametrize(
+    "head", ["ForSequenceClassification", "ForMaskedLM", "ForQuestionAnswering"]
+)
+def test_filler_rows_of_training_change_nothing(name: str, head: str, monkeypatch) -> None:
+    """Where products are compiled for their shape, training rounds T up; nobody may notice."""
+    from transformers_patched import layout
+
+    plain = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = getattr(ours, f"{name}Config")(**SIZES, **plain)
+    torch.manual_seed(0)
+    model = getattr(ours, name + head)(config)
+    _, packed, _ = batches(config.pad_token_id)
+    if head == "ForMaskedLM":
+        packed["labels"] = packed["input_ids"]
+    elif head == "ForQuestionAnswering":
+        ends = torch.tensor(LENGTHS) - 1
+        packed |= {"start_positions": ends // 2, "end_positions": ends}
+    else:
+        packed["labels"] = torch.arange(len(LENGTHS)) % 2
+
+    assert len(packed["input_ids"]) % layout.ROW_STEP
+    expected = model.train()(**packed, output_hidden_states=True)
+    expected_gradients = gradients(model, expected.loss)
+    monkeypatch.setattr(layout, "compiled_by_shape", lambda x: True)
+    seen = []
+    model.base_model.encoder.layer[0].register_forward_pre_hook(lambda _, a: seen.append(a[0]))
+    found = model(**packed, output_hidden_states=True)
+    assert seen[0].shape[0] == layout.ROW_STEP * -(-sum(LENGTHS) // layout.ROW_STEP)
+    for one, other in zip(expected.to_tuple(), found.to_tuple(), strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
+    for key, gradient in gradients(model, found.loss).items():
+        torch.testing.assert_close(gradient, expected_gradients[key], rtol=1e-4, atol=1e-6)

@@ -51,7 +51,7 @@ def attention(
         wide_rectangle = not layout.is_packed and query.dtype == torch.float32
         longest = LONGEST_PRODUCTS_PADDED_FP32 if wide_rectangle else LONGEST_PRODUCTS
         if p > 0.0 or layout.length <= longest:
-            plan = layout.head_plan(query.shape[-2])
+            plan = layout.head_plan(query)
             return _clear_empty(_BatchedProducts.apply(query, key, value, plan, p), layout)
     if query.is_cuda and layout.is_packed and p == 0.0 and _varlen_takes(query):
         return _varlen(query, key, value, layout)
@@ -87,7 +87,8 @@ def _padded_attention(
         context = dropout(_probabilities(q, k, bias), p) @ v
     else:
         context = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p)
-    return layout.unpad(_clear_empty(context.transpose(1, 2), layout))
+    context = layout.unpad(_clear_empty(context.transpose(1, 2), layout))
+    return context if context.shape == query.shape else layout.fill(context)
 
 
 def _varlen_takes(query: Tensor) -> bool:
@@ -143,7 +144,8 @@ class _BatchedProducts(torch.autograd.Function):
             _product(group.squares(dropped), group.matrices(v), c, group.matrices(context))
         ctx.save_for_backward(q, k, v, probabilities, keep)
         ctx.plan, ctx.c = plan, c
-        return plan.scatter(context)
+        ctx.num_rows = query.shape[0]
+        return plan.scatter(context, ctx.num_rows)
 
     @staticmethod
     @once_differentiable
@@ -165,7 +167,8 @@ class _BatchedProducts(torch.autograd.Function):
             ds = torch.ops.aten._softmax_backward_data(group.squares(dp), probs, -1, probs.dtype)
             _product(ds, group.matrices(k), s, group.matrices(dq))
             _product(ds.transpose(1, 2), group.matrices(q), s, group.matrices(dk))
-        return plan.scatter(dq), plan.scatter(dk), plan.scatter(dv), None, None
+        dq, dk, dv = (plan.scatter(x, ctx.num_rows) for x in (dq, dk, dv))
+        return dq, dk, dv, None, None
 
 
 def _product(a: Tensor, b: Tensor, factor: float, out: Tensor) -> None:

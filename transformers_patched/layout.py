@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 # The lowest number added to the score of a padding key. It is finite, so that a row without any key
@@ -21,6 +21,9 @@ from torch.autograd.function import once_differentiable
 LOWEST = torch.finfo(torch.bfloat16).min
 # Sequences at least this fraction as long as the longest of their group share its matrix products.
 SHORTEST_IN_GROUP = 0.85
+# Rounding up to these keeps the shapes of matrix products few; see `Layout.fill`.
+ROW_STEP = 32
+LENGTH_STEP = 4
 
 
 class Layout:
@@ -30,7 +33,8 @@ class Layout:
         is_packed: Whether hidden states are (T, hidden) rather than (B, L, hidden).
         num_sequences: B, the number of sequences.
         length: L, the length of the longest sequence, or of the padded rectangle.
-        num_tokens: Rows of the hidden states: T, or B·L.
+        num_tokens: T, or B·L padded.
+        num_rows: Rows of the hidden states within an encoder: T rounded up (see `fill`), or B·L.
         device: Where the tokens are.
         key_mask: (B, L) bool, True at real tokens of the padded form; None where all are real.
         nonempty: (B,) bool, False at sequences without any real token; None where there are none.
@@ -49,13 +53,14 @@ class Layout:
         self.num_sequences = num_sequences
         self.length = length
         self.num_tokens = num_tokens
+        self.num_rows = num_tokens if cu_seqlens is None else _up(num_tokens, ROW_STEP)
         self.device = device
         self.key_mask = key_mask
         self.nonempty: Tensor | None = None
         self.cu_seqlens = cu_seqlens
         self._bias: dict[torch.dtype, Tensor] = {}
         self._rows: tuple[Tensor, Tensor] | None = None
-        self._plans: dict[int, HeadPlan] = {}
+        self._plans: dict[tuple[int, int], HeadPlan] = {}
 
     @property
     def is_packed(self) -> bool:
@@ -161,9 +166,27 @@ class Layout:
         numbers = torch.arange(self.num_sequences, device=self.device)
         return numbers.repeat_interleave(self.cu_seqlens.diff(), output_size=self.num_tokens)
 
+    def fill(self, x: Tensor) -> Tensor:
+        """(T, ...) to (num_rows, ...), where the rows after T are zeros and belong to nobody.
+
+        A CPU's bf16 products are compiled for their very shape, in milliseconds each, and kept in
+        memory. Packed batches rarely repeat their T, so an encoder that trains works on T rounded
+        up: few shapes, each made once. No token attends to filler, and no gradient comes from it.
+        Other dtypes and devices keep T as it is.
+        """
+        if self.num_rows == self.num_tokens or not compiled_by_shape(x):
+            return x
+        return nn.functional.pad(x, (0, 0) * (x.dim() - 1) + (0, self.num_rows - self.num_tokens))
+
+    def trim(self, x: Tensor) -> Tensor:
+        """(num_rows, ...) to (T, ...), the inverse of `fill`."""
+        return x[: self.num_tokens] if self.is_packed else x
+
     def check_tokens(self, x: Tensor, name: str) -> None:
         """Raises ValueError where the leading dimensions of `x` are not this layout's tokens."""
         expected = (self.num_tokens,) if self.is_packed else (self.num_sequences, self.length)
+        if self.is_packed and x.shape[:1] == (self.num_rows,):
+            return  # filled
         if tuple(x.shape[: len(expected)]) != expected:
             raise ValueError(
                 f"{name} has the shape {tuple(x.shape)}; its first dimensions must be the tokens "
@@ -177,6 +200,7 @@ class Layout:
         self.check_tokens(x, "x")
         if self.cu_seqlens is None:
             return x
+        x = x[: self.num_tokens]
         forth, back = self._token_rows()
         padded = _MoveRows.apply(x, forth, back, self._holes(), None)
         return padded.view(self.num_sequences, self.length, *x.shape[1:])
@@ -208,14 +232,15 @@ class Layout:
         """(B·L,) bool, True at padding; None where there is none."""
         return None if self.key_mask is None else ~self.key_mask.flatten()
 
-    def head_plan(self, heads: int) -> HeadPlan:
-        """How attention on a CPU lays out the rows and scores of `heads` heads; made once."""
-        if heads not in self._plans:
+    def head_plan(self, query: Tensor) -> HeadPlan:
+        """How attention on a CPU lays out rows and scores of queries (..., heads, d); made once."""
+        key = query.shape[-2], LENGTH_STEP if compiled_by_shape(query) else 1
+        if key not in self._plans:
             if self.is_packed:
-                self._plans[heads] = _plan_packed(self.cu_seqlens, heads)
+                self._plans[key] = _plan_packed(self.cu_seqlens, *key)
             else:
-                self._plans[heads] = _plan_padded(self, heads)
-        return self._plans[heads]
+                self._plans[key] = _plan_padded(self, key[0])
+        return self._plans[key]
 
     # ------------------------------------------------------------------ masks for attention
 
@@ -228,6 +253,18 @@ class Layout:
             bias.masked_fill_(~self.key_mask, torch.finfo(dtype).min)
             self._bias[dtype] = bias[:, None, None, :]
         return self._bias[dtype]
+
+
+def compiled_by_shape(x: Tensor) -> bool:
+    """Whether products of `x` are compiled for their shape: bf16 on a CPU (oneDNN)."""
+    if x.device.type != "cpu":
+        return False
+    return x.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
+
+
+def _up(number: int, step: int) -> int:
+    """`number` rounded up to a multiple of `step`."""
+    return -(-number // step) * step
 
 
 class _MoveRows(torch.autograd.Function):
@@ -325,14 +362,24 @@ class HeadPlan:
             rows.index_fill_(0, self.holes, 0)
         return rows
 
-    def scatter(self, rows: Tensor) -> Tensor:
-        """(rows, d) to (*tokens, heads, d), the inverse of `gather`."""
+    def scatter(self, rows: Tensor, num_rows: int | None = None) -> Tensor:
+        """(rows, d) to (*tokens, heads, d), the inverse of `gather`; filler rows get zeros.
+
+        Args:
+            rows: one row per head, sequence and position.
+            num_rows: with packed tokens, how many rows to return, filler included; default T.
+        """
         d = rows.shape[-1]
         if self.back is None:
             group = self.groups[0]
             padded = rows.view(-1, self.heads, group.length, d).transpose(1, 2)
             return padded.contiguous()
-        return rows.index_select(0, self.back).view(-1, self.heads, d)
+        real = len(self.back)
+        total = real if num_rows is None else num_rows * self.heads
+        tokens = rows.new_empty(total, d)
+        torch.index_select(rows, 0, self.back, out=tokens[:real])
+        tokens[real:].zero_()
+        return tokens.view(-1, self.heads, d)
 
     def biases(self, dtype: torch.dtype) -> list[Tensor | None]:
         """The bias of every group in `dtype`."""
@@ -360,8 +407,11 @@ def _plan_padded(layout: Layout, heads: int) -> HeadPlan:
     return HeadPlan(heads, [Group(count, length, 0, 0, bias)], None, None, None)
 
 
-def _plan_packed(cu_seqlens: Tensor, heads: int) -> HeadPlan:
-    """Sequences sorted by length and cut into groups: short ones do not pay for long ones."""
+def _plan_packed(cu_seqlens: Tensor, heads: int, step: int) -> HeadPlan:
+    """Sequences sorted by length and cut into groups: short ones do not pay for long ones.
+
+    The length of a group is rounded up to a multiple of `step`.
+    """
     offsets = cu_seqlens.tolist()
     lengths = [end - start for start, end in zip(offsets, offsets[1:], strict=False)]
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
@@ -370,7 +420,7 @@ def _plan_packed(cu_seqlens: Tensor, heads: int) -> HeadPlan:
     row = score = 0
     head = torch.arange(heads)[:, None]  # (h, 1)
     for members in _cut(order, lengths):
-        length = lengths[members[0]]
+        length = _up(lengths[members[0]], step)
         starts = torch.tensor([offsets[i] for i in members])[:, None, None]
         sizes = torch.tensor([lengths[i] for i in members])[:, None, None]
         position = torch.arange(length)
@@ -378,7 +428,7 @@ def _plan_packed(cu_seqlens: Tensor, heads: int) -> HeadPlan:
         forth.append(((starts + position * inside) * heads + head).flatten())  # (members, h, L)
         real.append(inside.expand(-1, heads, -1).flatten())
         bias = None
-        if lengths[members[-1]] < length:
+        if lengths[members[-1]] < length:  # some key of some member is padding
             bias = _key_bias(inside, heads)
         count = len(members) * heads
         groups.append(Group(count, length, row, score, bias))

@@ -211,6 +211,8 @@ class RobertaEncoder(nn.Module):
         self, hidden: Tensor, layout: Layout, output_attentions: bool, output_states: bool
     ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
         states, attentions = [hidden], []
+        if self.training:
+            hidden = layout.fill(hidden)
         for layer in self.layer:
             if self.gradient_checkpointing and self.training:
                 hidden, weights = checkpoint(
@@ -219,10 +221,10 @@ class RobertaEncoder(nn.Module):
             else:
                 hidden, weights = layer(hidden, layout, output_attentions)
             if output_states:
-                states.append(hidden)
+                states.append(layout.trim(hidden))
             attentions.append(weights)
         return (
-            hidden,
+            layout.trim(hidden),
             tuple(states) if output_states else None,
             tuple(attentions) if output_attentions else None,
         )

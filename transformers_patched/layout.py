@@ -21,9 +21,11 @@ from torch.autograd.function import once_differentiable
 LOWEST = torch.finfo(torch.bfloat16).min
 # Sequences at least this fraction as long as the longest of their group share its matrix products.
 SHORTEST_IN_GROUP = 0.85
-# Rounding up to these keeps the shapes of matrix products few; see `Layout.fill`.
-ROW_STEP = 32
-LENGTH_STEP = 4
+# Rounding up keeps the shapes of matrix products few, see `Layout.fill`: (the smallest step, the
+# share of the number that a step may be).
+ROW_STEP = 32, 1 / 16
+LENGTH_STEP = 4, 1 / 8
+NO_STEP = 1, 0.0
 
 
 class Layout:
@@ -53,14 +55,14 @@ class Layout:
         self.num_sequences = num_sequences
         self.length = length
         self.num_tokens = num_tokens
-        self.num_rows = num_tokens if cu_seqlens is None else _up(num_tokens, ROW_STEP)
+        self.num_rows = num_tokens if cu_seqlens is None else round_up(num_tokens, ROW_STEP)
         self.device = device
         self.key_mask = key_mask
         self.nonempty: Tensor | None = None
         self.cu_seqlens = cu_seqlens
         self._bias: dict[torch.dtype, Tensor] = {}
         self._rows: tuple[Tensor, Tensor] | None = None
-        self._plans: dict[tuple[int, int], HeadPlan] = {}
+        self._plans: dict[tuple[int, tuple[int, float]], HeadPlan] = {}
 
     @property
     def is_packed(self) -> bool:
@@ -234,7 +236,7 @@ class Layout:
 
     def head_plan(self, query: Tensor) -> HeadPlan:
         """How attention on a CPU lays out rows and scores of queries (..., heads, d); made once."""
-        key = query.shape[-2], LENGTH_STEP if compiled_by_shape(query) else 1
+        key = query.shape[-2], LENGTH_STEP if compiled_by_shape(query) else NO_STEP
         if key not in self._plans:
             if self.is_packed:
                 self._plans[key] = _plan_packed(self.cu_seqlens, *key)
@@ -262,9 +264,12 @@ def compiled_by_shape(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
 
 
-def _up(number: int, step: int) -> int:
-    """`number` rounded up to a multiple of `step`."""
-    return -(-number // step) * step
+def round_up(number: int, step: tuple[int, float]) -> int:
+    """`number` rounded up to a multiple of the smallest step, doubled while the share allows it."""
+    size, share = step
+    while 2 * size <= share * number:
+        size *= 2
+    return -(-number // size) * size
 
 
 class _MoveRows(torch.autograd.Function):
@@ -407,10 +412,10 @@ def _plan_padded(layout: Layout, heads: int) -> HeadPlan:
     return HeadPlan(heads, [Group(count, length, 0, 0, bias)], None, None, None)
 
 
-def _plan_packed(cu_seqlens: Tensor, heads: int, step: int) -> HeadPlan:
+def _plan_packed(cu_seqlens: Tensor, heads: int, step: tuple[int, float]) -> HeadPlan:
     """Sequences sorted by length and cut into groups: short ones do not pay for long ones.
 
-    The length of a group is rounded up to a multiple of `step`.
+    The length of a group is rounded up by `step`, see `round_up`.
     """
     offsets = cu_seqlens.tolist()
     lengths = [end - start for start, end in zip(offsets, offsets[1:], strict=False)]
@@ -420,7 +425,7 @@ def _plan_packed(cu_seqlens: Tensor, heads: int, step: int) -> HeadPlan:
     row = score = 0
     head = torch.arange(heads)[:, None]  # (h, 1)
     for members in _cut(order, lengths):
-        length = _up(lengths[members[0]], step)
+        length = round_up(lengths[members[0]], step)
         starts = torch.tensor([offsets[i] for i in members])[:, None, None]
         sizes = torch.tensor([lengths[i] for i in members])[:, None, None]
         position = torch.arange(length)

@@ -29,6 +29,11 @@ if TYPE_CHECKING:
     from examples.evaluation import EvaluationSet
     from examples.trainer import Trainer
 
+# Kernels of a CPU's bf16 products, about 1 MB each, kept by torch and by oneDNN for reuse: room for
+# those of several hundred shapes, where the libraries' own limits would take over a gigabyte.
+for _cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+    os.environ.setdefault(_cache, "256")
+
 
 @dataclass(frozen=True)
 class Options:

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from examples.evaluation import EvaluationSet
     from examples.trainer import Trainer
 
-# Kernels of a CPU's bf16 products, about 1 MB each, kept by torch and by oneDNN for reuse: room for
-# those of several hundred shapes, where the libraries' own limits would take over a gigabyte.
+# Kernels that a CPU compiles for one shape (bf16 products, GELU) are kept for reuse, at a megabyte
+# or more each: room for 256 of them, where the libraries' own limit would fill gigabytes.
 for _cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
     os.environ.setdefault(_cache, "256")
 

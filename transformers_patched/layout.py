@@ -171,12 +171,12 @@ class Layout:
     def fill(self, x: Tensor) -> Tensor:
         """(T, ...) to (num_rows, ...), where the rows after T are zeros and belong to nobody.
 
-        A CPU's bf16 products are compiled for their very shape, in milliseconds each, and kept in
-        memory. Packed batches rarely repeat their T, so an encoder that trains works on T rounded
-        up: few shapes, each made once. No token attends to filler, and no gradient comes from it.
-        Other dtypes and devices keep T as it is.
+        Some of a CPU's kernels (bf16 products, GELU) are compiled for their very shape, which takes
+        milliseconds, and kept, which takes megabytes. Packed batches rarely repeat their T, so an
+        encoder that trains works on T rounded up: few shapes, each made once. No token attends to
+        filler, and no gradient comes from it. Other devices keep T as it is.
         """
-        if self.num_rows == self.num_tokens or not compiled_by_shape(x):
+        if self.num_rows == self.num_tokens or x.device.type != "cpu":
             return x
         return nn.functional.pad(x, (0, 0) * (x.dim() - 1) + (0, self.num_rows - self.num_tokens))
 
@@ -236,7 +236,8 @@ class Layout:
 
     def head_plan(self, query: Tensor) -> HeadPlan:
         """How attention on a CPU lays out rows and scores of queries (..., heads, d); made once."""
-        key = query.shape[-2], LENGTH_STEP if compiled_by_shape(query) else NO_STEP
+        step = LENGTH_STEP if query.dtype == torch.bfloat16 else NO_STEP
+        key = query.shape[-2], step
         if key not in self._plans:
             if self.is_packed:
                 self._plans[key] = _plan_packed(self.cu_seqlens, *key)
@@ -255,13 +256,6 @@ class Layout:
             bias.masked_fill_(~self.key_mask, torch.finfo(dtype).min)
             self._bias[dtype] = bias[:, None, None, :]
         return self._bias[dtype]
-
-
-def compiled_by_shape(x: Tensor) -> bool:
-    """Whether products of `x` are compiled for their shape: bf16 on a CPU (oneDNN)."""
-    if x.device.type != "cpu":
-        return False
-    return x.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
 
 
 def round_up(number: int, step: tuple[int, float]) -> int:

@@ -35,18 +35,18 @@ SHORTEST, LONGEST = 25, 90
 LEARNING_RATE = 1e-3
 
 
-def batches(o: argparse.Namespace, count: int) -> list[list]:
-    """`count` batches of token lists (no token is padding), the same ones for both sides."""
+def batches(o: argparse.Namespace, turn: int) -> list[list]:
+    """The batches of a turn as token lists without padding; every turn's are new, as in a run."""
     import numpy as np
 
-    draw = np.random.default_rng(o.seed)
+    draw = np.random.default_rng([o.seed, turn])
     vocabulary = SIZES[o.size]["vocab_size"]
     return [
         [
             draw.integers(5, vocabulary, size=draw.integers(SHORTEST, LONGEST)).tolist()
             for _ in range(o.batch)
         ]
-        for _ in range(count)
+        for _ in range(o.steps)
     ]
 
 
@@ -106,7 +106,7 @@ def peer_side(o: argparse.Namespace):
 
 
 def work(o: argparse.Namespace) -> None:
-    """A worker: for every line on standard input, trains over all batches once and answers."""
+    """A worker: for every line on standard input, takes a turn of training steps and answers."""
     import resource
 
     import torch
@@ -119,13 +119,13 @@ def work(o: argparse.Namespace) -> None:
         model = torch.compile(model, dynamic=True)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=LEARNING_RATE, fused=o.side == "ours")
-    work_list = batches(o, o.steps)
-    tokens = sum(len(row) for batch in work_list for row in batch)
     labels = torch.arange(o.batch, device=device) % 2
     autocast = torch.autocast(
         device, torch.bfloat16, enabled=o.side == "peer" and o.dtype == "bfloat16"
     )
-    for _ in sys.stdin:
+    for turn, _ in enumerate(sys.stdin):
+        work_list = batches(o, turn)
+        tokens = sum(len(row) for batch in work_list for row in batch)
         started = time.perf_counter()
         for batch in work_list:
             given = {
@@ -152,8 +152,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--targets", default="query,value")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=4, help="training steps per round")
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=6, help="training steps per round")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--side", choices=("ours", "peer"), help=argparse.SUPPRESS)
@@ -170,12 +170,12 @@ def main() -> None:
     }
     speeds: dict[str, list[float]] = {side: [] for side in workers}
     peak = {}
-    for turn in range(o.rounds + 1):  # the first round warms up
+    for turn in range(o.rounds + 2):  # the first two warm up
         for side, worker in workers.items():
             print("go", file=worker.stdin, flush=True)
             answer = json.loads(worker.stdout.readline())
             peak[side] = answer["peak_gib"]
-            if turn:
+            if turn > 1:
                 speeds[side].append(answer["tokens_per_second"])
     for worker in workers.values():
         worker.stdin.close()

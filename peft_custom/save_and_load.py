@@ -224,7 +224,10 @@ def save_adapter(
     )
     with written_aside(folder / name) as aside:
         if safe_serialization:
+            aside.touch()
+            mode = aside.stat().st_mode  # what the umask asks for; safetensors makes files private
             save_file(state, aside, metadata={"format": "pt"})
+            aside.chmod(mode)
         else:
             torch.save(state, aside)
     (folder / other).unlink(missing_ok=True)  # it would hold an older adapter

@@ -256,7 +256,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Lets `write` fill a file beside `path`, then renames it: `path` is old or new, never half."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        aside.touch()
+        mode = aside.stat().st_mode  # what the umask asks for; safetensors makes files private
         write(aside)
+        aside.chmod(mode)
         with aside.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(aside, path)

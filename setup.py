@@ -1,4 +1,4 @@
-"""Everything is declared in pyproject.toml; this file keeps `python setup.py` and old pips working."""
+"""All of it is declared in pyproject.toml; this file serves old pips and `python setup.py`."""
 
 from setuptools import setup
 

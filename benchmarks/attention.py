@@ -39,9 +39,7 @@ def offsets(sequences: int, shortest: int, longest: int) -> Tensor:
     return torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]).int()
 
 
-def contenders(
-    cu_seqlens: Tensor, longest: int, query: Tensor, p: float
-) -> dict[str, Contender]:
+def contenders(cu_seqlens: Tensor, longest: int, query: Tensor, p: float) -> dict[str, Contender]:
     """The three ways as functions of packed q, k, v (T, heads, d)."""
     chosen = layouts.SHORTEST_IN_GROUP
     plans = {}

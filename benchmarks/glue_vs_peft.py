@@ -28,12 +28,13 @@ SETTINGS = {"lr": 1e-3, "batch": 32, "r": 8, "alpha": 16, "warmup_ratio": 0.06, 
 def ours(o: argparse.Namespace, task: str, seed: int, folder: Path) -> dict:
     command = [
         sys.executable, "-m", "examples.run_glue", "--task_name", task, "--method", "lora",
-        "--model_name_or_path", o.model, "--data_dir", o.data_dir, "--output_dir", str(folder / "run"),
+        "--model_name_or_path", o.model, "--data_dir", o.data_dir,
+        "--output_dir", str(folder / "run"),
         "--num_train_epochs", str(o.epochs), "--seed", str(seed), "--lora_r", str(SETTINGS["r"]),
         "--lora_alpha", str(SETTINGS["alpha"]), "--learning_rate", str(SETTINGS["lr"]),
         "--per_device_train_batch_size", str(SETTINGS["batch"]), "--weight_decay", "0.0",
-        "--warmup_ratio", str(SETTINGS["warmup_ratio"]), "--max_length", str(SETTINGS["max_length"]),
-        *o.ours_options,
+        "--warmup_ratio", str(SETTINGS["warmup_ratio"]),
+        "--max_length", str(SETTINGS["max_length"]), *o.ours_options,
     ]  # fmt: skip
     subprocess.run(command, check=True)
     result = json.loads((folder / "run" / "all_results.json").read_text())
@@ -74,7 +75,8 @@ def mean_and_interval(values: list[float]) -> str:
 
 def table(rows: list[dict]) -> str:
     lines = [
-        "| task | metric | epochs | seeds | this project | Transformers + PEFT | difference of means | training seconds, ours / peer |",
+        "| task | metric | epochs | seeds | this project | Transformers + PEFT | difference |"
+        " training seconds, ours / peer |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for task in dict.fromkeys(row["task"] for row in rows):

@@ -128,9 +128,7 @@ def work(o: argparse.Namespace) -> None:
         tokens = sum(len(row) for batch in work_list for row in batch)
         started = time.perf_counter()
         for batch in work_list:
-            given = {
-                k: v.to(device) if torch.is_tensor(v) else v for k, v in inputs(batch).items()
-            }
+            given = {k: v.to(device) if torch.is_tensor(v) else v for k, v in inputs(batch).items()}
             with autocast:
                 loss = model(**given, labels=labels).loss
             loss.backward()

@@ -67,9 +67,7 @@ def padded_and_packed(batch: list[list[int]]) -> dict[str, dict[str, Tensor | in
 
 def build(folder: str | None, base_dtype: torch.dtype) -> BertForSequenceClassification:
     if folder is not None:
-        model = BertForSequenceClassification.from_pretrained(
-            folder, base_dtype=base_dtype, **LORA
-        )
+        model = BertForSequenceClassification.from_pretrained(folder, base_dtype=base_dtype, **LORA)
     else:
         model = BertForSequenceClassification(BertConfig(**MINILM, **LORA))
         model.freeze_base()
@@ -104,8 +102,7 @@ def main() -> None:
     options = parser.parse_args()
     rows, origin = sequences(options.model, options.data, 4 * options.batch)
     batches = [
-        padded_and_packed(rows[i : i + options.batch])
-        for i in range(0, len(rows), options.batch)
+        padded_and_packed(rows[i : i + options.batch]) for i in range(0, len(rows), options.batch)
     ]
     real = sum(len(row) for row in rows)
     computed = sum(batch["padded"]["input_ids"].numel() for batch in batches)

@@ -14,17 +14,19 @@ import time
 
 import numpy as np
 import torch
-from examples.metrics import compute
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from examples.data.readers import read_split
 from examples.data.tasks import get_task
+from examples.metrics import compute
 
 
 def encode(tokenizer, task, data_dir: str, split: str, max_length: int, pad: str):
     rows = read_split(task, data_dir, split)
-    encoded = tokenizer(*rows.text, truncation=True, max_length=max_length, padding=pad == "max_length")
+    encoded = tokenizer(
+        *rows.text, truncation=True, max_length=max_length, padding=pad == "max_length"
+    )
     labels = torch.tensor(rows.labels, dtype=torch.float if task.regression else torch.long)
     names = tokenizer.model_input_names
     return [{n: encoded[n][i] for n in names} for i in range(len(labels))], labels

@@ -54,8 +54,14 @@ class _Callback:
         }
 
     def on_train_begin(
-        self, args: Any, state: Any, control: Any, model: nn.Module | None = None,
-        optimizer: Any = None, train_dataloader: Iterable[Any] | None = None, **unused: Any,
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: nn.Module | None = None,
+        optimizer: Any = None,
+        train_dataloader: Iterable[Any] | None = None,
+        **unused: Any,
     ) -> None:
         """Attaches; then goes on where a checkpoint was, or lets methods look at data."""
         assert model is not None

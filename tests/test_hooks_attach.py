@@ -81,7 +81,12 @@ def test_order_and_counter_with_accumulation() -> None:
         optimizer.step()
         optimizer.zero_grad()
     assert hooks.parts[0].calls == [
-        ("begin", 0), ("before", 0), ("after", 0), ("begin", 1), ("before", 1), ("after", 1),
+        ("begin", 0),
+        ("before", 0),
+        ("after", 0),
+        ("begin", 1),
+        ("before", 1),
+        ("after", 1),
         ("begin", 2),
     ]
     assert hooks.t == 2 and hooks.finished
@@ -111,8 +116,9 @@ def test_total_steps_must_be_known(steps: Any) -> None:
 
 def test_missing_adapter_parameters_are_named() -> None:
     model = toy()
-    some = [p for n, p in model.named_parameters()
-            if p.requires_grad and "2.toy.default.B" not in n]
+    some = [
+        p for n, p in model.named_parameters() if p.requires_grad and "2.toy.default.B" not in n
+    ]
     with pytest.raises(ValueError, match=r"base_model\.model\.2\.toy\.default\.B"):
         attach(model, torch.optim.SGD(some, lr=0.1), total_steps=5)
     with pytest.raises(TypeError, match="not a list"):
@@ -292,8 +298,9 @@ def test_regulariser_is_a_gradient_and_a_log_line_not_a_loss() -> None:
     hooks = attach(model, optimizer, total_steps=50, seed=1)
     A = dict(model.named_parameters())["base_model.model.0.toy.default.A"]
     start = A.detach().clone()
-    expected = 0.25 * sum(p.detach().square().sum() for n, p in model.named_parameters()
-                          if n.endswith("default.A"))
+    expected = 0.25 * sum(
+        p.detach().square().sum() for n, p in model.named_parameters() if n.endswith("default.A")
+    )
     assert hooks.losses()["penalty"] == pytest.approx(expected.item(), rel=1e-6)
     model(x).sum().backward()  # B = 0, so the task's gradient of A is 0
     optimizer.step()

@@ -23,7 +23,8 @@ def run(rank: int, world: int, ddp: bool) -> dict[str, Any]:
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
     model: nn.Module = get_peft_model(
-        base, ToyConfig(target_modules=["0", "2"], every=2, penalty=0.01, look_first=True))
+        base, ToyConfig(target_modules=["0", "2"], every=2, penalty=0.01, look_first=True)
+    )
     torch.manual_seed(100 + rank)  # the global generators disagree, as dropout's should
     if ddp:
         model = nn.parallel.DistributedDataParallel(model)
@@ -55,8 +56,7 @@ def run(rank: int, world: int, ddp: bool) -> dict[str, Any]:
 
 def worker(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     try:
         half = torch.tensor([rank, 4.0 * rank]).to(torch.bfloat16)
         mine = [torch.full((2, 3), float(rank)), half]

@@ -38,13 +38,23 @@ def tiny(**options: Any) -> PeftModel:
     """A random two-layer BERT of Hugging Face's with toy adapters; no dropout."""
     torch.manual_seed(0)
     config = transformers.BertConfig(
-        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=32, max_position_embeddings=16, num_labels=3,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=16,
+        num_labels=3,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
     )
     base = transformers.BertForSequenceClassification(config)
-    return get_peft_model(base, ToyConfig(
-        task_type="SEQ_CLS", target_modules=["query", "value"], penalty=0.01, every=2, **options))
+    return get_peft_model(
+        base,
+        ToyConfig(
+            task_type="SEQ_CLS", target_modules=["query", "value"], penalty=0.01, every=2, **options
+        ),
+    )
 
 
 def rows() -> list[dict[str, Tensor]]:
@@ -103,7 +113,7 @@ def plain(folder: Path, kill: int | None, **options: Any) -> dict[str, Tensor] |
     if (folder / "m").exists():
         load(folder, model, optimizer, hooks)
     hooks.prepare(batches(), lambda batch: model(**batch).loss)
-    for step, batch in list(enumerate(batches() * EPOCHS))[hooks.t:]:
+    for step, batch in list(enumerate(batches() * EPOCHS))[hooks.t :]:
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -163,21 +173,37 @@ class InOrder(transformers.Trainer):
 
 
 def trainer(
-    folder: Path, kill: int | None = None, tune: Any = None,
-    accumulate: int = 1, options: Any = None, eval_dataset: Any = None, **arguments: Any,
+    folder: Path,
+    kill: int | None = None,
+    tune: Any = None,
+    accumulate: int = 1,
+    options: Any = None,
+    eval_dataset: Any = None,
+    **arguments: Any,
 ) -> Any:
     from peft_custom.integrations import TunerCallback
 
     model = tiny(**(options or {}))
     optimizer = adamw(model)
     given = {
-        "output_dir": str(folder), "num_train_epochs": EPOCHS, "save_strategy": "steps",
-        "save_steps": 5, "logging_steps": 1, "max_grad_norm": 0.0, "report_to": [], "seed": SEED,
-        "per_device_train_batch_size": ROWS, "use_cpu": True, "disable_tqdm": True,
-        "gradient_accumulation_steps": accumulate, **arguments,
+        "output_dir": str(folder),
+        "num_train_epochs": EPOCHS,
+        "save_strategy": "steps",
+        "save_steps": 5,
+        "logging_steps": 1,
+        "max_grad_norm": 0.0,
+        "report_to": [],
+        "seed": SEED,
+        "per_device_train_batch_size": ROWS,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "gradient_accumulation_steps": accumulate,
+        **arguments,
     }
     return InOrder(
-        model=model, args=transformers.TrainingArguments(**given), train_dataset=rows(),
+        model=model,
+        args=transformers.TrainingArguments(**given),
+        train_dataset=rows(),
         eval_dataset=eval_dataset,
         optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)),
         callbacks=[TunerCallback(**(tune or {})), Kill(kill)],
@@ -219,16 +245,30 @@ class Windows:
 def ours(folder: Path, kill: int | None, **options: Any) -> dict[str, Tensor] | None:
     """This project's trainer, resuming from its own checkpoint."""
     arguments = TrainingOptions(
-        output_dir=str(folder), num_train_epochs=EPOCHS, seed=SEED, max_grad_norm=0.0,
-        eval_strategy="no", save_steps=5, logging_steps=1, disable_tqdm=True)
+        output_dir=str(folder),
+        num_train_epochs=EPOCHS,
+        seed=SEED,
+        max_grad_norm=0.0,
+        eval_strategy="no",
+        save_steps=5,
+        logging_steps=1,
+        disable_tqdm=True,
+    )
     model, data = tiny(**options), rows()
     run = RunFolder(folder, {})
     resumed = run.check(False, "auto")
     run.open(SEED, "cpu", resumed_at=None if resumed is None else 5)
     made = Trainer(
-        model, adamw(model), arguments, Accelerator(cpu=True), run, train=Windows(kill),
+        model,
+        adamw(model),
+        arguments,
+        Accelerator(cpu=True),
+        run,
+        train=Windows(kill),
         collate=lambda batch: default_collate([data[i] for i in batch.rows]),
-        schedule=lambda step: 1.0, total_steps=STEPS)
+        schedule=lambda step: 1.0,
+        total_steps=STEPS,
+    )
     if resumed is not None:
         made.resume(resumed)
         assert made.progress.step == 5
@@ -336,8 +376,15 @@ def test_callbacks_restored_by_the_trainer(tmp_path: Path) -> None:
 
 
 def test_best_model_at_end_goes_back_with_its_schedule(tmp_path: Path) -> None:
-    made = trainer(tmp_path, eval_strategy="steps", eval_steps=5, load_best_model_at_end=True,
-                   metric_for_best_model="loss", greater_is_better=False, eval_dataset=rows()[:8])
+    made = trainer(
+        tmp_path,
+        eval_strategy="steps",
+        eval_steps=5,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        greater_is_better=False,
+        eval_dataset=rows()[:8],
+    )
     made.train()
     best = int(made.state.best_model_checkpoint.rsplit("-", 1)[1])
     hooks = callback_of(made).hooks
@@ -353,10 +400,16 @@ def test_plain_lora_needs_nothing_of_the_callback(tmp_path: Path) -> None:
     base = tiny().unload()
     model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
     args = transformers.TrainingArguments(
-        output_dir=str(tmp_path), max_steps=2, save_steps=1, report_to=[], use_cpu=True,
-        disable_tqdm=True)
-    made = transformers.Trainer(model=model, args=args, train_dataset=rows(),
-                                callbacks=[TunerCallback()])
+        output_dir=str(tmp_path),
+        max_steps=2,
+        save_steps=1,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    made = transformers.Trainer(
+        model=model, args=args, train_dataset=rows(), callbacks=[TunerCallback()]
+    )
     made.train()
     assert not callback_of(made).hooks.adapts
     assert not list(tmp_path.rglob("hooks.*"))

@@ -107,8 +107,10 @@ def test_optimizer_that_takes_the_scaler_itself_is_refused() -> None:
     model, optimizer, hooks = built(Own, lr=0.1)
     scaler = GradScaler("cpu")
     scaler.scale(model(X).sum()).backward()
-    with (pytest.warns(FutureWarning),
-          pytest.raises(RuntimeError, match="Own unscales gradients within its own step")):
+    with (
+        pytest.warns(FutureWarning),
+        pytest.raises(RuntimeError, match="Own unscales gradients within its own step"),
+    ):
         scaler.step(optimizer)
     assert hooks.t == 0
 

@@ -1,6 +1,6 @@
 """Attention of every model, for padded and packed tokens, through one function.
 
-    context = dropout(softmax(Q Kᵀ / sqrt(d) + mask)) V        for every sequence and head
+context = dropout(softmax(Q Kᵀ / sqrt(d) + mask)) V        for every sequence and head
 """
 
 from __future__ import annotations
@@ -31,9 +31,7 @@ LONGEST_PRODUCTS = 512
 LONGEST_PRODUCTS_PADDED_FP32 = 256
 
 
-def attention(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, p: float = 0.0
-) -> Tensor:
+def attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, p: float = 0.0) -> Tensor:
     """softmax(Q Kᵀ / sqrt(d)) V within every sequence of `layout`; padding is never attended to.
 
     Args:
@@ -130,9 +128,7 @@ class _BatchedProducts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx, query: Tensor, key: Tensor, value: Tensor, plan: HeadPlan, p: float
-    ) -> Tensor:
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, plan: HeadPlan, p: float) -> Tensor:
         q, k, v = plan.gather(query), plan.gather(key), plan.gather(value)  # (rows, d)
         probabilities = _grouped_softmax(q, k, plan)  # (scores,)
         keep, dropped, c = None, probabilities, 1.0
@@ -202,9 +198,7 @@ def _grouped_softmax(q: Tensor, k: Tensor, plan: HeadPlan) -> Tensor:
     return flat
 
 
-def _grouped_scores(
-    q: Tensor, k: Tensor, plan: HeadPlan, factor: float, out: list[Tensor]
-) -> None:
+def _grouped_scores(q: Tensor, k: Tensor, plan: HeadPlan, factor: float, out: list[Tensor]) -> None:
     """out = factor · Q Kᵀ + bias for every group."""
     for group, bias, scores in zip(plan.groups, plan.biases(q.dtype), out, strict=True):
         a, b = group.matrices(q), group.matrices(k).transpose(1, 2)

@@ -112,9 +112,7 @@ class Layout:
         return layout
 
     @classmethod
-    def packed(
-        cls, cu_seqlens: Tensor, max_seqlen: int, num_tokens: int | None = None
-    ) -> Layout:
+    def packed(cls, cu_seqlens: Tensor, max_seqlen: int, num_tokens: int | None = None) -> Layout:
         """Tokens (T,) of B sequences without padding; sequence i is cu_seqlens[i]:cu_seqlens[i+1].
 
         Args:
@@ -451,9 +449,7 @@ def _cut(order: list[int], lengths: list[int]) -> list[list[int]]:
     return groups
 
 
-def _check_offsets(
-    offsets: list[int], max_seqlen: int, num_tokens: int | None
-) -> tuple[int, int]:
+def _check_offsets(offsets: list[int], max_seqlen: int, num_tokens: int | None) -> tuple[int, int]:
     """Checks `cu_seqlens` by value; returns the longest length and the number of tokens."""
     if offsets[0] != 0:
         raise ValueError(f"cu_seqlens must start with 0, not {offsets[0]}")

@@ -28,15 +28,15 @@ class ToyHooks(TrainingHooks):
         self.steps("every", config.every)
         self.steps("until", config.until)
         self.factors: list[Factors] = [
-            factors for layer in tuner.model.modules() if isinstance(layer, ToyLayer)
+            factors
+            for layer in tuner.model.modules()
+            if isinstance(layer, ToyLayer)
             for factors in layer.toy.values()
         ]
         self.scores = torch.zeros(sum(f.mask.numel() for f in self.factors))
         self.looked = torch.zeros(())
 
-    def prepare(
-        self, dataloader: Iterable[Any], forward_loss: Callable[[Any], Tensor]
-    ) -> None:
+    def prepare(self, dataloader: Iterable[Any], forward_loss: Callable[[Any], Tensor]) -> None:
         with torch.no_grad():
             losses = torch.stack([forward_loss(batch) for batch in dataloader])
         [self.looked] = reduce_mean([losses.mean()])
@@ -61,20 +61,27 @@ class ToyHooks(TrainingHooks):
         order = (self.scores / scale + noise + self.looked).argsort(descending=True)
         masks = torch.zeros_like(self.scores)
         masks[order[: len(order) // 2]] = 1.0
-        for f, mask in zip(self.factors, masks.split([f.mask.numel() for f in self.factors]),
-                           strict=True):
+        for f, mask in zip(
+            self.factors, masks.split([f.mask.numel() for f in self.factors]), strict=True
+        ):
             f.mask.copy_(mask)
 
     def losses(self) -> dict[str, float]:
-        return {"penalty": 0.5 * self.penalty * sum(float(f.A.detach().square().sum())
-                                                    for f in self.factors)}
+        return {
+            "penalty": 0.5
+            * self.penalty
+            * sum(float(f.A.detach().square().sum()) for f in self.factors)
+        }
 
     def log(self) -> dict[str, float]:
         return {"density": float(torch.cat([f.mask for f in self.factors]).mean())}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"scores": self.scores, "looked": self.looked,
-                "masks": [f.mask for f in self.factors]}
+        return {
+            "scores": self.scores,
+            "looked": self.looked,
+            "masks": [f.mask for f in self.factors],
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.scores = state["scores"].clone()
@@ -100,8 +107,12 @@ class ToyModel(BaseTuner):
         layer.toy[adapter] = Factors(layer.base_layer, config.r)
 
     def training_hooks(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, total_steps: int | None,
-        *, seed: int = 0,
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        total_steps: int | None,
+        *,
+        seed: int = 0,
     ) -> ToyHooks:
         return ToyHooks(self, total_steps, seed)
 

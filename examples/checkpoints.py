@@ -1,8 +1,7 @@
 """Checkpoints: folders `checkpoint-N` that appear whole or not at all, without a pickle in them.
 
-A state is a tree of dictionaries, lists, tuples, numbers, strings and tensors. Its tensors go into
-`state.safetensors`, the tree itself, with references, into that file's metadata: one file, one
-truth. `progress.json` repeats the figures for people.
+`state.safetensors` holds all that a resumed run needs (see `peft_custom.state_files`);
+`progress.json` repeats the figures for people.
 """
 
 from __future__ import annotations
@@ -16,10 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors import SafetensorError
+
+from peft_custom.state_files import read_tree, write_tree
 
 STATE = "state.safetensors"
 PROGRESS = "progress.json"
@@ -60,52 +58,8 @@ class Progress:
         return found
 
 
-# -- one state, one file ------------------------------------------------------------------------
-
-
-def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """JSON for a tree; tensors become references, tuples and other keys than text are marked."""
-    if isinstance(value, Tensor):
-        tensors[path] = value.detach().cpu().contiguous().clone()  # no shared storage in a file
-        return {"$tensor": path}
-    if isinstance(value, dict):
-        items = [[key, _pack(item, f"{path}.{key}", tensors)] for key, item in value.items()]
-        if all(isinstance(key, str) and not key.startswith("$") for key in value):
-            return dict(items)
-        return {"$items": items}
-    if isinstance(value, tuple):
-        return {"$tuple": [_pack(item, f"{path}.{i}", tensors) for i, item in enumerate(value)]}
-    if isinstance(value, list):
-        return [_pack(item, f"{path}.{i}", tensors) for i, item in enumerate(value)]
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    raise TypeError(f"checkpoint: {path} is a {type(value).__name__}, which no checkpoint can hold")
-
-
-def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
-    if isinstance(value, list):
-        return [_unpack(item, tensors) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if "$tensor" in value:
-        return tensors[value["$tensor"]]
-    if "$tuple" in value:
-        return tuple(_unpack(item, tensors) for item in value["$tuple"])
-    if "$items" in value:
-        return {key: _unpack(item, tensors) for key, item in value["$items"]}
-    return {key: _unpack(item, tensors) for key, item in value.items()}
-
-
-def write_state(path: Path, state: dict[str, Any]) -> None:
-    """Writes a tree of tensors and plain values."""
-    tensors: dict[str, Tensor] = {}
-    tree = json.dumps(_pack(state, "state", tensors))
-    # safetensors refuses a file without a tensor
-    save_file(tensors or {"none": torch.zeros(1)}, path, metadata={"tree": tree})
-
-
 def read_state(path: Path) -> dict[str, Any]:
-    """Reads what `write_state` wrote.
+    """Reads a checkpoint's state.
 
     Raises:
         RunError: the file is missing, damaged, or something else.
@@ -113,14 +67,9 @@ def read_state(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise RunError(f"{path}: no such file, so {path.parent} is no checkpoint of a run")
     try:
-        with safe_open(path, "pt") as file:
-            tree = (file.metadata() or {})["tree"]
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return _unpack(json.loads(tree), tensors)
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise RunError(
-            f"{path}: damaged or no checkpoint ({error}); resume from an earlier one"
-        ) from error
+        return read_tree(path)
+    except ValueError as error:
+        raise RunError(f"{error}; resume from an earlier checkpoint") from error
 
 
 # -- folders ------------------------------------------------------------------------------------
@@ -146,7 +95,7 @@ def save(folder: Path, step: int, state: dict[str, Any], progress: dict[str, Any
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
-        write_state(aside / STATE, state)
+        write_tree(aside / STATE, state)
         (aside / PROGRESS).write_text(json.dumps(progress, indent=1) + "\n", "utf-8")
         for name in (STATE, PROGRESS):
             with open(aside / name, "rb+") as file:

@@ -15,8 +15,9 @@ import torch
 from runner_cases import lines, pair_task, results, tiny_bert
 
 from examples import checkpoints, program
-from examples.checkpoints import RunError, read_state, write_state
+from examples.checkpoints import RunError, read_state
 from examples.run_glue import work
+from peft_custom.state_files import write_tree
 
 ROWS = {"train": 60, "validation": 20}
 OPTIONS = (
@@ -172,12 +173,12 @@ def test_any_tree_of_values_comes_back(tmp_path):
         "b": (1, 2.5, None, True, "x", [torch.zeros(2, dtype=torch.bfloat16)]),
         "$odd": float("inf"),
     }
-    write_state(tmp_path / "state.safetensors", state)
+    write_tree(tmp_path / "state.safetensors", state)
     found = read_state(tmp_path / "state.safetensors")
     assert torch.equal(found["a"][0], shared) and torch.equal(found["a"][1], shared[2:])
     assert found["b"][:5] == state["b"][:5] and found["b"][5][0].dtype == torch.bfloat16
     assert found["$odd"] == float("inf")
-    with pytest.raises(TypeError, match="state.x is a function"):
-        write_state(tmp_path / "no.safetensors", {"x": lambda: 0})
+    with pytest.raises(TypeError, match="x is a function"):
+        write_tree(tmp_path / "no.safetensors", {"x": lambda: 0})
     with pytest.raises(RunError, match="no such file"):
         read_state(tmp_path / "none")

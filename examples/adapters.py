@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import transformers_patched
-from examples.methods import AdamWOptions, FullOptions, LoraOptions
+from examples.evaluation import Predictor
+from examples.methods import AdamWOptions, FullOptions, LoraOptions, RunFacts
 from loralib import lora_state_dict
 from peft_custom import LoraConfig, PeftConfig, get_peft_model
 from transformers_patched import CheckpointError, PreTrainedModel
@@ -99,11 +100,13 @@ class Adapted:
         model: gives `.loss` and `.logits`, and has `parameter_groups(lr, weight_decay)`.
         save: writes the result into a folder.
         folder: that folder's name in the run folder.
+        predictor: how it is evaluated, where that is more than one forward pass.
     """
 
     model: nn.Module
     save: Callable[[Path], None]
     folder: str = "adapter"
+    predictor: Predictor | None = None
 
 
 def resolved_dtype(name: str) -> torch.dtype:
@@ -301,13 +304,15 @@ def _named(model: nn.Module) -> dict[str, nn.Parameter]:
 # -- optimisers ---------------------------------------------------------------------------------
 
 
-def adamw(groups: list[dict[str, Any]], options: AdamWOptions, fp16: bool) -> torch.optim.Optimizer:
+def adamw(
+    groups: list[dict[str, Any]], options: AdamWOptions, run: RunFacts
+) -> torch.optim.Optimizer:
     """torch's AdamW: p ← p(1 − lr·wd), then p ← p − lr·m̂/(√v̂ + eps), in one kernel where possible.
 
     Under a GradScaler the fused kernel would decide by itself to skip a step, so it is not used.
     """
     parameters = [p for group in groups for p in group["params"]]
-    fused = not fp16 and all(p.is_floating_point() for p in parameters)
+    fused = not run.fp16 and all(p.is_floating_point() for p in parameters)
     return torch.optim.AdamW(
         groups,
         betas=(options.adam_beta1, options.adam_beta2),

@@ -24,14 +24,20 @@ class Entry:
         name: as in `--method` or `--optimizer`.
         options: the dataclass of its options.
         build: "module:function"; a method's takes (ModelSource, its options) and returns an
-            `examples.adapters.Adapted`, an optimiser's takes (parameter groups, its options, fp16).
+            `examples.adapters.Adapted`, an optimiser's takes (parameter groups, its options,
+            RunFacts).
         summary: a few words for `--help`.
+        optimizer: of a method: the optimiser it takes unless another is named.
+        posterior: of a method: it asks the optimiser for σ of every weight; of an optimiser: it
+            has that.
     """
 
     name: str
     options: type
     build: str
     summary: str
+    optimizer: str = "adamw"
+    posterior: bool = False
 
     def load(self) -> Callable[..., Any]:
         """The build function."""
@@ -43,14 +49,29 @@ METHODS: dict[str, Entry] = {}
 OPTIMIZERS: dict[str, Entry] = {}
 
 
-def method(name: str, options: type, build: str, summary: str) -> None:
-    """Registers a method."""
-    METHODS[name] = Entry(name, options, build, summary)
+@dataclass(frozen=True)
+class RunFacts:
+    """What the builder of an optimiser may ask about the run.
+
+    Attributes:
+        rows: N, the training rows of all processes; 0 where nothing is trained.
+        seed: of draws that must agree between processes, or after a resume.
+        fp16: gradients come from a GradScaler.
+    """
+
+    rows: int
+    seed: int = 0
+    fp16: bool = False
 
 
-def optimizer(name: str, options: type, build: str, summary: str) -> None:
-    """Registers an optimiser."""
-    OPTIMIZERS[name] = Entry(name, options, build, summary)
+def method(name: str, options: type, build: str, summary: str, **facts: Any) -> None:
+    """Registers a method; `facts` are the last attributes of `Entry`."""
+    METHODS[name] = Entry(name, options, build, summary, **facts)
+
+
+def optimizer(name: str, options: type, build: str, summary: str, **facts: Any) -> None:
+    """Registers an optimiser; `facts` are the last attributes of `Entry`."""
+    OPTIMIZERS[name] = Entry(name, options, build, summary, **facts)
 
 
 @dataclass(frozen=True)
@@ -101,4 +122,24 @@ optimizer("adamw", AdamWOptions, "examples.adapters:adamw", "Adam with decoupled
 @dataclass(frozen=True)
 class MethodOptions:
     method: str = option("lora", "how the model is fine-tuned", choices=METHODS)
-    optimizer: str = option("adamw", "what steps the weights", choices=OPTIMIZERS)
+    optimizer: str | None = option(
+        None,
+        "what steps the weights; none: ivon for a method that ranks by a posterior, else adamw",
+        choices=OPTIMIZERS,
+    )
+
+    def entries(self) -> tuple[Entry, Entry]:
+        """The method and its optimiser.
+
+        Raises:
+            OptionError: the method needs a posterior and the optimiser has none.
+        """
+        method = METHODS[self.method]
+        optimizer = OPTIMIZERS[self.optimizer or method.optimizer]
+        if method.posterior and not optimizer.posterior:
+            able = " or ".join(e.name for e in OPTIMIZERS.values() if e.posterior)
+            raise OptionError(
+                f"--method {method.name} ranks by the optimiser's posterior, and --optimizer "
+                f"{optimizer.name} has none: use --optimizer {able}"
+            )
+        return method, optimizer

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from examples import config
 from examples.config import OptionError
-from examples.methods import METHODS, OPTIMIZERS, Entry, MethodOptions
+from examples.methods import METHODS, OPTIMIZERS, Entry, MethodOptions, RunFacts
 from examples.options import TRACKERS, TrainingOptions
 
 if TYPE_CHECKING:
@@ -93,8 +93,7 @@ def parse(
         from_file = config.read_file(file, given.get(row or ""))
         values = config.canonical(from_file, everything, f"--config {file}")
     values |= given
-    choice = config.build(MethodOptions, values)
-    method, optimizer = METHODS[choice.method], OPTIMIZERS[choice.optimizer]
+    method, optimizer = config.build(MethodOptions, values).entries()
     _refuse_options_of_others(given, owners, entries, method, optimizer)
     groups = {owner: config.build(owner, values) for owner in owners.values()}
     return Options(
@@ -289,7 +288,11 @@ class Run:
         self.adapted = put_together(build, self.source, self.options.method_options)
         if self.training.gradient_checkpointing:
             self.adapted.model.gradient_checkpointing_enable()
-        arguments: dict[str, Any] = {"evaluations": evaluations, "main_metric": self.main_metric}
+        arguments: dict[str, Any] = {
+            "evaluations": evaluations,
+            "main_metric": self.main_metric,
+            "predictor": self.adapted.predictor,
+        }
         optimizer = None
         if train is not None:
             steps, schedule, rate = self._schedule(len(train))
@@ -298,7 +301,9 @@ class Run:
                 self.options.optimizer.load(),
                 groups,
                 self.options.optimizer_options,
-                self.training.mixed_precision == "fp16",
+                RunFacts(
+                    len(train.split), self.training.seed, self.training.mixed_precision == "fp16"
+                ),
             )
             arguments |= {
                 "train": train, "collate": collate, "schedule": schedule, "total_steps": steps
@@ -371,6 +376,7 @@ class Run:
 
     def finish(self, metrics: dict[str, float], figures: dict[str, Any]) -> None:
         """Writes `all_results.json` and the learning curve, and prints the final table."""
+        from examples.evaluation import worth_showing
         from examples.plots import learning_curve
         from examples.runfolder import CURVE, LOG, METRICS, RESULTS
 
@@ -396,7 +402,8 @@ class Run:
             rows = (self.folder.read_lines(LOG), self.folder.read_lines(METRICS))
             title = f"{self.title}, {self.options.method.name}"
             why_not = learning_curve(curve, *rows, self.main_metric, title)
-        print(table(f"{self.title}, {self.options.method.name}", results))
+        shown = worth_showing(results, self.main_metric, self.trainer.predictor.views(True))
+        print(table(f"{self.title}, {self.options.method.name}", shown))
         if figures:
             print(f"  learning curve        {why_not or curve}")
             print(f"  result                {self.folder.path / self.adapted.folder}")

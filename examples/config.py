@@ -39,6 +39,12 @@ ALIASES = {
     "lr": "learning_rate",
     "clip_grad": "max_grad_norm",
     "torch_compile": "compile",
+    "target_rank": "adalora_target_r",
+    "init_warmup": "adalora_tinit",
+    "final_warmup": "adalora_tfinal",
+    "mask_interval": "adalora_delta_t",
+    "reg_orth_coef": "adalora_orth_reg_weight",
+    "criterion": "vilora_criterion",
 }
 # Switches of the originals that stand for a value of another option, unless that one is given too.
 SWITCHES = {
@@ -47,6 +53,7 @@ SWITCHES = {
     "apply_lora": ("method", "lora"),
     "with_tracking": ("report_to", "all"),
     "use_custom_lr_schedule": ("lr_scheduler_type", "clr"),
+    "use_ivon": ("optimizer", "ivon"),
     "eval_only": ("do_train", "false"),
 }
 # Options of the originals that have no meaning here, and why.
@@ -277,11 +284,30 @@ def build(owner: type, values: Mapping[str, Any]) -> Any:
 def read_file(path: str | Path, row: str | None = None) -> dict[str, Any]:
     """Options from YAML or JSON: `name: value` lines; `tasks:` holds rows that add to them.
 
+    `like: OTHER.yaml` adds the file to another one beside it, line by line and row by row.
+
     Args:
         path: the file.
         row: which row of `tasks`.
     """
-    path = Path(path)
+    values, rows = _sheet(Path(path))
+    if rows and row is not None:
+        if row not in rows:
+            raise OptionError(f"--config {path}: no row {row!r} under tasks; has {', '.join(rows)}")
+        values.update(rows[row])
+    for name, value in values.items():
+        if isinstance(value, dict):
+            raise OptionError(f"--config {path}: {name} must be one value, not a table")
+    return {str(name): value for name, value in values.items()}
+
+
+def _sheet(path: Path, after: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, dict]]:
+    """A file's lines and rows, those of the files it is like included.
+
+    Args:
+        path: the file.
+        after: the files that led here.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -300,15 +326,15 @@ def read_file(path: str | Path, row: str | None = None) -> dict[str, Any]:
         values = {}
     if not isinstance(values, dict):
         raise OptionError(f"--config {path}: lines of the form `name: value` are expected")
-    rows = values.pop("tasks", None) or {}
-    if rows and row is not None:
-        if row not in rows:
-            raise OptionError(f"--config {path}: no row {row!r} under tasks; has {', '.join(rows)}")
-        values.update(rows[row] or {})
-    for name, value in values.items():
-        if isinstance(value, dict):
-            raise OptionError(f"--config {path}: {name} must be one value, not a table")
-    return {str(name): value for name, value in values.items()}
+    rows = {task: row or {} for task, row in (values.pop("tasks", None) or {}).items()}
+    other = values.pop("like", None)
+    if other is None:
+        return values, rows
+    if path in after:
+        raise OptionError(f"--config {path}: it is like itself")
+    before, earlier = _sheet(path.with_name(str(other)), (*after, path))
+    merged = {task: {**earlier.get(task, {}), **rows.get(task, {})} for task in {**earlier, **rows}}
+    return {**before, **values}, merged
 
 
 def help_text(program: str, summary: str, groups: Mapping[str, type]) -> str:

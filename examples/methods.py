@@ -108,15 +108,87 @@ class LoraOptions:
 
 
 @dataclass(frozen=True)
+class AdaLoraOptions:
+    """Lengths of the schedule are optimiser steps (100) or shares of all of them (0.1)."""
+
+    adalora_target_r: int = option(8, "mean rank at the end of the schedule", low=1)
+    adalora_init_r: int = option(12, "rank of every layer at its start", low=1)
+    adalora_tinit: int | float = option(0, "steps before ranks are cut: 500 or 0.15", low=0)
+    adalora_tfinal: int | float = option(0, "steps after the last cut: 500 or 0.4", low=0)
+    adalora_delta_t: int = option(100, "steps between cuts", low=1)
+    adalora_orth_reg_weight: float = option(
+        0.5, "weight of the regulariser that keeps singular vectors orthonormal; 0: none", low=0
+    )
+    lora_alpha: float = option(8.0, "increments are scaled by alpha / init_r; 0: by 1", low=0)
+    lora_dropout: float = option(0.0, "dropout before the increments", low=0, high=0.999)
+    lora_modules: tuple[str, ...] = option(
+        (), "layers to adapt, or all-linear; none: attention and feed-forward, as in PEFT"
+    )
+    lora_path: str | None = option(
+        None, "start from this adapter (a run's or PEFT's folder) and its ranks"
+    )
+
+    def __post_init__(self) -> None:
+        if self.adalora_target_r > self.adalora_init_r:
+            raise OptionError(
+                f"--adalora_target_r {self.adalora_target_r} is above --adalora_init_r "
+                f"{self.adalora_init_r}: ranks are only cut"
+            )
+
+
+@dataclass(frozen=True)
+class ViLoraOptions(AdaLoraOptions):
+    vilora_criterion: str = option(
+        "SNR_mean_abs",
+        "score of a weight θ ~ N(μ, σ²): SNR_mean_abs (of |θ|), SNR (|μ|/σ), mean (|μ|), sigma "
+        "(1/σ) or E_mean_abs (E|θ|)",
+    )
+
+
+@dataclass(frozen=True)
 class AdamWOptions:
     adam_beta1: float = option(0.9, "decay of the mean gradient", low=0, high=0.999999)
     adam_beta2: float = option(0.999, "decay of the mean square", low=0, high=0.999999)
     adam_epsilon: float = option(1e-8, "added to the root", low=0)
 
 
+@dataclass(frozen=True)
+class IvonOptions:
+    """σ = 1/√(ess·(h + weight_decay)) for every trained weight; h starts at hess_init."""
+
+    ivon_ess: float = option(0, "effective number of training rows; 0: all rows", low=0)
+    ivon_hess_init: float = option(1.0, "h at the start", low=0)
+    ivon_beta1: float = option(0.9, "decay of the mean gradient", low=0, high=1)
+    ivon_beta2: float = option(0.99999, "decay of h", low=0, high=1)
+    ivon_weight_decay: float = option(1e-8, "precision of the prior over ess", low=0)
+    ivon_train_mc_samples: int = option(1, "samples of the weights per step", low=1)
+    ivon_infer_mc_samples: int = option(
+        0, "predictions are averaged over so many samples of the weights; 0: at their mean", low=0
+    )
+    ivon_clip_radius: float = option(
+        1e-3, "no weight moves by more than this times the rate", low=0
+    )
+
+
 method("full", FullOptions, "examples.adapters:full", "every weight is trained")
 method("lora", LoraOptions, "examples.adapters:lora", "low-rank increments of frozen weights")
+method("adalora", AdaLoraOptions, "examples.adaptive:adalora", "ranks shared out by sensitivity")
+method(
+    "vilora",
+    ViLoraOptions,
+    "examples.adaptive:vilora",
+    "ranks shared out by the optimiser's posterior",
+    optimizer="ivon",
+    posterior=True,
+)
 optimizer("adamw", AdamWOptions, "examples.adapters:adamw", "Adam with decoupled weight decay")
+optimizer(
+    "ivon",
+    IvonOptions,
+    "examples.bayes:ivon",
+    "a Gaussian over the weights, by variational inference",
+    posterior=True,
+)
 
 
 @dataclass(frozen=True)

@@ -14,21 +14,27 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" # sets root
 
 # glue MODEL TASK START [ARGUMENT ...]: START is mnli or pretrained; the array lora holds the flags.
 glue() {
-  local model=$1 task=$2 start=$3 method=lora gpus=${NUM_GPUS:-1} flags run
+  local model=$1 task=$2 start=$3 method=lora flags
   shift 3
   if [[ ${1:---} != -* ]]; then method=$1 && shift; fi
-  [[ $gpus =~ ^[1-9][0-9]*$ ]] || fail "NUM_GPUS=$gpus: a whole number from 1 on is needed"
 
   flags=("${lora[@]}")
   [ "$method" = lora ] || flags=(--config "$(sheet "$model" "$method")")
+  flags=(--method "$method" "${flags[@]}")
   add_adapter "$start" "$method" "$@"
+  run_glue FacebookAI "$model" "$task" "$method" "$@"
+}
 
-  local hub=FacebookAI/${model/_/-} data=${DATA_DIR:-}
-  [ ! -d "$root/checkpoints/${model/_/-}" ] || hub=$root/checkpoints/${model/_/-}
+# run_glue OWNER MODEL TASK NAME [ARGUMENT ...]: the run, with the array flags; NAME names its folder.
+run_glue() {
+  local owner=$1 model=$2 task=$3 name=$4 gpus=${NUM_GPUS:-1} run
+  shift 4
+  [[ $gpus =~ ^[1-9][0-9]*$ ]] || fail "NUM_GPUS=$gpus: a whole number from 1 on is needed"
+  local hub=${model//_/-} data=${DATA_DIR:-}
+  if [ -d "$root/checkpoints/$hub" ]; then hub=$root/checkpoints/$hub; else hub=$owner/$hub; fi
   [ -n "$data" ] || [ ! -d "$root/data/$task" ] || data=$root/data
-  flags=(--task_name "$task" --method "$method" --model_name_or_path "${MODEL:-$hub}"
-    ${data:+--data_dir "$data"}
-    --output_dir "${OUTPUT_DIR:-$root/runs/${model}_${task}_$method}" "${flags[@]}")
+  flags=(--task_name "$task" --model_name_or_path "${MODEL:-$hub}" ${data:+--data_dir "$data"}
+    --output_dir "${OUTPUT_DIR:-$root/runs/${model}_${task}_$name}" "${flags[@]}")
 
   # what is missing is installed as scripts/quickstart.sh does it, into $VENV
   python -c 'import importlib.util as u, sys; sys.exit(None in map(u.find_spec, sys.argv[1:]))' \

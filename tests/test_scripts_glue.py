@@ -4,18 +4,17 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from script_cases import Dry, parsed, rows_per_step
 
 from examples import program
 from examples.config import read_file
 from examples.data.tables import write_table
 from examples.data.tasks import GLUE_TASKS
 from examples.options import DataOptions, ModelOptions, TrainingOptions
-from examples.run_glue import OWNERS, SUMMARY
 
 # task: GPUs, batch per GPU, learning rate, epochs, tokens, starts from an MNLI adapter
 BASE = {
@@ -43,61 +42,11 @@ LARGE = {
 TABLE = {("base", task): row for task, row in BASE.items()}
 TABLE |= {("large", task): row for task, row in LARGE.items()}
 SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("*.sh"))
-# Writes what it was called as, where, and with which words, one per line.
-RECORDER = """#!/bin/sh
-case "$1" in -c) exit 0;; esac
-{ basename "$0"; pwd; echo "$PYTHONPATH"; printf '%s\\n' "$@"; } >"$RECORD"
-"""
-
-
-class Dry:
-    """Runs scripts with a python and an accelerate that only note their arguments."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.record = folder / "called"
-        (folder / "bin").mkdir()
-        for name in ("python", "accelerate"):
-            path = folder / "bin" / name
-            path.write_text(RECORDER)
-            path.chmod(0o755)
-
-    def __call__(
-        self, script: str, *words: str, root: Path = ROOT, **environment: str
-    ) -> tuple[list[str], subprocess.CompletedProcess[str]]:
-        """The command it would run (empty: none), and how the script itself ended."""
-        self.record.unlink(missing_ok=True)
-        path = f"{self.folder / 'bin'}:/usr/bin:/bin"
-        done = subprocess.run(
-            ["bash", str(root / "scripts" / script), *words],
-            cwd=self.folder,
-            env={"PATH": path, "RECORD": str(self.record), **environment},
-            capture_output=True,
-            text=True,
-        )
-        lines = self.record.read_text().splitlines() if self.record.exists() else []
-        if lines:
-            assert lines[1:3] == [str(self.folder), str(root)]
-        return lines[:1] + lines[3:], done
 
 
 @pytest.fixture
 def dry(tmp_path: Path) -> Dry:
     return Dry(tmp_path)
-
-
-def parsed(command: Sequence[str]) -> program.Options:
-    """What run_glue makes of a recorded command."""
-    words = list(command[command.index("examples.run_glue") + 1 :])
-    options = program.parse(words, "examples.run_glue", SUMMARY, OWNERS, "task_name")
-    assert options is not None
-    return options
-
-
-def rows_per_step(options: program.Options, processes: int) -> int:
-    training = options[TrainingOptions]
-    at_once = program.rows_at_once(training, processes)
-    return at_once * program.accumulation(training, processes) * processes
 
 
 def test_there_is_a_script_for_every_task_and_size() -> None:
@@ -200,7 +149,9 @@ def test_another_method_takes_its_row(dry: Dry, task: str) -> None:
     assert training.output_dir == str(ROOT / "runs" / f"roberta_large_{task}_full")
 
 
-@pytest.mark.parametrize("sheet", sorted((ROOT / "hparams").glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "sheet", sorted((ROOT / "hparams").glob("roberta_*.yaml")), ids=lambda p: p.stem
+)
 def test_every_sheet_has_every_task(sheet: Path) -> None:
     for task in GLUE_TASKS:
         words = ["examples.run_glue", "--task_name", task, "--config", str(sheet)]

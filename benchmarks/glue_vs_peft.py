@@ -12,42 +12,28 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import subprocess
 import sys
-import tempfile
-import time
+from functools import partial
 from pathlib import Path
 
-METRIC = {"mrpc": "f1", "cola": "matthews_correlation", "stsb": "pearson", "sst2": "accuracy"}
-STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided 95 %, by number of seeds
+from benchmarks.study import METRIC, mean_and_interval, once, read, run_glue
+
 SETTINGS = {"lr": 1e-3, "batch": 32, "r": 8, "alpha": 16, "warmup_ratio": 0.06, "max_length": 128}
 
 
 def ours(o: argparse.Namespace, task: str, seed: int, folder: Path) -> dict:
-    command = [
-        sys.executable, "-m", "examples.run_glue", "--task_name", task, "--method", "lora",
+    words = [
+        "--task_name", task, "--method", "lora",
         "--model_name_or_path", o.model, "--data_dir", o.data_dir,
-        "--output_dir", str(folder / "run"),
         "--num_train_epochs", str(o.epochs), "--seed", str(seed), "--lora_r", str(SETTINGS["r"]),
         "--lora_alpha", str(SETTINGS["alpha"]), "--learning_rate", str(SETTINGS["lr"]),
         "--per_device_train_batch_size", str(SETTINGS["batch"]), "--weight_decay", "0.0",
         "--warmup_ratio", str(SETTINGS["warmup_ratio"]),
         "--max_length", str(SETTINGS["max_length"]), *o.ours_options,
     ]  # fmt: skip
-    subprocess.run(command, check=True)
-    result = json.loads((folder / "run" / "all_results.json").read_text())
-    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
-    history = [row for row in map(json.loads, lines) if f"eval_{METRIC[task]}" in row]
-    return {
-        "history": [
-            {k.removeprefix("eval_"): v for k, v in row.items() if k.startswith("eval_")}
-            for row in history
-        ],
-        "train_seconds": result["train_seconds"],
-        "trainable": result["trainable_parameters"],
-    }
+    return run_glue(words, folder / "run")
 
 
 def peer(o: argparse.Namespace, task: str, seed: int, folder: Path) -> dict:
@@ -60,17 +46,6 @@ def peer(o: argparse.Namespace, task: str, seed: int, folder: Path) -> dict:
         command += [f"--{name}", str(value)]
     subprocess.run(command, check=True)
     return json.loads((folder / "peer.json").read_text())
-
-
-def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def mean_and_interval(values: list[float]) -> str:
-    if len(values) < 2:
-        return f"{values[0]:.4f}"
-    half = STUDENT_T[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{statistics.mean(values):.4f} ± {half:.4f}"
 
 
 def table(rows: list[dict]) -> str:
@@ -117,15 +92,8 @@ def main() -> None:
         for task in o.tasks.split(","):
             for side, run in (("ours", ours), ("peer", peer)):
                 key = {"task": task, "side": side, "seed": seed, "epochs": o.epochs}
-                if any(key.items() <= row.items() for row in read(o.out)):
-                    continue
-                started = time.perf_counter()
-                with tempfile.TemporaryDirectory() as folder:
-                    result = run(o, task, seed, Path(folder))
-                row = {**key, **result, "process_seconds": time.perf_counter() - started}
-                with open(o.out, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
-                print(json.dumps({**key, "last": result["history"][-1]}), flush=True)
+                row = once(o.out, key, partial(run, o, task, seed))
+                print(json.dumps({**key, "last": row["history"][-1]}), flush=True)
     print(table(read(o.out)))
 
 

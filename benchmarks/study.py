@@ -1,0 +1,84 @@
+"""What studies (methods × tasks × seeds) share: one JSON line per run, and means over seeds.
+
+A run that has its line is not repeated, so a study that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+METRIC = {"mrpc": "f1", "cola": "matthews_correlation", "stsb": "pearson", "sst2": "accuracy"}
+STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided 95 %, by number of seeds
+
+Row = dict[str, Any]
+
+
+def read(path: Path) -> list[Row]:
+    """The runs there are."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def once(path: Path, key: Row, run: Callable[[Path], Row]) -> Row:
+    """The row of `key`: the one in the file, or else what `run` returns, which is added to it.
+
+    Args:
+        path: the file.
+        key: what tells this run from the others.
+        run: does it; gets a folder that is removed afterwards.
+    """
+    for row in read(path):
+        if key.items() <= row.items():
+            return row
+    started, cpu = time.perf_counter(), _cpu_seconds()
+    with tempfile.TemporaryDirectory() as folder:
+        result = run(Path(folder))
+    seconds = {
+        "process_seconds": round(time.perf_counter() - started, 2),
+        "cpu_seconds": round(_cpu_seconds() - cpu, 2),
+    }
+    row = {**key, **result, **seconds}
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    return row
+
+
+def _cpu_seconds() -> float:
+    """Of the processes that were started here and have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def run_glue(words: Sequence[str], folder: Path) -> Row:
+    """Runs `examples.run_glue` into `folder`; its history of evaluations and its figures."""
+    command = [sys.executable, "-m", "examples.run_glue", *words, "--output_dir", str(folder)]
+    subprocess.run(command, check=True)
+    result = json.loads((folder / "all_results.json").read_text())
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return {
+        "history": [_metrics(row) for row in lines],
+        "final": _metrics(result),
+        "train_seconds": result["train_seconds"],
+        "trainable": result["trainable_parameters"],
+    }
+
+
+def _metrics(row: Row) -> Row:
+    return {k.removeprefix("eval_"): v for k, v in row.items() if k.startswith("eval_")}
+
+
+def mean_and_interval(values: Sequence[float], digits: int = 4) -> str:
+    """Mean and 95 % interval (Student's t over seeds)."""
+    if len(values) < 2:
+        return f"{values[0]:.{digits}f}"
+    half = STUDENT_T[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{statistics.mean(values):.{digits}f} ± {half:.{digits}f}"

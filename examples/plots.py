@@ -30,12 +30,9 @@ def learning_curve(
     if not metrics and not log:
         return "no learning curve: nothing was logged"
     try:
-        import matplotlib
-    except ImportError:
-        return "no learning curve: matplotlib is not installed (pip install 'rankwise[plots]')"
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+        pyplot = canvas()
+    except ImportError as error:
+        return f"no learning curve: {error}"
     figure, left = pyplot.subplots(figsize=(7, 4), layout="constrained")
     curve, loss = (log, "loss") if log else (metrics, "train_loss")
     left.plot(_of(curve, "epoch"), _of(curve, loss), color="0.4", lw=1.2, label="training loss")
@@ -60,6 +57,22 @@ def learning_curve(
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
     return None
+
+
+def canvas() -> Any:
+    """pyplot, drawing into files only.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise ImportError("matplotlib is not installed (pip install 'rankwise[plots]')") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
 
 
 def _metric(axes: Any, rows: Rows, name: str) -> None:

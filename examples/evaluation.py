@@ -1,19 +1,53 @@
-"""Predictions for the rows of a split, over any number of processes."""
+"""Predictions for the rows of a split, over any number of processes, and their metrics.
+
+A *view* is one way to predict with the weights there are: at a lower rank, or averaged over
+samples of them. Its name goes into the names of its metrics: `eval_[view_][set_]metric`, such as
+`eval_r4_mismatched_accuracy`. The plain view has the name "" and gives `eval_[set_]metric`; where
+a predictor has none, its last view stands for it. These plain values choose the best weights.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from examples.checkpoints import RunError
 from examples.data.batches import Batch
 
 Collate = Callable[[Batch], dict[str, Any]]
+Score = Callable[[np.ndarray], dict[str, float]]
+
+
+class Predictor(Protocol):
+    """How a batch is predicted; a method (`Adapted.predictor`) or an optimiser may bring one.
+
+    A predictor with `probabilistic = True` returns the log-probabilities of averaged predictions as
+    logits, and its views get the metrics of `examples.metrics.calibration` as well.
+    """
+
+    def views(self, final: bool) -> list[str]:
+        """Names of the views, the same on every process; `final` at the end of a run."""
+        ...
+
+    def outputs(self, model: nn.Module, arguments: dict[str, Any], views: list[str]) -> list[Any]:
+        """One output per view: `.logits` (b, …), and `.loss` (mean over b) or None."""
+        ...
+
+
+class PlainPredictor:
+    """One forward pass."""
+
+    def views(self, final: bool) -> list[str]:
+        return [""]
+
+    def outputs(self, model: nn.Module, arguments: dict[str, Any], views: list[str]) -> list[Any]:
+        return [model(**arguments)]
 
 
 @dataclass(frozen=True)
@@ -26,13 +60,66 @@ class EvaluationSet:
         batches: this process's share of them.
         collate: batch -> arguments of the model.
         score: (rows, …) logits -> metrics.
+        calibration: the same for what only a probabilistic predictor is asked; None for a
+            regression.
     """
 
     name: str
     rows: int
     batches: list[Batch]
     collate: Collate
-    score: Callable[[np.ndarray], dict[str, float]]
+    score: Score
+    calibration: Score | None = None
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """(rows, …) fp32 logits of all rows, and their mean loss where they have labels."""
+
+    logits: np.ndarray
+    loss: float | None
+
+
+def at_view(metric: str, view: str) -> str:
+    """The name that a metric such as `eval_f1` has at a view."""
+    return f"eval_{view}_{metric.removeprefix('eval_')}" if view else metric
+
+
+def worth_showing(values: dict[str, float], main: str, views: Iterable[str]) -> dict[str, float]:
+    """What people want to read: the plain values, and of the other views the main metric."""
+    views = [view for view in views if view]
+    others = tuple(at_view("eval_", view) for view in views)
+    wanted = {at_view(main, view) for view in views}
+    return {n: v for n, v in values.items() if n in wanted or not n.startswith(others)}
+
+
+def evaluate(
+    model: nn.Module,
+    sets: Iterable[EvaluationSet],
+    accelerator: Accelerator,
+    predictor: Predictor,
+    final: bool,
+) -> dict[str, float]:
+    """Metrics of every set at every view.
+
+    Raises:
+        RunError: a set cannot be scored: no row, or logits that are not finite.
+    """
+    values: dict[str, float] = {}
+    for data in sets:
+        prefix = f"eval_{data.name}_" if data.name else "eval_"
+        found = predict(model, data, accelerator, predictor, final)
+        for view, prediction in found.items():
+            try:
+                scores = data.score(prediction.logits)
+            except ValueError as error:
+                raise RunError(f"evaluation: {error}") from error
+            if prediction.loss is not None:
+                scores["loss"] = prediction.loss
+            if data.calibration is not None and getattr(predictor, "probabilistic", False):
+                scores |= data.calibration(prediction.logits)
+            values |= {at_view(prefix + name, view): value for name, value in scores.items()}
+    return values
 
 
 def on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -44,44 +131,64 @@ def on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def predict(
-    model: nn.Module, data: EvaluationSet, accelerator: Accelerator
-) -> tuple[np.ndarray, float | None]:
-    """(rows, …) fp32 logits of all rows, and their mean loss where they have labels.
+    model: nn.Module,
+    data: EvaluationSet,
+    accelerator: Accelerator,
+    predictor: Predictor,
+    final: bool,
+) -> dict[str, Prediction]:
+    """view -> its prediction; the plain view first, always there.
 
     Args:
         model: not wrapped for several processes: their numbers of batches may differ.
         data: the rows.
         accelerator: device, precision, processes.
+        predictor: whose views these are.
+        final: at the end of a run.
     """
+    views = predictor.views(final)
+    sums = [_Sum(data.rows) for _ in views]
     training = model.training
     model.eval()
-    logits: Tensor | None = None
-    loss, labelled = torch.zeros((), dtype=torch.float64), False
     with torch.inference_mode(), accelerator.autocast():
         for batch in data.batches:
-            output = model(**on_device(data.collate(batch), accelerator.device))
-            if output.loss is not None:
-                loss, labelled = loss + output.loss.double().cpu() * batch.weight, True
-            found = output.logits.float().cpu()
-            if logits is None:
-                logits = torch.zeros(data.rows, *found.shape[1:])
-            logits[torch.from_numpy(batch.rows.copy())] = found  # rows may run backwards
+            arguments = on_device(data.collate(batch), accelerator.device)
+            outputs = predictor.outputs(model, arguments, views)
+            for one, output in zip(sums, outputs, strict=True):
+                one.add(batch, output)
     model.train(training)
-    if accelerator.num_processes > 1:
-        logits, loss, labelled = _summed(logits, loss, data.rows, accelerator)
-    return logits.numpy(), float(loss) if labelled else None
+    found = dict(zip(views, (one.over_processes(accelerator) for one in sums), strict=True))
+    return {"": found.get("", found[views[-1]]), **found}
 
 
-def _summed(
-    logits: Tensor | None, loss: Tensor, rows: int, accelerator: Accelerator
-) -> tuple[Tensor, Tensor, bool]:
-    """Over processes: each has filled in its own rows of a zero array, so the sum is the whole.
+class _Sum:
+    """The rows of one view that this process has predicted, zeros elsewhere, and their loss."""
 
-    A process without any row learns from the others how wide the array is.
-    """
-    device = accelerator.device
-    facts = [0 if logits is None else logits.shape[1], int(bool(loss != 0))]
-    width, labelled = accelerator.gather(torch.tensor([facts], device=device)).amax(0).tolist()
-    logits = torch.zeros(rows, width) if logits is None else logits
-    total = accelerator.reduce(logits.to(device), "sum").cpu()
-    return total, accelerator.reduce(loss.float().to(device), "sum").cpu(), bool(labelled)
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        self.logits: Tensor | None = None
+        self.loss, self.labelled = torch.zeros((), dtype=torch.float64), False
+
+    def add(self, batch: Batch, output: Any) -> None:
+        if output.loss is not None:
+            self.loss, self.labelled = self.loss + output.loss.double().cpu() * batch.weight, True
+        found = output.logits.float().cpu()
+        if self.logits is None:
+            self.logits = torch.zeros(self.rows, *found.shape[1:])
+        self.logits[torch.from_numpy(batch.rows.copy())] = found  # rows may run backwards
+
+    def over_processes(self, accelerator: Accelerator) -> Prediction:
+        """Each has filled in its own rows of a zero array, so the sum is the whole.
+
+        A process without any row learns from the others how wide the array is.
+        """
+        logits, loss, labelled = self.logits, self.loss, self.labelled
+        if accelerator.num_processes > 1:
+            device = accelerator.device
+            facts = [0 if logits is None else logits.shape[1], int(labelled)]
+            facts = accelerator.gather(torch.tensor([facts], device=device)).amax(0).tolist()
+            width, labelled = facts[0], bool(facts[1])
+            logits = torch.zeros(self.rows, width) if logits is None else logits
+            logits = accelerator.reduce(logits.to(device), "sum").cpu()
+            loss = accelerator.reduce(loss.float().to(device), "sum").cpu()
+        return Prediction(logits.numpy(), float(loss) if labelled else None)

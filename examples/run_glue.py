@@ -119,17 +119,20 @@ class Data:
         """A split to predict; scored where it has labels."""
         from examples.data.batches import evaluation_batches
         from examples.evaluation import EvaluationSet
-        from examples.metrics import compute
+        from examples.metrics import calibration, compute
 
         batches: list[Batch] = evaluation_batches(
             split, self.training.per_device_eval_batch_size, **self.share
         )
-        score = partial(_score, compute, self.task, split.labels)
-        return EvaluationSet(name, len(split), batches, self.collate(split), score)
-
-
-def _score(compute: Any, task: Task, labels: np.ndarray, logits: np.ndarray) -> dict[str, float]:
-    return compute(task, logits, labels)
+        task, labels = self.task, split.labels
+        return EvaluationSet(
+            name,
+            len(split),
+            batches,
+            self.collate(split),
+            score=lambda logits: compute(task, logits, labels),
+            calibration=None if task.regression else lambda logits: calibration(logits, labels),
+        )
 
 
 def metric_prefix(name: str) -> str:
@@ -246,23 +249,26 @@ def _do(run: program.Run, data: Data, evaluated: dict[str, str], accelerator: Ac
             f"steps of {train.global_batch} rows"
         )
     figures = run.train() if train is not None else {}
-    metrics = trainer.evaluate() if sets else {}
+    metrics = trainer.evaluate(final=True) if sets else {}
     for split in tests:
         _predict(run, data, split, rows[split], splits[split])
     run.finish(metrics, figures)
 
 
 def _predict(run: program.Run, data: Data, split: str, rows: Rows, encoded: EncodedSplit) -> None:
-    """Writes the predictions of a test split."""
+    """Writes the predictions of a test split, each view's into a folder of its own."""
     from examples.evaluation import predict
 
     found = data.evaluation_set(split, encoded)
-    logits, _ = predict(run.trainer.raw, found, run.accelerator)
+    trainer = run.trainer
+    views = predict(trainer.raw, found, run.accelerator, trainer.predictor, final=True)
+    if not run.accelerator.is_main_process:
+        return
     name = data.task.submission.get(split, f"{split}.tsv")
-    path = run.folder.path / "submission" / name
-    if run.accelerator.is_main_process:
-        write_submission(path, data.task, rows.ids, logits)
-        print(f"predictions of {split}: {path}")
+    for view, prediction in views.items():
+        path = run.folder.path / "submission" / view / name
+        write_submission(path, data.task, rows.ids, prediction.logits)
+        print(f"predictions of {split}{f' at {view}' if view else ''}: {path}")
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@ schedule and evaluation sets that score logits. A *window* is one optimiser step
 mean losses are weighted by their share of the window's rows, over all processes, so neither the
 number of processes, nor of micro-batches, nor their sizes change what is computed.
 
-Before every window the random generators are seeded with f(seed, step, process). So step k draws
-the same dropout masks whether the run was interrupted, evaluated more often, or not: with the
-weights, the optimiser's and the hooks' state restored, a resumed run is the uninterrupted one.
+Before every window the random generators are seeded with f(seed, step, process), see `sampling`. So
+step k draws the same dropout masks whether the run was interrupted, evaluated more often, or not:
+with the weights, the optimiser's and the hooks' state restored, a resumed run is the whole one.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from examples import checkpoints
+from examples import checkpoints, evaluation
 from examples.checkpoints import Progress, RunError
 from examples.compiling import compile_and_compare
 from examples.data.batches import TrainingBatches, Window
-from examples.evaluation import Collate, EvaluationSet, on_device, predict
+from examples.evaluation import Collate, EvaluationSet, PlainPredictor, Predictor, on_device
 from examples.options import TrainingOptions
 from examples.progress import ProgressBar
 from examples.runfolder import LOG, METRICS, RunFolder
+from examples.sampling import over_samples
 from peft_custom.hooks import attach
-from peft_custom.rng import bits
+from peft_custom.step_driver import unwrap_optimizer
 
 LOOK_EVERY = 20  # steps between looks at the losses of an accelerator: each look waits for it
 SUMS = ("tokens", "loss_sum", "log_sum")  # every process has its own part of these
@@ -59,6 +60,7 @@ class Trainer:
         evaluations: in order; the metric that chooses the best weights is the first one's.
         main_metric: its name, such as `eval_f1`; the smaller the better only for `eval_loss`.
         loss: (output, arguments) -> mean loss over the batch's rows.
+        predictor: default: the optimiser's, or else one forward pass.
     """
 
     def __init__(
@@ -76,11 +78,13 @@ class Trainer:
         evaluations: list[EvaluationSet] | None = None,
         main_metric: str = "eval_loss",
         loss: Callable[[Any, dict[str, Any]], Tensor] = lambda output, arguments: output.loss,
+        predictor: Predictor | None = None,
     ) -> None:
         self.options, self.accelerator, self.folder = options, accelerator, folder
         self.train_batches, self.collate, self.schedule = train, collate, schedule
         self.total_steps, self.evaluations = total_steps, evaluations or []
         self.main_metric, self.loss = main_metric, loss
+        self.predictor = predictor or getattr(optimizer, "predictor", None) or PlainPredictor()
         self.device = accelerator.device
         self.progress = Progress()
         self.kept: dict[str, Tensor] | None = None  # the best weights, where nothing is saved
@@ -140,7 +144,7 @@ class Trainer:
         window = next(self.train_batches.windows(epoch, start))
 
         def run_window() -> None:
-            self._backward(window)
+            self._passes(window, train=False)
             self.optimizer.zero_grad()
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
@@ -163,9 +167,7 @@ class Trainer:
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * factor
         for _ in range(RETRIES):
-            seed = bits(self.options.seed, state.step, self.accelerator.process_index)
-            torch.manual_seed(seed % 2**63)
-            loss = self._backward(window)
+            loss = self._passes(window)
             self.accelerator.unscale_gradients()
             for parameters, norm in self.clipped:
                 torch.nn.utils.clip_grad_norm_(parameters, norm)
@@ -179,6 +181,12 @@ class Trainer:
         state.tokens += window.tokens
         self.unseen.append(loss)
         self.bar.advance()
+
+    def _passes(self, window: Window, train: bool = True) -> Tensor:
+        """The window's loss and gradient, over all samples of the weights."""
+        where = self.options.seed, self.progress.step, self.accelerator.process_index
+        inner = unwrap_optimizer(self.optimizer)
+        return over_samples(lambda: self._backward(window), inner, *where, train=train)
 
     def _backward(self, window: Window) -> Tensor:
         """Σ weight·loss of this process's micro-batches, its gradient added up on the way."""
@@ -271,7 +279,8 @@ class Trainer:
         row |= self.hooks.losses() | self.hooks.log()
         self.folder.add_line(METRICS, row)
         self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=state.step)
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+        shown = evaluation.worth_showing(values, self.main_metric, self.predictor.views(False))
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
         self.bar.line(f"epoch {row['epoch']:g}  train_loss {row['train_loss']:.4f}  {shown}")
         value = values[self.main_metric]
         self.bar.note(state.step, **{self.main_metric: value})
@@ -306,20 +315,11 @@ class Trainer:
 
     # --- evaluation -----------------------------------------------------------------------------
 
-    def evaluate(self) -> dict[str, float]:
-        """Metrics of every evaluation set, named `eval_[set_]metric`."""
-        values = {}
-        for data in self.evaluations:
-            prefix = f"eval_{data.name}_" if data.name else "eval_"
-            logits, loss = predict(self.raw, data, self.accelerator)
-            try:
-                scores = data.score(logits)
-            except ValueError as error:
-                raise RunError(f"evaluation after step {self.progress.step}: {error}") from error
-            values |= {prefix + name: value for name, value in scores.items()}
-            if loss is not None:
-                values[prefix + "loss"] = loss
-        return values
+    def evaluate(self, final: bool = False) -> dict[str, float]:
+        """Metrics of every evaluation set; `final` at the end of a run."""
+        return evaluation.evaluate(
+            self.raw, self.evaluations, self.accelerator, self.predictor, final
+        )
 
     # --- saving and resuming --------------------------------------------------------------------
 

@@ -16,8 +16,15 @@ _HEADS = (
 _MODULES = {
     ".auto": ("AutoConfig", "AutoModel", *(f"AutoModel{head}" for head in _HEADS[1:])),
     ".checkpoint": ("CheckpointError",),
-    ".configuration": ("BertConfig", "ConfigError", "PretrainedConfig", "RobertaConfig"),
+    ".configuration": (
+        "BertConfig",
+        "ConfigError",
+        "DebertaV2Config",
+        "PretrainedConfig",
+        "RobertaConfig",
+    ),
     ".models.bert.modeling_bert": tuple(f"Bert{head}" for head in _HEADS),
+    ".models.deberta_v2.modeling_deberta_v2": tuple(f"DebertaV2{head}" for head in _HEADS),
     ".models.roberta.modeling_roberta": tuple(f"Roberta{head}" for head in _HEADS),
     ".pretrained": ("PreTrainedModel",),
     ".tokenization": (

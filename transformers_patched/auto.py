@@ -10,11 +10,18 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from .checkpoint import CheckpointError
-from .configuration import BertConfig, PretrainedConfig, RobertaConfig, read_config
+from .configuration import (
+    BertConfig,
+    DebertaV2Config,
+    PretrainedConfig,
+    RobertaConfig,
+    read_config,
+)
 
 MODELS: dict[str, tuple[type[PretrainedConfig], str, str]] = {
     "bert": (BertConfig, ".models.bert.modeling_bert", "Bert"),
     "roberta": (RobertaConfig, ".models.roberta.modeling_roberta", "Roberta"),
+    "deberta-v2": (DebertaV2Config, ".models.deberta_v2.modeling_deberta_v2", "DebertaV2"),
 }
 
 

@@ -117,6 +117,17 @@ class PretrainedConfig:
                 f"{self.model_type} has {', '.join(map(repr, self.lora_targets))}"
             )
 
+    def _validate_sizes(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} must be a positive integer, not {value!r}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"hidden_size {self.hidden_size} is no multiple of the "
+                f"{self.num_attention_heads} attention heads"
+            )
+
     # ------------------------------------------------------------------ files
 
     def to_dict(self) -> dict[str, Any]:
@@ -239,15 +250,7 @@ class BertConfig(PretrainedConfig):
 
     def validate(self) -> None:
         super().validate()
-        for name in ("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} must be a positive integer, not {value!r}")
-        if self.hidden_size % self.num_attention_heads:
-            raise ConfigError(
-                f"hidden_size {self.hidden_size} is no multiple of the "
-                f"{self.num_attention_heads} attention heads"
-            )
+        self._validate_sizes()
         if self.position_embedding_type != "absolute":
             raise ConfigError(
                 f"position_embedding_type {self.position_embedding_type!r} is not supported; "
@@ -273,3 +276,121 @@ class RobertaConfig(BertConfig):
     pad_token_id: int | None = 1
     bos_token_id: int | None = 0
     eos_token_id: int | None = 2
+
+
+@dataclass(kw_only=True)
+class DebertaV2Config(PretrainedConfig):
+    """The sizes of a DeBERTa-v2 or v3; the defaults are Transformers', deberta-v2-xlarge's.
+
+    Relative positions beyond `position_buckets` / 2 share buckets, up to `max_relative_positions`
+    (below 1: `max_position_embeddings`); `pos_att_type` says which terms they enter, "c2p" and
+    "p2c". `lora_modules` may say "dense" for the three layers that are so called.
+    """
+
+    model_type: ClassVar[str] = "deberta-v2"
+    lora_targets: ClassVar[tuple[str, ...]] = (
+        "query_proj",
+        "key_proj",
+        "value_proj",
+        "attention.output",
+        "intermediate",
+        "output",
+        "dense",
+    )
+    # Transformers looks these up only where config.json has them, and takes null for a value.
+    _absent_if_none: ClassVar[tuple[str, ...]] = (
+        "embedding_size",
+        "pooler_hidden_size",
+        "attention_head_size",
+        "cls_dropout",
+    )
+
+    vocab_size: int = 128100
+    hidden_size: int = 1536
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 24
+    intermediate_size: int = 6144
+    embedding_size: int | None = None  # None: hidden_size
+    attention_head_size: int | None = None  # None: hidden_size / num_attention_heads
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 0
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-7
+    relative_attention: bool = False
+    max_relative_positions: int = -1
+    position_buckets: int = -1
+    norm_rel_ebd: str = "none"
+    share_att_key: bool = False
+    pos_att_type: list[str] | str | None = None  # ["c2p", "p2c"], or "c2p|p2c"
+    position_biased_input: bool = True
+    conv_kernel_size: int = 0
+    conv_groups: int = 1
+    conv_act: str = "tanh"
+    pooler_dropout: float = 0.0
+    pooler_hidden_act: str = "gelu"
+    pooler_hidden_size: int | None = None  # None: hidden_size
+    cls_dropout: float | None = None  # None: hidden_dropout_prob
+    legacy: bool = True
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+
+    lora_modules: tuple[str, ...] = ("query_proj", "value_proj")
+
+    def validate(self) -> None:
+        super().validate()
+        self._validate_sizes()
+        for name, value in (
+            ("pooler_hidden_size", self.hidden_size),
+            ("attention_head_size", self.hidden_size // self.num_attention_heads),
+        ):
+            if getattr(self, name) not in (None, value):
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)}; with hidden_size {self.hidden_size} "
+                    f"it must be {value}, or left out"
+                )
+        if unknown := sorted(set(self.position_terms) - {"c2p", "p2c"}):
+            raise ConfigError(f"pos_att_type has {unknown[0]!r}; it may have 'c2p' and 'p2c'")
+        if self.relative_attention and self.position_buckets > 0:
+            half = self.position_buckets // 2
+            if half < 1 or self.max_distance - 1 <= half:
+                raise ConfigError(
+                    f"position_buckets {self.position_buckets} must be at least 2, and half of it "
+                    f"below max_relative_positions - 1, here {self.max_distance - 1}"
+                )
+        if self.conv_kernel_size and self.conv_kernel_size % 2 == 0:
+            raise ConfigError(
+                f"conv_kernel_size {self.conv_kernel_size} must be odd, or 0 for no convolution: "
+                "an even one would change the number of tokens"
+            )
+
+    @property
+    def position_terms(self) -> tuple[str, ...]:
+        """The terms of `pos_att_type`, whichever way it is written."""
+        terms = self.pos_att_type or ()
+        if isinstance(terms, str):
+            terms = [term.strip() for term in terms.lower().split("|")]
+        return tuple(dict.fromkeys(terms))
+
+    @property
+    def max_distance(self) -> int:
+        """The largest relative position."""
+        given = self.max_relative_positions
+        return self.max_position_embeddings if given < 1 else given
+
+    @property
+    def norms_relative_embeddings(self) -> bool:
+        """Whether the table of relative positions goes through a LayerNorm."""
+        return "layer_norm" in [part.strip() for part in self.norm_rel_ebd.lower().split("|")]
+
+    @property
+    def head_dropout(self) -> float:
+        """Dropout before a classification head."""
+        return self.hidden_dropout_prob if self.cls_dropout is None else self.cls_dropout
+
+    def to_dict(self) -> dict[str, Any]:
+        values = super().to_dict()
+        return {k: v for k, v in values.items() if v is not None or k not in self._absent_if_none}

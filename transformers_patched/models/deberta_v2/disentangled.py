@@ -1,0 +1,322 @@
+"""Disentangled attention (He et al. 2021, arXiv:2006.03654, eq. 2-4), for padded and packed tokens.
+
+    S[i, j] = s (q_i·k_j + q_i·K[δ] + k_j·Q[δ]),    δ = bucket(i - j),    s = 1 / sqrt(d·terms)
+    context = dropout(softmax(S + mask)) V
+
+for every sequence and head: content to content, content to position (c2p) and position to content
+(p2c). K and Q are projections of one table of relative positions, the same for all sequences.
+
+δ depends on i - j alone. So one product of all queries with K, its rows in the order of
+i - j = L-1, ..., -L, is a matrix (L, 2L) in which the L numbers that query i needs stand side by
+side, one place further left for every further query: a strided view (`windows`). No score is ever
+gathered by an index of its own, and no index (L, L) exists.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from loralib.masks import draw_mask, masked, scale_in_force
+
+from ...dropout import dropout
+from ...layout import HeadPlan, Layout
+
+# ---------------------------------------------------------------------- relative positions
+
+
+class RelativePositions:
+    """Which rows of the relative table the differences i - j of a batch read; one per forward pass.
+
+    Differences up to buckets / 2 have a row each; further ones share rows, by their logarithm, up
+    to `max_distance`. Without buckets every difference has its own.
+
+    Attributes:
+        first, last: The rows that sequences of this length can read are `first` to `last` - 1.
+    """
+
+    def __init__(
+        self, length: int, buckets: int, max_distance: int, device: torch.device | str
+    ) -> None:
+        self.buckets, self.max_distance, self.device = buckets, max_distance, device
+        self.span = buckets if buckets > 0 else max_distance  # the table has 2·span rows
+        reach = min(self.span, _reach(length, buckets, max_distance))
+        self.first, self.last = self.span - reach, min(self.span + reach + 1, 2 * self.span)
+        self._rows: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def rows(self, length: int) -> tuple[Tensor, Tensor]:
+        """(2·length,) rows, counted from `first`, of i - j = length-1, ..., -length, and negated.
+
+        The first serve c2p, the second p2c. A `length` beyond the batch's reads the outermost rows.
+        """
+        if length not in self._rows:
+            distance = torch.arange(length - 1, -length - 1, -1, device=self.device)
+            self._rows[length] = self._row(distance), self._row(-distance)
+        return self._rows[length]
+
+    def _row(self, distance: Tensor) -> Tensor:
+        bucket = log_buckets(distance, self.buckets, self.max_distance)
+        return (bucket + self.span).clamp(self.first, self.last - 1) - self.first
+
+
+def log_buckets(distance: Tensor, buckets: int, max_distance: int) -> Tensor:
+    """sign(x)·(m + ceil((m - 1)·log(|x| / m) / log((D - 1) / m))) where |x| > m = buckets / 2.
+
+    x itself elsewhere, or where there are no buckets. The logarithms are fp32, as Transformers
+    takes them: at the edge of a bucket the rounding decides.
+    """
+    if buckets <= 0:
+        return distance
+    half = buckets // 2
+    size = distance.abs().clamp(min=half)
+    widest = torch.log(torch.tensor((max_distance - 1) / half))
+    steps = torch.ceil(torch.log(size / half) / widest * (half - 1)) + half
+    return distance.where(size <= half, (steps * distance.sign()).long())
+
+
+def _reach(length: int, buckets: int, max_distance: int) -> int:
+    """At least |bucket(x)| for every |x| <= `length`, as an integer without asking a device."""
+    half = buckets // 2
+    if buckets <= 0 or length <= half:
+        return length
+    share = math.log(length / half) / math.log((max_distance - 1) / half)
+    return half + 1 + math.ceil(share * half)
+
+
+def windows(x: Tensor) -> Tensor:
+    """(..., L, 2L) to the view (..., L, L) with out[i, j] = x[i, L-1-i+j]; `x` is contiguous."""
+    n = x.shape[-2]
+    return x.flatten(-2)[..., n - 1 : -1].unflatten(-1, (n, 2 * n - 1))[..., :n]
+
+
+# ---------------------------------------------------------------------- attention
+
+
+def disentangled_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pos_key: Tensor | None,
+    pos_query: Tensor | None,
+    positions: RelativePositions,
+    layout: Layout,
+    scale: float,
+    p: float = 0.0,
+) -> Tensor:
+    """dropout(softmax(s (q·k + q·K[δ] + k·Q[δ]))) V within every sequence of `layout`.
+
+    Args:
+        query: (*tokens, heads, d), tokens = (B, L) or packed (T,); `key` and `value` likewise.
+        pos_key: K, (rows, heads, d), rows `first` to `last` of the table; None leaves c2p out.
+        pos_query: Q, likewise, for p2c.
+        positions: Which row belongs to which i - j.
+        layout: Where the sequences are.
+        scale: s.
+        p: Dropout probability in force on the attention probabilities (0.0 in evaluation).
+
+    Returns:
+        The context, of the shape of `query`. Sequences without any real token get zeros.
+    """
+    layout.check_tokens(query, "query")
+    if _on_cpu(query):
+        plan = layout.head_plan(query)
+        c2p, p2c = _tables(pos_key, pos_query, positions, plan.groups[0].length)
+        context = _GroupedProducts.apply(query, key, value, c2p, p2c, plan, scale, p)
+        return _clear_empty(context, layout)
+    q, k, v = (layout.pad(x).transpose(1, 2) for x in (query, key, value))  # (B, h, L, d)
+    bias = _bias(q, k, *_tables(pos_key, pos_query, positions, layout.length), layout, scale)
+    if p > 0.0 and q.device.type == "cpu":
+        context = dropout(_probabilities(q, k, bias, scale), p) @ v
+    else:
+        context = F.scaled_dot_product_attention(q, k, v, bias, dropout_p=p, scale=scale)
+    context = layout.unpad(_clear_empty(context.transpose(1, 2), layout))
+    return context if context.shape == query.shape else layout.fill(context)
+
+
+def _on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def disentangled_probabilities(
+    query: Tensor,
+    key: Tensor,
+    pos_key: Tensor | None,
+    pos_query: Tensor | None,
+    positions: RelativePositions,
+    layout: Layout,
+    scale: float,
+) -> Tensor:
+    """The softmax of `disentangled_attention` as (B, heads, L, L), padded whatever the layout."""
+    q, k = (layout.pad(x).transpose(1, 2) for x in (query, key))
+    bias = _bias(q, k, *_tables(pos_key, pos_query, positions, layout.length), layout, scale)
+    return _clear_empty(_probabilities(q, k, bias, scale), layout)
+
+
+def _tables(
+    pos_key: Tensor | None, pos_query: Tensor | None, positions: RelativePositions, length: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """K and Q as (heads, 2·length, d), their rows in the order that `windows` asks for."""
+
+    def one(x: Tensor | None, rows: Tensor) -> Tensor | None:
+        if x is None:
+            return None
+        return F.embedding(rows, x.flatten(1)).unflatten(1, x.shape[1:]).transpose(0, 1)
+
+    c2p_rows, p2c_rows = positions.rows(length)
+    return one(pos_key, c2p_rows), one(pos_query, p2c_rows)
+
+
+def _bias(
+    q: Tensor, k: Tensor, c2p: Tensor | None, p2c: Tensor | None, layout: Layout, s: float
+) -> Tensor | None:
+    """(B, heads, L, L) or broadcast to it: both position terms, and the mask of padding keys."""
+    bias = layout.bias(q.dtype)
+    if c2p is not None:
+        term = windows((q * s) @ c2p.transpose(-1, -2))
+        bias = term if bias is None else term + bias
+    if p2c is not None:
+        term = windows((k * s) @ p2c.transpose(-1, -2)).transpose(-1, -2)
+        bias = term if bias is None else term + bias
+    return bias
+
+
+def _probabilities(q: Tensor, k: Tensor, bias: Tensor | None, s: float) -> Tensor:
+    scores = (q @ k.transpose(-1, -2)) * s  # (B, h, L, L)
+    return torch.softmax(scores if bias is None else scores + bias, dim=-1)
+
+
+def _clear_empty(x: Tensor, layout: Layout) -> Tensor:
+    """Zeroes what belongs to sequences without any real token."""
+    return x if layout.nonempty is None else x * layout.nonempty[:, None, None, None]
+
+
+# ---------------------------------------------------------------------- batched products on a CPU
+
+
+class _GroupedProducts(torch.autograd.Function):
+    """O = D(P) V with P = softmax(S + mask), D(P) = c M∘P, as batched matrix products per group.
+
+    With G = dL/dO, and B(dS) the windows' gradient, a band in zeros:
+
+        dV = D(P)ᵀ G
+        dS = P ∘ (c M∘(G Vᵀ) - rowsum(P ∘ c M∘(G Vᵀ)))
+        dq = s (dS k  + B(dS) K),    dK = s B(dS)ᵀ q
+        dk = s (dSᵀ q + B(dSᵀ) Q),   dQ = s B(dSᵀ)ᵀ k
+
+    Kept for backward: q, k, v in padded form, K, Q, P, and M as one byte per score.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        c2p: Tensor | None,
+        p2c: Tensor | None,
+        plan: HeadPlan,
+        s: float,
+        p: float,
+    ) -> Tensor:
+        q, k, v = plan.gather(query), plan.gather(key), plan.gather(value)  # (rows, d)
+        probabilities = q.new_empty(plan.num_scores)
+        for group, bias in zip(plan.groups, plan.biases(q.dtype), strict=True):
+            scores = group.squares(probabilities)
+            qg, kg = group.matrices(q), group.matrices(k)
+            zero = q.new_zeros(()) if bias is None else bias
+            torch.baddbmm(zero, qg, kg.transpose(1, 2), alpha=s, out=scores)
+            by_head = scores.unflatten(0, (-1, plan.heads)).transpose(0, 1)  # (h, n, L, L)
+            if c2p is not None:
+                by_head += _position_term(qg, c2p, s)
+            if p2c is not None:
+                by_head.transpose(-1, -2).add_(_position_term(kg, p2c, s))
+            scores.copy_(torch.softmax(scores, dim=-1))
+        keep, dropped, c = None, probabilities, 1.0
+        if p > 0.0:
+            keep, c = draw_mask(probabilities, p), scale_in_force(p, q.device)
+            dropped = masked(probabilities, keep)
+        context = torch.empty_like(v)
+        for group in plan.groups:
+            _product(group.squares(dropped), group.matrices(v), c, group.matrices(context))
+        ctx.save_for_backward(q, k, v, c2p, p2c, probabilities, keep)
+        ctx.plan, ctx.s, ctx.c = plan, s, c
+        ctx.num_rows = query.shape[0]
+        return plan.scatter(context, ctx.num_rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, c2p, p2c, probabilities, keep = ctx.saved_tensors
+        plan, s, c = ctx.plan, ctx.s, ctx.c
+        g = plan.gather(grad, zero_padding=True)
+        dp, dropped = torch.empty_like(probabilities), probabilities
+        for group in plan.groups:
+            _product(group.matrices(g), group.matrices(v).transpose(1, 2), c, group.squares(dp))
+        if keep is not None:
+            dropped, dp = masked(probabilities, keep), masked(dp, keep)
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        dc2p = torch.zeros_like(c2p) if ctx.needs_input_grad[3] else None
+        dp2c = torch.zeros_like(p2c) if ctx.needs_input_grad[4] else None
+        for group in plan.groups:
+            qg, kg = group.matrices(q), group.matrices(k)
+            pd, gg = group.squares(dropped), group.matrices(g)
+            _product(pd.transpose(1, 2), gg, c, group.matrices(dv))
+            probs = group.squares(probabilities)
+            ds = torch.ops.aten._softmax_backward_data(group.squares(dp), probs, -1, probs.dtype)
+            _product(ds, kg, s, group.matrices(dq))
+            _product(ds.transpose(1, 2), qg, s, group.matrices(dk))
+            by_head = ds.unflatten(0, (-1, plan.heads)).transpose(0, 1)  # (h, n, L, L)
+            if c2p is not None:
+                _position_gradients(by_head, qg, c2p, s, group.matrices(dq), dc2p)
+            if p2c is not None:
+                by_head = by_head.transpose(-1, -2)
+                _position_gradients(by_head, kg, p2c, s, group.matrices(dk), dp2c)
+        dq, dk, dv = (plan.scatter(x, ctx.num_rows) for x in (dq, dk, dv))
+        return dq, dk, dv, dc2p, dp2c, None, None, None
+
+
+def _position_term(x: Tensor, table: Tensor, s: float) -> Tensor:
+    """Windows (h, n, L, L) of s x Tᵀ, for x (n·h, L, d) of a group and the table of all lengths."""
+    rows, middle = _rows_by_head(x, table), _middle(table, x.shape[1])
+    product = rows.new_empty(*rows.shape[:2], middle.shape[1])  # (h, n·L, 2L)
+    _product(rows, middle.transpose(1, 2), s, product)
+    return windows(product.unflatten(1, (-1, x.shape[1])))
+
+
+def _position_gradients(
+    ds: Tensor, x: Tensor, table: Tensor, s: float, dx: Tensor, dtable: Tensor | None
+) -> None:
+    """Adds the gradients of `_position_term` to `dx` (n·h, L, d) and, where wanted, `dtable`.
+
+    Args:
+        ds: (h, n, L, L), the gradient of the windows.
+    """
+    h, n, length, _ = ds.shape
+    rows, middle = _rows_by_head(x, table), _middle(table, length)
+    band = ds.new_zeros(h, n, length, 2 * length)
+    windows(band).copy_(ds)
+    band = band.flatten(1, 2)  # (h, n·L, 2L)
+    back = torch.bmm(band, middle).unflatten(1, (n, length)).transpose(0, 1)  # (n, h, L, d)
+    dx.unflatten(0, (n, h)).add_(back, alpha=s)
+    if dtable is not None:
+        _middle(dtable, length).add_(torch.bmm(band.transpose(1, 2), rows), alpha=s)
+
+
+def _rows_by_head(x: Tensor, table: Tensor) -> Tensor:
+    """(n·h, L, d) to (h, n·L, d): all sequences' rows of a head meet its table in one product."""
+    return x.unflatten(0, (-1, table.shape[0])).transpose(0, 1).flatten(1, 2)
+
+
+def _middle(table: Tensor, length: int) -> Tensor:
+    """The rows (h, 2·length, d) of a longer table that sequences of `length` read."""
+    longest = table.shape[1] // 2
+    return table[:, longest - length : longest + length]
+
+
+def _product(a: Tensor, b: Tensor, factor: float, out: Tensor) -> None:
+    """out = factor · a b, batched; the factor is applied inside the product."""
+    torch.baddbmm(out, a, b, beta=0.0, alpha=factor, out=out)

@@ -1,4 +1,4 @@
-"""Builds models for training: full fine-tuning, and LoRA in its two wirings.
+"""Builds models for training: full fine-tuning, LoRA in its two wirings, and what others share.
 
 Adapters of all origins (PEFT's folders, Microsoft's `.bin`, this project's own) are read into one
 form: Microsoft's names, `roberta.encoder.layer.0.attention.self.query.lora_A`, head included.
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import transformers_patched
 from examples.evaluation import Predictor
-from examples.methods import AdamWOptions, FullOptions, LoraOptions, RunFacts
+from examples.methods import AdamWOptions, FullOptions, IncrementOptions, LoraOptions, RunFacts
 from loralib import lora_state_dict
 from peft_custom import LoraConfig, PeftConfig, get_peft_model
 from transformers_patched import CheckpointError, PreTrainedModel
@@ -101,12 +101,16 @@ class Adapted:
         save: writes the result into a folder.
         folder: that folder's name in the run folder.
         predictor: how it is evaluated, where that is more than one forward pass.
+        conclude: (final metrics, main metric, title, run folder or None) -> more figures of the
+            run, shown and saved with the others; it may write files into the folder. Called on the
+            main process; an evaluation without training has no folder.
     """
 
     model: nn.Module
     save: Callable[[Path], None]
     folder: str = "adapter"
     predictor: Predictor | None = None
+    conclude: Callable[[dict[str, float], str, str, Path | None], dict[str, Any]] | None = None
 
 
 def resolved_dtype(name: str) -> torch.dtype:
@@ -134,60 +138,81 @@ def full(source: ModelSource, options: FullOptions) -> Adapted:
 
 def lora(source: ModelSource, options: LoraOptions) -> Adapted:
     """LoRA by `options.wiring`, started from `options.lora_path` where given."""
-    wire = _with_loralib if options.wiring == "loralib" else _with_peft
-    adapted = wire(source, options)
-    if options.lora_path is not None:
-        said = continue_from(adapted.model, Path(options.lora_path).expanduser(), options)
-        if said and source.speak:
-            print(said)
-    return adapted
+    if options.wiring == "loralib":
+        adapted = with_loralib(source, options)
+    else:
+        start: Any = {"true": True, "false": False}.get(
+            options.init_lora_weights, options.init_lora_weights
+        )
+        more = {"init_lora_weights": start, "use_rslora": options.use_rslora}
+        adapted = with_peft(source, options, LoraConfig, **more)
+    return continued(adapted, source, options)
 
 
-def _with_loralib(source: ModelSource, options: LoraOptions) -> Adapted:
+def with_loralib(
+    source: ModelSource, options: IncrementOptions, lora_type: str = "lora", **more: Any
+) -> Adapted:
+    """A model whose modelling file builds loralib's layers of `lora_type`.
+
+    Args:
+        source: of the model.
+        options: of the increments.
+        lora_type: which layers.
+        more: for the saved description, beside what every adapter has.
+    """
     model = source.load(
         frozen=True,
         apply_lora=True,
+        lora_type=lora_type,
         lora_r=options.lora_r,
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
         lora_modules=options.lora_modules,
     )
+    values = {
+        "r": options.lora_r,
+        "lora_alpha": options.lora_alpha,
+        "target_modules": list(options.lora_modules),
+        "base_model_name_or_path": source.name_or_path,
+        **more,
+    }
 
     def save(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         trained = {n: p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad}
         write_safetensors(folder / LORALIB_WEIGHTS, {**lora_state_dict(model), **trained})
-        values = {
-            "r": options.lora_r,
-            "lora_alpha": options.lora_alpha,
-            "target_modules": list(options.lora_modules),
-            "base_model_name_or_path": source.name_or_path,
-        }
         (folder / LORALIB_CONFIG).write_text(json.dumps(values, indent=2) + "\n", "utf-8")
 
     return Adapted(model, save)
 
 
-def _with_peft(source: ModelSource, options: LoraOptions) -> Adapted:
+def with_peft(
+    source: ModelSource, options: IncrementOptions, config: type[PeftConfig], **more: Any
+) -> Adapted:
+    """A model with adapters injected as a configuration of class `config` says.
+
+    Args:
+        source: of the model.
+        options: of the increments.
+        config: its class.
+        more: its fields beside those that the options name.
+    """
     base = source.load(frozen=True)
-    modules = list(options.lora_modules)
-    start = {"true": True, "false": False}.get(options.init_lora_weights, options.init_lora_weights)
-    alpha = options.lora_alpha
-    config = LoraConfig(
+    modules, alpha = list(options.lora_modules), options.lora_alpha
+    made = config(
         task_type=source.task_type,
         r=options.lora_r,
         lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
         lora_dropout=options.lora_dropout,
         target_modules="all-linear" if modules == ["all-linear"] else modules,
-        init_lora_weights=start,
-        use_rslora=options.use_rslora,
-        modules_to_save=_random_parts(base) or None,
+        modules_to_save=random_parts(base) or None,
+        **more,
     )
-    model = get_peft_model(base, config)
+    model = get_peft_model(base, made)
     return Adapted(model, model.save_pretrained)
 
 
-def _random_parts(model: PreTrainedModel) -> list[str]:
+def random_parts(model: PreTrainedModel) -> list[str]:
     """Modules of the base that the checkpoint lacks: they are random, so they must train."""
     prefix = model.base_model_prefix + "."
     names = [name for name in model.newly_initialised if name.startswith(prefix)]
@@ -197,14 +222,22 @@ def _random_parts(model: PreTrainedModel) -> list[str]:
 # -- starting from an adapter -------------------------------------------------------------------
 
 
+def continued(adapted: Adapted, source: ModelSource, options: IncrementOptions) -> Adapted:
+    """`adapted`, with the weights of `options.lora_path` where given."""
+    if options.lora_path is not None:
+        said = continue_from(adapted.model, Path(options.lora_path).expanduser(), options)
+        if said and source.speak:
+            print(said)
+    return adapted
+
+
 def read_adapter(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An adapter's tensors under Microsoft's names, and what its files say about it.
 
     Args:
         path: a run's folder, its `adapter` folder, PEFT's folder, a `.bin` or `.safetensors` file.
     """
-    if (path / "adapter").is_dir():
-        path = path / "adapter"
+    path = adapter_folder(path)
     if path.is_file():
         tensors = read_safetensors(path) if path.suffix == ".safetensors" else read_bin(path)
         return _microsoft_names(tensors), {}
@@ -224,6 +257,11 @@ def read_adapter(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     )
 
 
+def adapter_folder(path: Path) -> Path:
+    """Where the adapter of `--lora_path` is: the path itself, or its folder in a run's folder."""
+    return path / "adapter" if (path / "adapter").is_dir() else path
+
+
 def _microsoft_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     def renamed(name: str) -> str:
         name = name.removeprefix(PEFT_PREFIX)
@@ -232,7 +270,7 @@ def _microsoft_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {renamed(name): tensor for name, tensor in tensors.items()}
 
 
-def continue_from(model: nn.Module, path: Path, options: LoraOptions) -> str:
+def continue_from(model: nn.Module, path: Path, options: IncrementOptions) -> str:
     """Loads an adapter into a model that has fresh ones; a head of other labels stays fresh.
 
     Returns:

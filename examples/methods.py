@@ -57,11 +57,15 @@ class RunFacts:
         rows: N, the training rows of all processes; 0 where nothing is trained.
         seed: of draws that must agree between processes, or after a resume.
         fp16: gradients come from a GradScaler.
+        processes: how many train together, with gradients averaged over them.
+        device: this process's.
     """
 
     rows: int
     seed: int = 0
     fp16: bool = False
+    processes: int = 1
+    device: str = "cpu"
 
 
 def method(name: str, options: type, build: str, summary: str, **facts: Any) -> None:
@@ -80,15 +84,13 @@ class FullOptions:
 
 
 @dataclass(frozen=True)
-class LoraOptions:
-    lora_r: int = option(8, "rank of the increments", low=1)
+class IncrementOptions:
+    """What the low-rank methods with a fixed rank share."""
+
+    lora_r: int = option(8, "rank of the increments (dylora: the largest)", low=1)
     lora_alpha: float = option(16.0, "increments are scaled by alpha / r", low=0)
     lora_dropout: float = option(0.0, "dropout before the increments", low=0, high=0.999)
     lora_modules: tuple[str, ...] = option(("query", "value"), "layers to adapt, or all-linear")
-    init_lora_weights: str = option(
-        "true", "peft_custom: true, gaussian, pissa, pissa_niter_K: where A and B start"
-    )
-    use_rslora: bool = option(False, "peft_custom: scale by alpha / √r")
     lora_path: str | None = option(
         None,
         "start from this adapter: a run's or PEFT's folder, or Microsoft's .bin; a head of "
@@ -100,11 +102,61 @@ class LoraOptions:
         choices=("peft_custom", "loralib"),
     )
 
+
+@dataclass(frozen=True)
+class LoraOptions(IncrementOptions):
+    init_lora_weights: str = option(
+        "true", "peft_custom: true, gaussian, pissa, pissa_niter_K: where A and B start"
+    )
+    use_rslora: bool = option(False, "peft_custom: scale by alpha / √r")
+
     def __post_init__(self) -> None:
         if self.wiring == "loralib" and (self.init_lora_weights != "true" or self.use_rslora):
             raise OptionError(
                 "--init_lora_weights and --use_rslora are options of --wiring peft_custom"
             )
+
+
+@dataclass(frozen=True)
+class DyLoraOptions(IncrementOptions):
+    """Every rank from r_min to lora_r works: at rank b increments are scaled by alpha / b."""
+
+    dylora_mode: str = option(
+        "normal",
+        "what a step at rank b trains: rows 1 to b (normal) or row b alone (frozen)",
+        choices=("normal", "frozen"),
+    )
+    dylora_dist: str = option(
+        "uniform", "how ranks are drawn: uniform, or geometric(p) such as geometric(0.15)"
+    )
+    dylora_r_min: int = option(1, "smallest rank that is trained", low=1)
+    dylora_eval_ranks: tuple[str, ...] = option(
+        (),
+        "ranks of every evaluation beside lora_r, which chooses the weights; none: r_min during "
+        "training, all from r_min on at the end",
+    )
+    dylora_tolerance: float = option(
+        0.01, "the smallest rank this close to the best one is reported", low=0
+    )
+
+    def __post_init__(self) -> None:
+        if self.dylora_r_min > self.lora_r:
+            raise OptionError(
+                f"--dylora_r_min {self.dylora_r_min} is above --lora_r {self.lora_r}: ranks are "
+                "drawn between them"
+            )
+        for word in self.dylora_eval_ranks:
+            if not word.isdecimal() or not 1 <= int(word) <= self.lora_r:
+                raise OptionError(
+                    f"--dylora_eval_ranks {word}: ranks are whole numbers from 1 to --lora_r, here "
+                    f"{self.lora_r}"
+                )
+
+    def ranks(self, final: bool) -> list[int]:
+        """The ranks to evaluate at, in order; the last is `lora_r`."""
+        asked = [int(word) for word in self.dylora_eval_ranks]
+        every = range(self.dylora_r_min, self.lora_r) if final else [self.dylora_r_min]
+        return sorted({*(asked or every), self.lora_r})
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from examples.adapters import ModelSource
     from examples.data.batches import TrainingBatches
-    from examples.evaluation import EvaluationSet
+    from examples.evaluation import EvaluationSet, Predictor
     from examples.trainer import Trainer
 
 # Kernels that a CPU compiles for one shape (bf16 products, GELU) are kept for reuse, at a megabyte
@@ -288,32 +288,65 @@ class Run:
         self.adapted = put_together(build, self.source, self.options.method_options)
         if self.training.gradient_checkpointing:
             self.adapted.model.gradient_checkpointing_enable()
-        arguments: dict[str, Any] = {
-            "evaluations": evaluations,
-            "main_metric": self.main_metric,
-            "predictor": self.adapted.predictor,
-        }
-        optimizer = None
+        arguments: dict[str, Any] = {"evaluations": evaluations, "main_metric": self.main_metric}
+        self.optimizer = None
         if train is not None:
             steps, schedule, rate = self._schedule(len(train))
-            groups = self.adapted.model.parameter_groups(rate, self.training.weight_decay)
-            optimizer = put_together(
-                self.options.optimizer.load(),
-                groups,
-                self.options.optimizer_options,
-                RunFacts(
-                    len(train.split), self.training.seed, self.training.mixed_precision == "fp16"
-                ),
-            )
+            self.optimizer = self._optimizer(len(train.split), rate)
             arguments |= {
                 "train": train, "collate": collate, "schedule": schedule, "total_steps": steps
             }  # fmt: skip
+        elif self.options.optimizer.posterior:
+            self.optimizer = self._optimizer(0, self.training.learning_rate)
         if loss is not None:
             arguments["loss"] = loss
         self.trainer = Trainer(
-            self.adapted.model, optimizer, self.training, self.accelerator, self.folder, **arguments
+            self.adapted.model,
+            None if train is None else self.optimizer,
+            self.training,
+            self.accelerator,
+            self.folder,
+            predictor=self._predictor(),
+            **arguments,
         )
         return self.trainer
+
+    def _optimizer(self, rows: int, rate: float) -> Any:
+        """The optimiser of `rows` training rows, with the posterior of what the run starts from."""
+        o = self.training
+        optimizer = put_together(
+            self.options.optimizer.load(),
+            self.adapted.model.parameter_groups(rate, o.weight_decay),
+            self.options.optimizer_options,
+            RunFacts(
+                rows,
+                o.seed,
+                fp16=o.mixed_precision == "fp16",
+                processes=self.accelerator.num_processes,
+                device=str(self.accelerator.device),
+            ),
+        )
+        posterior = getattr(optimizer, "posterior", None)
+        if posterior is not None:
+            adapter = getattr(self.options.method_options, "lora_path", None)
+            start = Path(adapter or self.source.name_or_path).expanduser()
+            said = put_together(posterior.load, start, self.adapted.model)
+            if adapter is not None:
+                self.say(said)
+        return optimizer
+
+    def _predictor(self) -> Predictor:
+        """The method's way to predict, averaged over the optimiser's posterior where asked for."""
+        from examples.evaluation import PlainPredictor
+
+        predictor = self.adapted.predictor or PlainPredictor()
+        averaged = getattr(self.optimizer, "predictor", None)
+        if averaged is not None:
+            averaged.inner = predictor
+            predictor = averaged
+        if self.training.calibration:
+            predictor.probabilistic = True
+        return predictor
 
     def _schedule(self, per_epoch: int) -> tuple[int, Callable[[int], float], float]:
         """Steps of the run, λ(step), and the peak rate."""
@@ -353,6 +386,8 @@ class Run:
             folder = self.folder.path / self.adapted.folder
             try:
                 self.adapted.save(folder)
+                if hasattr(self.optimizer, "posterior"):
+                    self.optimizer.posterior.save(folder, self.adapted.model)
                 if self.tokenizer is not None and self.adapted.folder == "model":
                     self.tokenizer.save_pretrained(folder)
             except Exception as error:
@@ -395,26 +430,50 @@ class Run:
         self.accelerator.end_training()
         if not self.accelerator.is_main_process:
             return
+        title = f"{self.title}, {self.options.method.name}"
+        more: dict[str, Any] = {}
+        if self.adapted.conclude is not None and metrics:
+            where = self.folder.path if figures else None
+            more = self.adapted.conclude(metrics, self.main_metric, title, where)
+            results |= more
         curve = self.folder.path / CURVE
         why_not = None
         if figures:
             self.folder.write_json(RESULTS, results)
             rows = (self.folder.read_lines(LOG), self.folder.read_lines(METRICS))
-            title = f"{self.title}, {self.options.method.name}"
             why_not = learning_curve(curve, *rows, self.main_metric, title)
         shown = worth_showing(results, self.main_metric, self.trainer.predictor.views(True))
-        print(table(f"{self.title}, {self.options.method.name}", shown))
+        print(table(title, shown, more))
         if figures:
             print(f"  learning curve        {why_not or curve}")
+            if self.training.plots:
+                print(f"  pictures              {self._draw() or self.folder.path}")
             print(f"  result                {self.folder.path / self.adapted.folder}")
 
 
-def table(title: str, results: dict[str, Any]) -> str:
-    """The end of a run, for people."""
+    def _draw(self) -> str | None:
+        """Pictures of what method and optimiser have to show; why there are none, or None."""
+        posterior = getattr(self.optimizer, "posterior", None)
+        title = f"{self.title}, {self.options.method.name}"
+        try:
+            if self.adapted.pictures is not None:
+                self.adapted.pictures(self.folder, title)
+            if posterior is not None:
+                posterior.pictures(self.folder.path, title, self.adapted.model)
+        except ImportError as error:
+            return f"none: {error}"
+        if self.adapted.pictures is None and posterior is None:
+            return f"none: neither {self.options.method.name} nor its optimiser has any"
+        return None
+
+
+def table(title: str, results: dict[str, Any], more: dict[str, Any]) -> str:
+    """The end of a run, for people; `more` are the method's own figures."""
     lines: list[tuple[str, str]] = []
     for name, value in results.items():
         if name.startswith("eval_"):
             lines.append((name, f"{value:.4f}"))
+    lines += [(name.replace("_", " "), f"{value:g}") for name, value in more.items()]
     if results.get("best_epoch") is not None:
         lines.append(("best epoch", f"{results['best_epoch']:g} of {results['epochs']:g}"))
     share = 100 * results["trainable_share"]

@@ -1,0 +1,217 @@
+"""Parameters of one group as one vector: what IVON keeps, draws and gathers for all at once.
+
+Parameters and gradients stay ordinary tensors of their own: `zero_grad` and `.to()` would break
+views into a common buffer. Only IVON's own vectors are flat; a parameter's part of each is a view,
+and whole lists of parts are read and written by one `torch._foreach_*` call. So the number of
+operators of a step does not depend on the number of parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import rule
+
+
+class Flat:
+    """A vector (n,), and a view of it in the shape of every parameter."""
+
+    def __init__(self, params: list[nn.Parameter], dtype: torch.dtype) -> None:
+        sizes = [p.numel() for p in params]
+        self.vector = torch.zeros(sum(sizes), dtype=dtype, device=params[0].device)
+        pieces = self.vector.split(sizes)
+        self.views = [piece.view(p.shape) for piece, p in zip(pieces, params, strict=True)]
+
+    def pick(self, indices: Iterable[int]) -> list[Tensor]:
+        return [self.views[i] for i in indices]
+
+
+class Bucket:
+    """Those parameters of a group that share a device and a dtype.
+
+    Attributes:
+        group: index of the parameter group.
+        params: in the group's order.
+        momentum: g, the gradient's moving average.
+        hess: h.
+        mean: m in `wide` precision. For fp32 and fp64 parameters a copy, good from `read_mean` to
+            the next change of a parameter; for narrower ones the mean itself, which they round.
+        noise: the current sample's noise σ·ε.
+        statistic: running mean of noise·gradient or gradient² over the window's samples.
+        gradient: running mean of the gradient, where a window has several samples.
+    """
+
+    def __init__(
+        self, group: int, params: list[nn.Parameter], state: Any, hess_init: float
+    ) -> None:
+        self.group, self.params = group, params
+        self.device, self.dtype = params[0].device, params[0].dtype
+        self.shapes = [p.shape for p in params]
+        narrow = self.dtype not in (torch.float32, torch.float64)
+        self.wide = torch.float32 if narrow else self.dtype
+        self.momentum = self._restored("momentum", state)
+        self.hess = self._restored("hess", state, hess_init)
+        if narrow:
+            self.mean = self._restored("mean", state, params)
+        else:
+            self.mean = Flat(params, self.wide)
+        self.noise, self.statistic = Flat(params, self.wide), Flat(params, self.wide)
+        self.narrow = Flat(params, self.dtype) if narrow else None
+        self._gradient: Flat | None = None
+        self.seen: set[int] = set()  # parameters with a gradient in this window
+
+    def _restored(self, name: str, state: Any, initial: Any = 0.0) -> Flat:
+        """A vector of the state: what `state[p][name]` holds or else `initial`; then its views."""
+        flat = Flat(self.params, self.wide)
+        for i, (p, view) in enumerate(zip(self.params, flat.views, strict=True)):
+            start = initial[i].detach() if isinstance(initial, list) else initial
+            view.copy_(torch.as_tensor(state[p].get(name, start)))
+            state[p][name] = view
+        return flat
+
+    @property
+    def gradient(self) -> Flat:
+        if self._gradient is None:
+            self._gradient = Flat(self.params, self.wide)
+        return self._gradient
+
+    def fits(self) -> bool:
+        """Whether the parameters still are what they were (`model.to(...)` may come after)."""
+        return all(
+            p.device == self.device and p.dtype == self.dtype and p.shape == shape
+            for p, shape in zip(self.params, self.shapes, strict=True)
+        )
+
+    def trainable(self) -> list[int]:
+        return [i for i, p in enumerate(self.params) if p.requires_grad]
+
+    def _with_gradient(self) -> list[int]:
+        return [i for i in self.trainable() if self.params[i].grad is not None]
+
+    def _gradients(self, indices: list[int]) -> list[Tensor]:
+        gradients = [self.params[i].grad for i in indices]
+        if any(g.layout != torch.strided for g in gradients):
+            raise TypeError("IVON takes no sparse gradients: build embeddings with sparse=False")
+        return gradients
+
+    # --- sampling -------------------------------------------------------------------------------
+    def read_mean(self) -> None:
+        """m ← the parameters; a narrow parameter that still is m rounded leaves m as it is."""
+        if self.narrow is None:
+            torch._foreach_copy_(self.mean.views, self.params)
+            return
+        torch._foreach_copy_(self.narrow.views, self.params)
+        mean, current = self.mean.vector, self.narrow.vector
+        mean.copy_(torch.where(mean.to(self.dtype) == current, mean, current.to(self.wide)))
+
+    def draw(self, generator: torch.Generator | None, group: dict[str, Any]) -> None:
+        """noise ← σ·ε, with ε one flat N(0, I) of the group."""
+        noise = self.noise.vector
+        if generator is None or generator.device == noise.device:
+            noise.normal_(generator=generator)
+        else:
+            noise.copy_(
+                torch.randn(
+                    len(noise), generator=generator, device=generator.device, dtype=noise.dtype
+                )
+            )
+        noise.mul_(rule.std(self.hess.vector, group["ess"], group["weight_decay"]))
+
+    def perturb(self) -> None:
+        """Parameters ← m + noise. They must be at m."""
+        live = self.trainable()
+        if not live:
+            return
+        params = [self.params[i] for i in live]
+        if self.narrow is None:
+            torch._foreach_add_(params, self.noise.pick(live))
+        else:
+            rounded = self._rounded(self.mean.vector + self.noise.vector)
+            torch._foreach_copy_(params, rounded.pick(live))
+
+    def restore(self) -> None:
+        """Parameters ← m, in place."""
+        self._write_mean(self.trainable())
+
+    def _write_mean(self, indices: list[int]) -> None:
+        source = self.mean if self.narrow is None else self._rounded(self.mean.vector)
+        if indices:
+            torch._foreach_copy_([self.params[i] for i in indices], source.pick(indices))
+
+    def _rounded(self, vector: Tensor) -> Flat:
+        self.narrow.vector.copy_(vector)
+        return self.narrow
+
+    # --- gathering ------------------------------------------------------------------------------
+    def collect(self, hess_approx: str, count: int) -> bool:
+        """Takes the count-th sample's gradient into `statistic`; whether there was any."""
+        indices = self._with_gradient()
+        gradients = self._gradients(indices)
+        target = self.noise
+        if count == 1:
+            self.seen.clear()
+            target = self.statistic
+            target.vector.copy_(self.noise.vector)
+        self.seen.update(indices)
+        missing = set(range(len(self.params))).difference(indices)
+        if missing:
+            torch._foreach_zero_(target.pick(missing))
+        if indices and hess_approx == "price":
+            torch._foreach_mul_(target.pick(indices), gradients)
+        elif indices:
+            torch._foreach_copy_(target.pick(indices), gradients)
+            target.vector.square_()
+        if count > 1:
+            self.statistic.vector.lerp_(self.noise.vector, 1 / count)
+        return bool(indices)
+
+    def gather_gradient(self, target: Flat) -> None:
+        """`target` ← p.grad, zero where there is none."""
+        indices = self._with_gradient()
+        if len(indices) < len(self.params):
+            target.vector.zero_()
+        if indices:
+            torch._foreach_copy_(target.pick(indices), self._gradients(indices))
+
+    def average_gradient(self, count: int) -> None:
+        """p.grad, the count-th sample's, becomes the mean over the samples so far."""
+        if count == 1:
+            self.gather_gradient(self.gradient)
+            return
+        self.gather_gradient(self.noise)  # the noise has done its work
+        self.gradient.vector.lerp_(self.noise.vector, 1 / count)
+        self.hand_out_gradient()
+
+    def hand_out_gradient(self) -> None:
+        """p.grad ← `gradient`, for all that had one in this window."""
+        indices = self._with_gradient()
+        if indices:
+            torch._foreach_copy_(self._gradients(indices), self.gradient.pick(indices))
+        for i in self.seen.difference(indices):
+            self.params[i].grad = self.gradient.views[i].to(self.dtype, copy=True)
+
+    # --- updating -------------------------------------------------------------------------------
+    def has_gradient(self) -> bool:
+        return bool(self._with_gradient())
+
+    def update(self, group: dict[str, Any], hess_approx: str, **rule_options: bool) -> None:
+        """One step for the parameters that have a gradient; the others and their state stay."""
+        indices = self._with_gradient()
+        rest = set(range(len(self.params))).difference(indices)
+        kept = [v for f in (self.momentum, self.hess, self.mean) for v in f.pick(rest)]
+        self.read_mean()
+        before = [view.clone() for view in kept]
+        momentum, hess = self.momentum.vector, self.hess.vector
+        momentum.mul_(group["beta1"])
+        torch._foreach_add_(
+            self.momentum.pick(indices), self._gradients(indices), alpha=1 - group["beta1"]
+        )
+        rule.update_hess_(hess, self.statistic.vector, hess_approx, group)
+        rule.update_mean_(self.mean.vector, momentum, hess, group, **rule_options)
+        if kept:
+            torch._foreach_copy_(kept, before)
+        self._write_mean(indices)

@@ -8,18 +8,37 @@ Example:
 """
 
 from .base import LoRALayer
+from .dylora import (
+    DyLoRAEmbedding,
+    DyLoRALinear,
+    DyLoRAMergedLinear,
+    at_rank,
+    get_rank,
+    rank_stack,
+    set_rank,
+)
 from .layers import Conv1d, Conv2d, Conv3d, ConvLoRA, Embedding, Linear, MergedLinear
 from .utils import lora_state_dict, mark_only_lora_as_trainable
 
+LINEAR_TYPES = {"lora": Linear, "dylora": DyLoRALinear}  # by a configuration's `lora_type`
+
 __all__ = [
+    "LINEAR_TYPES",
     "Conv1d",
     "Conv2d",
     "Conv3d",
     "ConvLoRA",
+    "DyLoRAEmbedding",
+    "DyLoRALinear",
+    "DyLoRAMergedLinear",
     "Embedding",
     "Linear",
     "LoRALayer",
     "MergedLinear",
+    "at_rank",
+    "get_rank",
     "lora_state_dict",
     "mark_only_lora_as_trainable",
+    "rank_stack",
+    "set_rank",
 ]

@@ -77,6 +77,10 @@ class LoRALayer(nn.Module):
         """Whether the stored weight contains the update."""
         return self._original is not None
 
+    def _acting(self) -> tuple[Tensor, Tensor]:
+        """What of A and B acts outside training: all of it, unless a subclass says otherwise."""
+        return self.lora_A, self.lora_B
+
     def delta_weight(self) -> Tensor:
         """s·B A in the stored weight's orientation and shape, fp32."""
         raise NotImplementedError

@@ -25,6 +25,8 @@ from torch.autograd.function import once_differentiable
 
 from .masks import draw_mask, masked, scale_in_force
 
+Rows = tuple[int, int]  # (i, b): components 0 … b act, and of these i … b get a gradient
+
 
 def compute_dtype(x: Tensor, weight: Tensor | None = None) -> torch.dtype:
     """The type the map is computed in: autocast's, else the weight's (x's where there is none)."""
@@ -60,6 +62,9 @@ class _LowRankLinear(torch.autograd.Function):
         ∂L/∂A   = dᵀ (K ∘ x)                                    (n r, in)
         ∂L/∂x   = g W + K ∘ (d A)                               (N, in)    into one buffer
 
+    With rows (i, b), A_j and B_j stand for A_j[:b] and B_j[:, :b] above (nested ranks, DyLoRA). The
+    gradients have the parameters' shapes, 0 outside the rows i … b.
+
     Kept for backward: x, h and the bytes of K. W is looked up, never copied. Without W (None) the
     update alone is computed; ∂L/∂W and ∂L/∂b are formed only for those who unfreeze them.
     """
@@ -76,22 +81,24 @@ class _LowRankLinear(torch.autograd.Function):
         p: float,
         starts: tuple[int, ...],
         fan_in_fan_out: bool,
+        rows: Rows | None,
     ) -> Tensor:
         tokens = x.reshape(-1, x.shape[-1])  # (N, in)
-        r, m = B.shape[1], B.shape[0] // len(starts)
+        m = B.shape[0] // len(starts)
+        ctx.rows = _, r = (0, B.shape[1]) if rows is None else rows
         mask, t = None, scaling
         if p > 0.0:
             mask, t = draw_mask(tokens, p), scaling * scale_in_force(p, x.device)
         seen = tokens if mask is None else masked(tokens, mask)
-        h = (seen @ A.to(x.dtype).T).mul_(t)  # (N, n r)
+        h = (seen @ leading(A, B, r)[0].to(x.dtype).T).mul_(t)  # (N, n r)
         if weight is None:
-            out = h @ B.to(x.dtype).T  # (N, out)
+            out = h @ B[:, :r].to(x.dtype).T  # (N, out)
         else:
             W = weight.to(x.dtype)
             b = None if bias is None else bias.to(x.dtype)
             out = F.linear(tokens, W.T if fan_in_fan_out else W, b)  # (N, out)
             for j, start in enumerate(starts):
-                B_j = B[j * m : (j + 1) * m].to(x.dtype)  # (m, r)
+                B_j = B[j * m : (j + 1) * m, :r].to(x.dtype)  # (m, r)
                 out[:, start : start + m].addmm_(h[:, j * r : (j + 1) * r], B_j.T)
         ctx.save_for_backward(x, weight, bias, A, B, h, mask)
         ctx.t, ctx.starts, ctx.fan_in_fan_out = t, starts, fan_in_fan_out
@@ -102,29 +109,49 @@ class _LowRankLinear(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, A, B, h, mask = ctx.saved_tensors
         need_x, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
-        starts, r, m = ctx.starts, B.shape[1], B.shape[0] // len(ctx.starts)
+        starts, (i, r), m = ctx.starts, ctx.rows, B.shape[0] // len(ctx.starts)
+        A_r, B_r = leading(A, B, r)
         dx = dW = db = dA = dB = None
         with _without_autocast(x):
             tokens, g = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
             parts = [g[:, start : start + m] for start in starts]  # n of (N, m)
             if need_B:
-                products = [g_j.T @ h[:, j * r : (j + 1) * r] for j, g_j in enumerate(parts)]
-                dB = (products[0] if len(starts) == 1 else torch.cat(products)).to(B.dtype)
+                dB = torch.empty_like(B) if (i, r) == (0, B.shape[1]) else torch.zeros_like(B)
+                for j, g_j in enumerate(parts):
+                    # hᵀ g rather than gᵀ h: on a CPU several times faster
+                    dB_j = h[:, j * r + i : (j + 1) * r].T @ g_j  # (r - i, m)
+                    dB[j * m : (j + 1) * m, i:r] = dB_j.T
             if need_A or need_x:
-                B_low = B.to(x.dtype)
+                B_low = B_r.to(x.dtype)
                 products = [g_j @ B_low[j * m : (j + 1) * m] for j, g_j in enumerate(parts)]
                 d = products[0] if len(starts) == 1 else torch.cat(products, dim=1)  # (N, n r)
                 d = d.mul_(ctx.t)
             if need_A:
-                dA = (d.T @ (tokens if mask is None else masked(tokens, mask))).to(A.dtype)
+                live = d.unflatten(1, (-1, r))[..., i:].flatten(1)  # (N, n (r - i))
+                dA = (live.T @ (tokens if mask is None else masked(tokens, mask))).to(A.dtype)
+                if dA.shape != A.shape:
+                    part, dA = dA, torch.zeros_like(A)
+                    blocks = dA.unflatten(0, (len(starts), -1))  # (n, R, in)
+                    blocks[:, i:r] = part.view(len(starts), r - i, -1)
             if need_x:
-                dx = _input_gradient(g, d, weight, A.to(x.dtype), mask, ctx.fan_in_fan_out)
+                dx = _input_gradient(g, d, weight, A_r.to(x.dtype), mask, ctx.fan_in_fan_out)
                 dx = dx.view(x.shape)
             if need_weight:
                 dW = (tokens.T @ g if ctx.fan_in_fan_out else g.T @ tokens).to(weight.dtype)
             if need_bias:
                 db = g.sum(0).to(bias.dtype)
-        return dx, dW, db, dA, dB, None, None, None, None
+        return dx, dW, db, dA, dB, *(None,) * 5
+
+
+def leading(A: Tensor, B: Tensor, b: int) -> tuple[Tensor, Tensor]:
+    """A_j[:b] and B_j[:, :b] of all n segments: (n b, in) and (m n, b), of A (n R, in), B (m n, R).
+
+    Views, except that A's rows are gathered where there are several segments and b < R.
+    """
+    R = B.shape[1]
+    if b == R:
+        return A, B
+    return A.unflatten(0, (-1, R))[:, :b].flatten(0, 1), B[:, :b]
 
 
 def _input_gradient(
@@ -147,6 +174,7 @@ def lora_linear(
     scaling: float,
     p: float = 0.0,
     fan_in_fan_out: bool = False,
+    rows: Rows | None = None,
 ) -> Tensor:
     """x Wᵀ + b + s·(drop(x) Aᵀ) Bᵀ.
 
@@ -158,18 +186,21 @@ def lora_linear(
         scaling: s.
         p: dropout probability in force, on the low-rank branch's input only.
         fan_in_fan_out: whether the weight is stored transposed, as GPT-2's Conv1D does.
+        rows: (i, b) of nested factors: A[:b] and B[:, :b] act, their rows from i on get gradients.
 
     Returns:
         (..., out) in the compute dtype.
     """
     x = x.to(compute_dtype(x, weight))
-    return _LowRankLinear.apply(x, weight, bias, A, B, scaling, p, (0,), fan_in_fan_out)
+    return _LowRankLinear.apply(x, weight, bias, A, B, scaling, p, (0,), fan_in_fan_out, rows)
 
 
-def lora_update(x: Tensor, A: Tensor, B: Tensor, scaling: float, p: float = 0.0) -> Tensor:
+def lora_update(
+    x: Tensor, A: Tensor, B: Tensor, scaling: float, p: float = 0.0, rows: Rows | None = None
+) -> Tensor:
     """s·(drop(x) Aᵀ) Bᵀ alone, (..., out): the update of a base layer that computes for itself."""
     x = x.to(compute_dtype(x))
-    return _LowRankLinear.apply(x, None, None, A, B, scaling, p, (0,), False)
+    return _LowRankLinear.apply(x, None, None, A, B, scaling, p, (0,), False, rows)
 
 
 def lora_merged_linear(
@@ -182,6 +213,7 @@ def lora_merged_linear(
     enabled: Sequence[bool],
     p: float = 0.0,
     fan_in_fan_out: bool = False,
+    rows: Rows | None = None,
 ) -> Tensor:
     """A linear layer whose output is several (q, k, v), some of them with an update of their own.
 
@@ -197,6 +229,7 @@ def lora_merged_linear(
         enabled: for each segment of the output whether it has an update.
         p: dropout probability in force.
         fan_in_fan_out: whether the weight is stored transposed.
+        rows: as in `lora_linear`, of every A_j and B_j.
 
     Returns:
         (..., out) in the compute dtype.
@@ -208,7 +241,49 @@ def lora_merged_linear(
     m = B.shape[0] // n
     starts = tuple(j * m for j, on in enumerate(enabled) if on)
     x = x.to(compute_dtype(x, weight))
-    return _LowRankLinear.apply(x, weight, bias, A, B, scaling, p, starts, fan_in_fan_out)
+    return _LowRankLinear.apply(x, weight, bias, A, B, scaling, p, starts, fan_in_fan_out, rows)
+
+
+def lora_stacked(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    shares: Tensor,
+    enabled: Sequence[bool] = (True,),
+    fan_in_fan_out: bool = False,
+) -> Tensor:
+    """`lora_merged_linear`, undropped, where every row of x weighs the components in its own way.
+
+    y = x Wᵀ + b, and y's j-th enabled segment += s·((x A_jᵀ) ∘ shares) B_jᵀ. So rows of several
+    ranks are one batch: the products are those of one rank, whatever the shares are.
+
+    Args:
+        x: (..., in), N rows in all.
+        weight, bias, A, B, scaling, enabled, fan_in_fan_out: as in `lora_merged_linear`; without a
+            weight the update of a single segment alone is computed.
+        shares: (N, R) fp32.
+
+    Returns:
+        (..., out) in the compute dtype.
+    """
+    x = x.to(compute_dtype(x, weight))
+    rows, R, n = x.reshape(-1, x.shape[-1]), B.shape[1], sum(enabled)
+    m = B.shape[0] // n
+    h = (rows @ A.to(x.dtype).T).unflatten(1, (n, R))  # (N, n, R)
+    h = (h * shares[:, None]).to(x.dtype)  # the shares in fp32: 1/3 is none of bf16's numbers
+    low = B.to(x.dtype)
+    if weight is None:
+        out = (h[:, 0] @ low.T) * scaling
+        return out.view(*x.shape[:-1], out.shape[-1])
+    W, b = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    out = F.linear(rows, W.T if fan_in_fan_out else W, b)  # (N, out)
+    starts = [j * m for j, on in enumerate(enabled) if on]
+    for j, start in enumerate(starts):
+        out[:, start : start + m].addmm_(h[:, j], low[j * m : (j + 1) * m].T, alpha=scaling)
+    return out.view(*x.shape[:-1], out.shape[-1])
 
 
 def lora_embedding(
@@ -221,14 +296,25 @@ def lora_embedding(
     max_norm: float | None = None,
     norm_type: float = 2.0,
     scale_grad_by_freq: bool = False,
+    rows: Rows | None = None,
+    shares: Tensor | None = None,
 ) -> Tensor:
     """s·Aᵀ[ids] Bᵀ, (..., dim): what a table's rows gain. A (r, num), B (dim, r).
 
-    The keyword arguments are those of the lookup in the base table; they act on the lookup in Aᵀ.
+    `rows` is as in `lora_linear`, `shares` as in `lora_stacked` (one row for every id). The other
+    keyword arguments are those of the lookup in the base table; they act on the lookup in Aᵀ.
     There is no `sparse`: torch has no sparse gradient for A, whose columns are what is looked up.
     """
-    rows = F.embedding(ids, A.T, padding_idx, max_norm, norm_type, scale_grad_by_freq)  # (..., r)
-    return (rows @ B.T) * scaling
+    options = (padding_idx, max_norm, norm_type, scale_grad_by_freq)
+    if shares is not None:
+        found = F.embedding(ids, A.T, *options)  # (..., r)
+        return ((found * shares.view(found.shape)) @ B.T) * scaling
+    i, b = (0, B.shape[1]) if rows is None else rows
+    live_A, live_B = (A, B) if b - i == B.shape[1] else (A[i:b], B[:, i:b])
+    found = F.embedding(ids, live_A.T, *options) @ live_B.T  # (..., dim)
+    if i:  # these act, but as constants
+        found = found + F.embedding(ids, A[:i].detach().T, *options) @ B[:, :i].detach().T
+    return found * scaling
 
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

@@ -62,7 +62,7 @@ class _LinearLayer(LoRALayer, nn.Linear):
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
         """s·B_j A_j in the rows of each enabled segment, 0 elsewhere; as the weight is stored."""
-        A, B, n = self.lora_A, self.lora_B, sum(self.segments)
+        (A, B), n = self._acting(), sum(self.segments)
         m = self.out_features // len(self.segments)
         delta = torch.zeros(self.out_features, self.in_features, dtype=A.dtype, device=A.device)
         starts = [j * m for j, on in enumerate(self.segments) if on]
@@ -76,6 +76,9 @@ class _LinearLayer(LoRALayer, nn.Linear):
             return self._plain(x, self.weight)
         if (weight := self._evaluation_weight(x)) is not None:
             return self._plain(x, weight)
+        return self._adapted(x)
+
+    def _adapted(self, x: Tensor) -> Tensor:
         return lora.lora_merged_linear(
             x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling,
             self.segments, self.dropout_now, self.fan_in_fan_out,
@@ -171,7 +174,7 @@ class Embedding(LoRALayer, nn.Embedding):
             self.lora_B.normal_()
 
     def delta_weight(self) -> Tensor:
-        return lora.delta_weight(self.lora_A, self.lora_B, self.scaling, True)  # (num, dim)
+        return lora.delta_weight(*self._acting(), self.scaling, True)  # (num, dim)
 
     def forward(self, ids: Tensor) -> Tensor:
         """W[ids] + s·Aᵀ[ids] Bᵀ, (..., dim)."""
@@ -187,8 +190,10 @@ class Embedding(LoRALayer, nn.Embedding):
         if self.max_norm is None and (weight := self._evaluation_weight(ids)) is not None:
             return F.embedding(ids, weight, **options)
         out = super().forward(ids)
-        update = lora.lora_embedding(ids, self.lora_A, self.lora_B, self.scaling, **options)
-        return out + update.to(out.dtype)
+        return out + self._update(ids, **options).to(out.dtype)
+
+    def _update(self, ids: Tensor, **options: Any) -> Tensor:
+        return lora.lora_embedding(ids, self.lora_A, self.lora_B, self.scaling, **options)
 
 
 class ConvLoRA(LoRALayer):

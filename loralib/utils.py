@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from .dylora import _DyLoRA
+from .functional import leading
+
 BIAS_CHOICES = ("none", "all", "lora_only")
 
 
@@ -42,9 +45,26 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
         parameter.requires_grad = True
 
 
-def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
+def lora_state_dict(
+    model: nn.Module, bias: str = "none", rank: int | None = None
+) -> dict[str, Tensor]:
     """What `mark_only_lora_as_trainable` leaves trainable, by name; buffers never.
 
     Load it with `model.load_state_dict(adapter, strict=False)` over the base model's weights.
+
+    Args:
+        model: any module.
+        bias: as in `mark_only_lora_as_trainable`.
+        rank: of DyLoRA layers only the first `rank` components, as plain layers with r=rank and the
+            same lora_alpha have them.
     """
-    return {name: parameter.detach() for name, parameter in _chosen(model, bias).items()}
+    tensors = {name: parameter.detach() for name, parameter in _chosen(model, bias).items()}
+    if rank is None:
+        return tensors
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if isinstance(layer, _DyLoRA) and layer.adapted:
+            _, b = layer.nested.rows_of(rank)
+            prefix = f"{name}." if name else ""
+            A, B = leading(tensors[f"{prefix}lora_A"], tensors[f"{prefix}lora_B"], b)
+            tensors |= {f"{prefix}lora_A": A.clone(), f"{prefix}lora_B": B.clone()}
+    return tensors

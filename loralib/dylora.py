@@ -1,0 +1,282 @@
+"""DyLoRA (Valipour et al. 2022, Algorithm 1): nested factors, so that one run serves every rank.
+
+    y = x Wᵀ + bias + (α/b)·(drop(x) A[:b]ᵀ) B[:, :b]ᵀ,    1 ≤ b ≤ R,   A (R, in), B (out, R)
+
+A training step draws one rank b for the whole model and uses the first b components only. Mode
+"normal" trains all of them; "frozen" trains the b-th, and the ones below act as constants.
+Afterwards every b is an ordinary LoRA adapter of rank b with the same α.
+
+    >>> self.query = lora.DyLoRALinear(768, 768, r=8, lora_alpha=16)
+    >>> with lora.at_rank(model.eval(), 3):
+    ...     model(x)
+    >>> torch.save(lora.lora_state_dict(model, rank=3), "rank3.pt")  # lora.Linear(…, r=3) loads it
+
+Ranks are 1-based everywhere. In evaluation mode the rank is R until `set_rank` says otherwise. In
+training mode it is the one drawn for the step where something draws (`peft_custom.attach` does), so
+evaluating at other ranks never disturbs a training step. The rank is no part of a state dict.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import functional as lora
+from .base import LoRALayer
+from .functional import Rows
+from .layers import Embedding, Linear, MergedLinear, _LinearLayer
+
+
+class NestedRank:
+    """Which of the R nested components of a layer act, and which of these learn.
+
+    Attributes:
+        largest: R.
+        rows: (i, b): components 0 … b act, those from i on learn; what `set_rank` sets.
+        drawn: the same for training mode, while something draws a rank for every step.
+        stack: the ranks of a stacked batch, within `rank_stack`.
+    """
+
+    def __init__(self, largest: int) -> None:
+        self.largest = largest
+        self.rows: Rows = (0, largest)
+        self.drawn: Rows | None = None
+        self.stack: RankStack | None = None
+
+    def rows_of(self, rank: int, frozen: bool = False) -> Rows:
+        """(i, b) for rank b; an error outside of 1 … R."""
+        try:
+            b = 0 if isinstance(rank, bool) else operator.index(rank)
+        except TypeError:
+            b = 0
+        if not 1 <= b <= self.largest:
+            raise ValueError(f"rank={rank!r}: must be a whole number from 1 to R={self.largest}")
+        return (b - 1 if frozen else 0), b
+
+    def in_force(self, training: bool) -> Rows:
+        """The rows for a layer in this mode."""
+        return self.drawn if training and self.drawn is not None else self.rows
+
+
+class RankStack:
+    """K ranks for a batch of K equal parts: part k is computed with rank b_k.
+
+    Args:
+        ranks: b_1 … b_K.
+        largest: R.
+        tokens: of one part; needed only where an encoder appends rows that belong to nobody.
+    """
+
+    def __init__(self, ranks: Sequence[int], largest: int, tokens: int | None) -> None:
+        b = torch.tensor(ranks)[:, None]  # (K, 1)
+        self.table = (torch.arange(largest) < b) / b  # (K, R) fp32
+        self.tokens = tokens
+        self._expanded: dict[tuple, Tensor] = {}
+
+    def shares(self, x: Tensor, rows: int) -> Tensor:
+        """(rows, R): 1/b for the components that act in a row of x (α is the scale), 0 for others.
+
+        `rows` is how many tokens x has, over all its leading dimensions.
+        """
+        key = rows, x.device, torch.is_inference_mode_enabled()
+        if key not in self._expanded:
+            parts = len(self.table)
+            each = self.tokens
+            if each is None or parts * each > rows:
+                if x.shape[0] % parts:
+                    raise ValueError(
+                        f"rank_stack: {parts} ranks cannot share an input of shape "
+                        f"{tuple(x.shape)}: its first dimension must be {parts} equal parts, the "
+                        "batch once for every rank"
+                    )
+                each = rows // parts
+            made = torch.zeros(rows, self.table.shape[1])
+            made[: parts * each] = self.table.repeat_interleave(each, dim=0)
+            self._expanded[key] = made.to(x.device)
+        return self._expanded[key]
+
+
+class NestedLayer:
+    """A module with nested factors: what `set_rank` and `rank_stack` look for in a model."""
+
+    training: bool
+    merged: bool  # whether the stored weight contains the update
+
+    def nested_ranks(self) -> list[NestedRank]:
+        """The ranks that follow the model's."""
+        raise NotImplementedError
+
+    def rank_changed(self) -> None:
+        """Called after `rows` of one of them changed: a merged layer merges anew."""
+        raise NotImplementedError
+
+
+class _DyLoRA(NestedLayer, LoRALayer):
+    """What the three layers share; mixed in before loralib's own layer."""
+
+    def _init_lora(self, r: int, lora_alpha: float, *rest: Any) -> None:
+        self.nested = NestedRank(r)
+        super()._init_lora(r, lora_alpha, *rest)
+
+    def nested_ranks(self) -> list[NestedRank]:
+        return [self.nested] if self.adapted else []
+
+    def rank_changed(self) -> None:
+        self.scaling = self.lora_alpha / self.nested.rows[1]
+        if self.merged:  # from the kept weight, so that nothing of the former rank stays
+            self.unmerge()
+            self.merge()
+
+    def _acting(self) -> tuple[Tensor, Tensor]:
+        return lora.leading(self.lora_A, self.lora_B, self.nested.rows[1])
+
+    def _evaluation_weight(self, x: Tensor) -> Tensor | None:
+        return super()._evaluation_weight(x) if self.nested.stack is None else None
+
+    def extra_repr(self) -> str:
+        rank = f", rank={self.nested.rows[1]}" if self.adapted else ""
+        return super().extra_repr() + rank
+
+
+class _DyLoRALinear(_DyLoRA, _LinearLayer):
+    def _adapted(self, x: Tensor) -> Tensor:
+        factors = self.weight, self.bias, self.lora_A, self.lora_B
+        stack, segments, transposed = self.nested.stack, self.segments, self.fan_in_fan_out
+        if stack is not None:
+            shares = stack.shares(x, x.shape[:-1].numel())
+            return lora.lora_stacked(x, *factors, self.lora_alpha, shares, segments, transposed)
+        rows = self.nested.in_force(self.training)
+        scaling = self.lora_alpha / rows[1]
+        return lora.lora_merged_linear(
+            x, *factors, scaling, segments, self.dropout_now, transposed, rows
+        )
+
+
+class DyLoRALinear(_DyLoRALinear, Linear):
+    """`Linear` with nested factors; the arguments are `Linear`'s, r is R."""
+
+
+class DyLoRAMergedLinear(_DyLoRALinear, MergedLinear):
+    """`MergedLinear` with nested factors, one rank for all segments; its arguments, r is R."""
+
+
+class DyLoRAEmbedding(_DyLoRA, Embedding):
+    """`Embedding` with nested factors; its arguments (but no `max_norm`), r is R."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.adapted and self.max_norm is not None:
+            raise ValueError(
+                f"DyLoRAEmbedding(max_norm={self.max_norm!r}): the looked-up rows of A would be "
+                "shortened by their norm at one rank, for all ranks; leave it out"
+            )
+
+    def _update(self, ids: Tensor, **options: Any) -> Tensor:
+        factors, stack = (self.lora_A, self.lora_B), self.nested.stack
+        if stack is not None:
+            shares = stack.shares(ids, ids.numel())
+            return lora.lora_embedding(ids, *factors, self.lora_alpha, shares=shares, **options)
+        rows = self.nested.in_force(self.training)
+        scaling = self.lora_alpha / rows[1]
+        return lora.lora_embedding(ids, *factors, scaling, rows=rows, **options)
+
+
+# --- a whole model --------------------------------------------------------------------------------
+def nested_layers(model: nn.Module) -> list[NestedLayer]:
+    """The model's layers with nested factors; an error where there are none."""
+    found = [m for m in model.modules() if isinstance(m, NestedLayer) and m.nested_ranks()]
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no layers with nested factors (DyLoRA)")
+    return found
+
+
+def set_rank(model: nn.Module, rank: int, frozen: bool = False) -> None:
+    """Computes with rank `rank` from now on; a merged layer is merged anew at that rank.
+
+    Args:
+        model: any module with DyLoRA layers, this package's or `peft_custom`'s.
+        rank: b, from 1 to R.
+        frozen: in training, only the b-th component gets a gradient.
+
+    Raises:
+        ValueError: there is no such rank, or no such layer; nothing has changed then.
+    """
+    layers = nested_layers(model)
+    wanted = [(n, n.rows_of(rank, frozen)) for layer in layers for n in layer.nested_ranks()]
+    _set_rows(layers, wanted)
+
+
+def _set_rows(layers: list[NestedLayer], wanted: list[tuple[NestedRank, Rows]]) -> None:
+    for nested, rows in wanted:
+        nested.rows = rows
+    for layer in layers:
+        layer.rank_changed()
+
+
+def get_rank(model: nn.Module) -> int:
+    """The rank that the model computes with in its present mode; an error where layers differ."""
+    found = {
+        nested.in_force(layer.training)[1]
+        for layer in nested_layers(model)
+        for nested in layer.nested_ranks()
+    }
+    if len(found) > 1:
+        raise ValueError(f"the layers have different ranks: {sorted(found)}; call set_rank")
+    return found.pop()
+
+
+@contextlib.contextmanager
+def at_rank(model: nn.Module, rank: int) -> Iterator[None]:
+    """Within the context the model evaluates with this rank; afterwards as before."""
+    layers = nested_layers(model)
+    before = [(n, n.rows) for layer in layers for n in layer.nested_ranks()]
+    set_rank(model, rank)
+    try:
+        yield
+    finally:
+        _set_rows(layers, before)
+
+
+@contextlib.contextmanager
+def rank_stack(model: nn.Module, ranks: Sequence[int], tokens: int | None = None) -> Iterator[None]:
+    """Within the context a batch that holds the same rows K times is computed at K ranks at once.
+
+        with lora.rank_stack(model, [1, 2, 8]):
+            logits = model(x.repeat(3, 1, 1)).chunk(3)  # of rank 1, of rank 2, of rank 8
+
+    The batch is padded (K·n, L, …) or packed (K·t, …), the part of rank b_1 first.
+
+    Args:
+        model: in evaluation mode and not merged.
+        ranks: b_1 … b_K.
+        tokens: t or n·L, the tokens of one part; only for encoders that append filler rows.
+
+    Raises:
+        ValueError: a rank outside of 1 … R, a layer in training mode or merged.
+    """
+    layers = nested_layers(model)
+    if not ranks:
+        raise ValueError("rank_stack: no ranks given")
+    for layer in layers:
+        if layer.training or layer.merged:
+            state = "in training mode" if layer.training else "merged"
+            raise ValueError(f"rank_stack needs eval mode and no merged layer; a layer is {state}")
+    states = [nested for layer in layers for nested in layer.nested_ranks()]
+    stacks: dict[int, RankStack] = {}
+    for nested in states:
+        checked = [nested.rows_of(rank)[1] for rank in ranks]
+        if nested.largest not in stacks:
+            stacks[nested.largest] = RankStack(checked, nested.largest, tokens)
+    before = [nested.stack for nested in states]
+    for nested in states:
+        nested.stack = stacks[nested.largest]
+    try:
+        yield
+    finally:
+        for nested, stack in zip(states, before, strict=True):
+            nested.stack = stack

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import transformers_patched
 from examples.evaluation import Predictor
 from examples.methods import AdamWOptions, FullOptions, IncrementOptions, LoraOptions, RunFacts
+from examples.runfolder import RunFolder
 from loralib import lora_state_dict
 from peft_custom import LoraConfig, PeftConfig, get_peft_model
 from transformers_patched import CheckpointError, PreTrainedModel
@@ -104,6 +105,7 @@ class Adapted:
         conclude: (final metrics, main metric, title, run folder or None) -> more figures of the
             run, shown and saved with the others; it may write files into the folder. Called on the
             main process; an evaluation without training has no folder.
+        pictures: (run folder, title) draws what the method has to show, for `--plots`.
     """
 
     model: nn.Module
@@ -111,6 +113,7 @@ class Adapted:
     folder: str = "adapter"
     predictor: Predictor | None = None
     conclude: Callable[[dict[str, float], str, str, Path | None], dict[str, Any]] | None = None
+    pictures: Callable[[RunFolder, str], None] | None = None
 
 
 def resolved_dtype(name: str) -> torch.dtype:

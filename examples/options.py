@@ -122,6 +122,11 @@ class TrainingOptions:
         0, "stop after so many evaluations without a better one; 0: never", low=0
     )
     logging_steps: int = option(50, "log the loss every so many optimiser steps; 0: never", low=0)
+    calibration: bool = option(
+        False,
+        "NLL, calibration error and entropy of classes; always where predictions are averaged",
+    )
+    plots: bool = option(False, "pictures of ranks and posterior at the end, where there are some")
     report_to: tuple[str, ...] = option(("none",), "trackers", choices=("none", "all", *TRACKERS))
     project_prefix: str = option("rankwise_", "the trackers' project is this and the task")
     disable_tqdm: bool = option(False, "plain lines instead of a progress bar")

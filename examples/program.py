@@ -450,7 +450,6 @@ class Run:
                 print(f"  pictures              {self._draw() or self.folder.path}")
             print(f"  result                {self.folder.path / self.adapted.folder}")
 
-
     def _draw(self) -> str | None:
         """Pictures of what method and optimiser have to show; why there are none, or None."""
         posterior = getattr(self.optimizer, "posterior", None)

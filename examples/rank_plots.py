@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from examples.plots import canvas
+from examples.runfolder import PICTURES
 
-RANKS, TRAJECTORY, POSTERIOR = "ranks.png", "rank_trajectories.png", "posterior.png"
+_, RANKS, TRAJECTORY, POSTERIOR = PICTURES
 NO_LAYER = -1
 Ranks = Mapping[str, int]
 

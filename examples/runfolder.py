@@ -7,7 +7,7 @@ log.jsonl          one line per `logging_steps`
 all_results.json   the end: metrics of the result, best epoch, parameters, time, memory
 adapter/, model/   the result
 checkpoint-N/      to go on from
-learning_curve.png
+learning_curve.png, and the pictures of --plots
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ from examples.checkpoints import ASIDE, RunError, list_checkpoints, saving_faile
 
 CONFIG, ENVIRONMENT, RESULTS = "config.json", "env.json", "all_results.json"
 METRICS, LOG, CURVE = "metrics.jsonl", "log.jsonl", "learning_curve.png"
+PICTURES = (CURVE, "ranks.png", "rank_trajectories.png", "posterior.png")
 OUTPUTS = ("adapter", "model", "submission")
 # Options that do not change what is computed: a run may be resumed with others.
 FREE = frozenset(
     "output_dir overwrite_output_dir resume_from_checkpoint do_train do_eval do_predict data_dir "
     "cache cache_dir local_files_only logging_steps report_to project_prefix disable_tqdm "
-    "save_total_limit max_predict_samples test_file per_device_eval_batch_size".split()
+    "save_total_limit max_predict_samples test_file per_device_eval_batch_size plots "
+    "calibration".split()
 )
 PACKAGES = ("rankwise", "torch", "numpy", "accelerate", "safetensors", "tokenizers")
 
@@ -128,7 +130,7 @@ class RunFolder:
     def _clear(self) -> None:
         for path in [*list_checkpoints(self.path), *(self.path / name for name in OUTPUTS)]:
             shutil.rmtree(path, ignore_errors=True)
-        for name in (RESULTS, METRICS, LOG, CURVE):
+        for name in (RESULTS, METRICS, LOG, *PICTURES):
             (self.path / name).unlink(missing_ok=True)
 
     def _cut(self, path: Path, step: int) -> None:

@@ -12,6 +12,7 @@ with the weights, the optimiser's and the hooks' state restored, a resumed run i
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -88,6 +89,7 @@ class Trainer:
         self.device = accelerator.device
         self.progress = Progress()
         self.kept: dict[str, Tensor] | None = None  # the best weights, where nothing is saved
+        self.kept_posterior: dict[str, Any] | None = None  # and their optimiser's state
         self.unseen: list[Tensor] = []  # losses nobody has looked at yet
         if optimizer is None:
             self.raw = self.model = model.to(self.device)
@@ -221,6 +223,8 @@ class Trainer:
         if options.save_strategy == "no":
             if better:
                 self.kept = {name: t.detach().clone() for name, t in self.weights().items()}
+                if self._has_posterior():
+                    self.kept_posterior = copy.deepcopy(self.optimizer.state_dict())
             return
         regular = ended if options.save_strategy == "epoch" else step % options.save_steps == 0
         if regular or better or step == self.total_steps or state.stopped:
@@ -390,7 +394,16 @@ class Trainer:
             return
         if self.kept is not None:
             self._put(self.kept, "the best weights")
+            posterior = self.kept_posterior
         elif step != self.progress.step:
             folder = self.folder.path / f"checkpoint-{step}"
             content = checkpoints.read_state(folder / checkpoints.STATE)
             self._put(content["weights"], folder)
+            posterior = content["optimizer"]
+        else:
+            return
+        if self._has_posterior():  # it belongs to the weights
+            self.optimizer.load_state_dict(posterior)
+
+    def _has_posterior(self) -> bool:
+        return hasattr(unwrap_optimizer(self.optimizer), "posterior_std")

@@ -76,9 +76,15 @@ def _metrics(row: Row) -> Row:
     return {k.removeprefix("eval_"): v for k, v in row.items() if k.startswith("eval_")}
 
 
+def half_interval(values: Sequence[float]) -> float:
+    """Half of the 95 % interval of the mean (Student's t over seeds); 0 of a single value."""
+    if len(values) < 2:
+        return 0.0
+    return STUDENT_T[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+
+
 def mean_and_interval(values: Sequence[float], digits: int = 4) -> str:
-    """Mean and 95 % interval (Student's t over seeds)."""
+    """Mean and 95 % interval."""
     if len(values) < 2:
         return f"{values[0]:.{digits}f}"
-    half = STUDENT_T[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{statistics.mean(values):.{digits}f} ± {half:.{digits}f}"
+    return f"{statistics.mean(values):.{digits}f} ± {half_interval(values):.{digits}f}"

@@ -224,6 +224,7 @@ class IvonOptions:
 
 method("full", FullOptions, "examples.adapters:full", "every weight is trained")
 method("lora", LoraOptions, "examples.adapters:lora", "low-rank increments of frozen weights")
+method("dylora", DyLoraOptions, "examples.dylora:dylora", "nested ranks: one run, every rank")
 method("adalora", AdaLoraOptions, "examples.adaptive:adalora", "ranks shared out by sensitivity")
 method(
     "vilora",

@@ -92,3 +92,50 @@ def _metric(axes: Any, rows: Rows, name: str) -> None:
 
 def _of(rows: Rows, name: str) -> list[float]:
     return [row[name] for row in rows]
+
+
+def rank_curve(
+    path: Path,
+    ranks: list[int],
+    values: list[float],
+    chosen: dict[str, int],
+    metric: str,
+    title: str,
+    tolerance: float,
+) -> str | None:
+    """Draws a metric over the rank an adapter is cut to.
+
+    Args:
+        path: of the PNG.
+        ranks: ascending.
+        values: of the metric, one per rank.
+        chosen: `best_rank` and `smallest_rank`, which are marked.
+        metric: its name.
+        title: the run in a few words.
+        tolerance: the band below (for a loss, above) the best value that is shaded.
+
+    Returns:
+        Why there is no picture, or None.
+    """
+    try:
+        pyplot = canvas()
+    except ImportError as error:
+        return f"no rank curve: {error}"
+    figure, axes = pyplot.subplots(figsize=(6, 3.8), layout="constrained")
+    best = values[ranks.index(chosen["best_rank"])]
+    worst = best + tolerance if metric.endswith("loss") else best - tolerance
+    axes.axhspan(worst, best, color="0.92", label=f"within {tolerance:g} of the best")
+    axes.plot(ranks, values, "o-", color="tab:blue", ms=4)
+    for name, marker, size in (("best_rank", "*", 13), ("smallest_rank", "s", 8)):
+        rank = chosen[name]
+        value = values[ranks.index(rank)]
+        label = f"{name.replace('_', ' ')}: {value:.4f} at {rank}"
+        axes.plot(rank, value, marker, color="tab:blue", ms=size, mfc="none", ls="", label=label)
+    axes.set_xticks(ranks)
+    axes.set_xlabel("rank")
+    axes.set_ylabel(metric)
+    figure.legend(loc="outside lower center", ncols=3, fontsize="small", frameon=False)
+    axes.set_title(title, fontsize="medium")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return None

@@ -1,0 +1,235 @@
+"""What every rank is worth: DyLoRA in both modes, LoRA cut down, and LoRA trained at each rank.
+
+    python -m benchmarks.dylora_study --model DIR --data_dir DIR/glue --out FILE.jsonl
+    python -m benchmarks.dylora_study --out FILE.jsonl --table
+    python -m benchmarks.dylora_study --out FILE.jsonl --plot FILE.png
+
+Per task and seed six runs, each a process of its own and one line of `--out`; a run that has its
+line is not repeated. Unknown options go to `examples.run_glue`. All figures are those of the last
+weights on the development set: no epoch is chosen by looking at it.
+
+    normal, frozen     DyLoRA, R = 8, evaluated at every rank b
+    cut, cut_kept      the LoRA of rank 8, of which the first b components are kept: scaled by
+                       alpha / b, as DyLoRA does it, or by its own alpha / 8
+    separate           LoRA trained at b = 1, 2, 4 and 8
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from benchmarks.study import METRIC, Row, half_interval, mean_and_interval, once, read, run_glue
+from examples import methods
+from examples.config import option
+
+R, ALPHA = 8, 16
+RANKS, SEPARATE = range(1, R + 1), (1, 2, 4, 8)
+SETTINGS = (
+    "--learning_rate 1e-3 --per_device_train_batch_size 32 --weight_decay 0 --warmup_ratio 0.06 "
+    f"--max_length 128 --packing --base_dtype bfloat16 --lora_alpha {ALPHA} "
+    "--load_best_model_at_end false --save_strategy no"
+).split()
+RUNS = {
+    "dylora_normal": ["--method", "dylora", "--lora_r", str(R), "--dylora_mode", "normal"],
+    "dylora_frozen": ["--method", "dylora", "--lora_r", str(R), "--dylora_mode", "frozen"],
+    **{f"lora_{b}": ["--method", "lora", "--lora_r", str(b)] for b in (8, 1, 2, 4)},
+}
+CURVES = {
+    "normal": "DyLoRA",
+    "frozen": "DyLoRA, frozen",
+    "cut": "LoRA of rank 8, cut to b, scale α/b",
+    "cut_kept": "LoRA of rank 8, cut to b, scale α/8",
+    "separate": "LoRA trained at b",
+}
+
+
+# -- LoRA cut down, as a method of the runner that only evaluates ----------------------------------
+
+
+@dataclass(frozen=True)
+class CutOptions(methods.LoraOptions):
+    cut_file: str = option("", "where the metrics go")
+
+
+class CutPredictor:
+    """Views `r<b>` and `kept<b>`: the first b components, scaled by alpha / b or alpha / R."""
+
+    def __init__(self, model: Any) -> None:
+        self.factors = [p for name, p in model.named_parameters() if ".lora_B." in name]
+
+    def views(self, final: bool) -> list[str]:
+        return [*(f"kept{b}" for b in RANKS), *(f"r{b}" for b in RANKS)]
+
+    def outputs(self, model: Any, arguments: dict[str, Any], views: list[str]) -> list[Any]:
+        whole = [B.clone() for B in self.factors]
+        found = []
+        for view in views:
+            b = int(view.lstrip("kept").lstrip("r"))
+            for B, kept in zip(self.factors, whole, strict=True):
+                B.zero_()
+                B[:, :b] = kept[:, :b] * (1.0 if view.startswith("kept") else R / b)
+            found.append(model(**arguments))
+        for B, kept in zip(self.factors, whole, strict=True):
+            B.copy_(kept)
+        return found
+
+
+def cut(source: Any, options: CutOptions) -> Any:
+    from examples.adapters import lora
+
+    adapted = lora(source, options)
+    adapted.predictor = CutPredictor(adapted.model)
+
+    def conclude(metrics: Row, *_: object) -> Row:
+        Path(options.cut_file).write_text(json.dumps(metrics), "utf-8")
+        return {}
+
+    adapted.conclude = conclude
+    return adapted
+
+
+methods.method("cut", CutOptions, f"{cut.__module__}:cut", "LoRA cut down, for a study")
+
+
+def cut_metrics(words: Sequence[str], run: Path) -> Row:
+    """The metrics of a LoRA run's adapter cut to every rank, named `r1_f1` and `kept1_f1`."""
+    from examples import program
+    from examples.run_glue import work
+
+    file = run.parent / "cut.json"
+    words = [*words, "--method", "cut", "--lora_r", str(R), "--eval_only", "--lora_path", str(run)]
+    with redirect_stdout(StringIO()):
+        status = program.run_main(
+            work, [*words, "--cut_file", str(file), "--output_dir", str(run.parent / "none")]
+        )
+    assert status == 0
+    return {k.removeprefix("eval_"): v for k, v in json.loads(file.read_text()).items()}
+
+
+# -- the study ------------------------------------------------------------------------------------
+
+
+def go(o: argparse.Namespace) -> None:
+    for seed in o.seeds:
+        for task in o.tasks:
+            common = ["--task_name", task, "--model_name_or_path", o.model, *SETTINGS]
+            common += ["--data_dir", o.data_dir, *o.more]
+            for name, own in RUNS.items():
+
+                def run(folder: Path, name=name, own=own, common=common, seed=seed) -> Row:
+                    words = [*common, *own, "--seed", str(seed), "--num_train_epochs"]
+                    row = run_glue([*words, str(o.epochs)], folder / "run")
+                    if name == f"lora_{R}":
+                        row["cut"] = cut_metrics(common, folder / "run")
+                    return row
+
+                key = {"task": task, "seed": seed, "epochs": o.epochs, "run": name}
+                row = once(o.out, key, run)
+                print(json.dumps({**key, METRIC[task]: row["final"][METRIC[task]]}), flush=True)
+
+
+def curves(rows: list[Row], task: str) -> dict[str, dict[int, list[float]]]:
+    """curve -> rank -> the task's metric at each seed."""
+    metric = METRIC[task]
+    found: dict[str, dict[int, list[float]]] = {}
+    for row in (row for row in rows if row["task"] == task):
+        method, _, what = row["run"].partition("_")
+        for b in RANKS:
+            if method == "dylora":
+                values = {what: row["final"][f"r{b}_{metric}"]}
+            elif int(what) != R:
+                values = {"separate": row["final"][metric]} if int(what) == b else {}
+            else:
+                values = {"cut": row["cut"][f"r{b}_{metric}"]}
+                values["cut_kept"] = row["cut"][f"kept{b}_{metric}"]
+                if b == R:
+                    values["separate"] = row["final"][metric]
+            for curve, value in values.items():
+                found.setdefault(curve, {}).setdefault(b, []).append(value)
+    return {curve: found[curve] for curve in CURVES if curve in found}
+
+
+def table(rows: list[Row]) -> str:
+    lines = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        found = curves(rows, task)
+        lines += [f"**{task}**, {METRIC[task]}, mean ± 95 % interval over seeds", ""]
+        lines += ["| b | " + " | ".join(CURVES[curve] for curve in found) + " |"]
+        lines += ["|---" * (len(found) + 1) + "|"]
+        for b in RANKS:
+            cells = [mean_and_interval(v[b]) if b in v else "" for v in found.values()]
+            lines.append(f"| {b} | " + " | ".join(cells) + " |")
+        lines.append("")
+        for name in RUNS:
+            own = [row for row in rows if (row["task"], row["run"]) == (task, name)]
+            if own:
+                seconds = statistics.mean(row["train_seconds"] for row in own)
+                cpu = statistics.mean(row["cpu_seconds"] for row in own)
+                lines.append(
+                    f"- {name}: {len(own)} seeds, {seconds:.1f} s of training, CPU {cpu:.1f} s"
+                )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    from examples.plots import canvas
+
+    pyplot = canvas()
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    figure, every = pyplot.subplots(
+        1, len(tasks), figsize=(1 + 4.5 * len(tasks), 4.2), layout="constrained", squeeze=False
+    )
+    colours = ("tab:blue", "tab:cyan", "tab:red", "tab:orange", "0.25")
+    for axes, task in zip(every[0], tasks, strict=True):
+        for (curve, by_rank), colour in zip(curves(rows, task).items(), colours, strict=False):
+            ranks = sorted(by_rank)
+            means = [statistics.mean(by_rank[b]) for b in ranks]
+            halves = [half_interval(by_rank[b]) for b in ranks]
+            line = "s--" if curve == "separate" else "o-"
+            axes.errorbar(
+                ranks, means, halves, fmt=line, ms=4, lw=1.3, capsize=2, color=colour,
+                label=CURVES[curve],
+            )  # fmt: skip
+        axes.set_xlabel("rank b")
+        axes.set_xticks(RANKS)
+        axes.set_ylabel(METRIC[task].replace("_", " "))
+        axes.set_title(task, fontsize="medium")
+        axes.grid(alpha=0.25)
+    handles, labels = every[0][0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=3, fontsize="small", frameon=False
+    )
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="folder of the pretrained model (MiniLM)")
+    parser.add_argument("--data_dir", help="folder of the GLUE task folders")
+    parser.add_argument("--tasks", default="mrpc,cola", type=lambda text: text.split(","))
+    parser.add_argument("--seeds", default=[0, 1, 2], type=lambda t: [*map(int, t.split(","))])
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--out", type=Path, required=True, help="one line per run")
+    parser.add_argument("--table", action="store_true", help="print the tables and stop")
+    parser.add_argument("--plot", type=Path, help="draw the curves into this PNG and stop")
+    o, o.more = parser.parse_known_args()
+    if o.plot is None and not o.table:
+        go(o)
+    if o.plot is not None:
+        plot(read(o.out), o.plot)
+    else:
+        print(table(read(o.out)))
+
+
+if __name__ == "__main__":
+    main()

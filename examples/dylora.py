@@ -1,0 +1,133 @@
+"""DyLoRA in its two wirings, evaluated at several ranks in one forward pass.
+
+Metrics at rank b are `eval_r<b>_METRIC`; the plain `eval_METRIC` are those of the whole adapter,
+rank R, and choose the weights. At the end of a run the best of the evaluated ranks and the smallest
+one that is nearly as good are reported, with `rank_curve.json` and its picture.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import loralib
+from examples.adapters import Adapted, ModelSource, continued, with_loralib, with_peft
+from examples.evaluation import at_view
+from examples.methods import DyLoraOptions
+from peft_custom import DyLoraConfig
+from transformers_patched.heads import SequenceClassifierOutput, classification_loss
+
+CURVE, PICTURE = "rank_curve.json", "rank_curve.png"
+
+
+def dylora(source: ModelSource, options: DyLoraOptions) -> Adapted:
+    """DyLoRA by `options.wiring`, started from `options.lora_path` where given."""
+    more = {
+        "r_min": options.dylora_r_min,
+        "dylora_mode": options.dylora_mode,
+        "dylora_dist": options.dylora_dist,
+    }
+    if options.wiring == "loralib":
+        adapted = with_loralib(source, options, "dylora", **more)
+    else:
+        adapted = with_peft(source, options, DyLoraConfig, **more)
+    adapted.predictor = RankPredictor(options)
+    adapted.conclude = RankReport(options)
+    return continued(adapted, source, options)
+
+
+class RankPredictor:
+    """A view `r<b>` for every rank b that the options name; the last one is R."""
+
+    def __init__(self, options: DyLoraOptions) -> None:
+        self.options = options
+
+    def views(self, final: bool) -> list[str]:
+        return [f"r{b}" for b in self.options.ranks(final)]
+
+    def outputs(self, model: nn.Module, arguments: dict[str, Any], views: list[str]) -> list[Any]:
+        """One pass over the batch repeated for every rank; then each rank's logits and loss."""
+        labels = arguments.get("labels")
+        inputs = {name: value for name, value in arguments.items() if name != "labels"}
+        with loralib.rank_stack(model, [int(view[1:]) for view in views]):
+            logits = model(**repeated(inputs, len(views))).logits.chunk(len(views))
+        losses = [None] * len(views)
+        if labels is not None:
+            losses = [classification_loss(part, labels, model.config) for part in logits]
+        pairs = zip(logits, losses, strict=True)
+        return [SequenceClassifierOutput(loss=loss, logits=part) for part, loss in pairs]
+
+
+def repeated(arguments: dict[str, Any], copies: int) -> dict[str, Any]:
+    """The arguments of a batch whose rows come `copies` times, all of them before any again.
+
+    Args:
+        arguments: of a padded batch, tensors (n, …); or of a packed one, tensors (T, …) and
+            `cu_seqlens` (n + 1,). What is no tensor stays.
+        copies: how many.
+    """
+    found = {}
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor):
+            found[name] = value
+        elif name == "cu_seqlens":
+            starts = torch.arange(copies, device=value.device, dtype=value.dtype) * value[-1]
+            ends = (starts[:, None] + value[1:]).flatten()
+            found[name] = torch.cat((value[:1], ends))
+        else:
+            found[name] = value.repeat(copies, *(1,) * (value.dim() - 1))
+    return found
+
+
+class RankReport:
+    """What the final metrics say about the ranks."""
+
+    def __init__(self, options: DyLoraOptions) -> None:
+        self.options = options
+
+    def __call__(
+        self, metrics: dict[str, float], main: str, title: str, folder: Path | None
+    ) -> dict[str, Any]:
+        """The best rank and the smallest good one; the curve goes into `folder`."""
+        ranks, tolerance = self.options.ranks(final=True), self.options.dylora_tolerance
+        values = [metrics[at_view(main, f"r{b}")] for b in ranks]
+        found = chosen_ranks(ranks, values, tolerance, smaller=main.endswith("loss"))
+        if folder is None:
+            return found
+        names = [n for n in metrics if all(at_view(n, f"r{b}") in metrics for b in ranks)]
+        curve = {name: [metrics[at_view(name, f"r{b}")] for b in ranks] for name in names}
+        content = {"metric": main, **found, "tolerance": tolerance, "ranks": ranks, **curve}
+        (folder / CURVE).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+        self._draw(folder / PICTURE, ranks, values, found, main, title)
+        return found
+
+    def _draw(self, path: Path, *what: Any) -> None:
+        from examples.plots import rank_curve
+
+        if why_not := rank_curve(path, *what, self.options.dylora_tolerance):
+            print(why_not)
+
+
+def chosen_ranks(
+    ranks: list[int], values: list[float], tolerance: float, smaller: bool
+) -> dict[str, int]:
+    """`best_rank`, and `smallest_rank` whose value is at most `tolerance` worse.
+
+    Args:
+        ranks: ascending; of equal values the lower rank's counts as better.
+        values: of the metric, one per rank.
+        tolerance: in the metric's own unit.
+        smaller: the smaller the better.
+    """
+    worth = [-value if smaller else value for value in values]
+    best = max(worth)
+    return {
+        "best_rank": ranks[worth.index(best)],
+        "smallest_rank": next(
+            b for b, w in zip(ranks, worth, strict=True) if w >= best - tolerance
+        ),
+    }

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 CONFIG_NAME = "config.json"
-LORA_TYPES = ("lora",)  # what `lora_type` may say; each modelling file's `linear` builds these
+LORA_TYPES = ("lora", "dylora")  # what `lora_type` may say: the keys of `loralib.LINEAR_TYPES`
 _LORA_FIELDS = ("apply_lora", "lora_r", "lora_alpha", "lora_dropout", "lora_type", "lora_modules")
 _RUNTIME_FIELDS = ("num_labels", "extra", "name_or_path")  # not keys of config.json
 

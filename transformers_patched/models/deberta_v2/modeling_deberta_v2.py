@@ -47,7 +47,7 @@ def linear(config: DebertaV2Config, name: str, inputs: int, outputs: int) -> nn.
     names = (name,) if name.endswith("_proj") else (name, "dense")
     named = any(name in config.lora_modules for name in names)
     if config.apply_lora and named:  # loralib is wired in here, nowhere else
-        return lora.Linear(
+        return lora.LINEAR_TYPES[config.lora_type](
             inputs,
             outputs,
             r=config.lora_r,

@@ -42,7 +42,7 @@ from ...pretrained import PreTrainedModel
 def linear(config: RobertaConfig, name: str, inputs: int, outputs: int) -> nn.Linear:
     """The dense layer `name`; a low-rank one where `config.lora_modules` names it."""
     if config.apply_lora and name in config.lora_modules:  # loralib is wired in here, nowhere else
-        return lora.Linear(
+        return lora.LINEAR_TYPES[config.lora_type](
             inputs,
             outputs,
             r=config.lora_r,

@@ -197,7 +197,7 @@ class IVON(Optimizer):
         self._refuse_within_sample("load_state_dict cannot be called")
         saved, groups = state_dict["state"], state_dict["param_groups"]
         for group in groups:
-            if missing := self.defaults.keys() - group.keys():
+            if missing := {*LIMITS, "step"} - group.keys():
                 raise ValueError(f"no state of an IVON: its groups have no {sorted(missing)}")
         if "generator" in state_dict and self.generator is None:
             raise ValueError("the state was saved with a generator: give IVON(generator=…) one")

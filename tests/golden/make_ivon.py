@@ -18,8 +18,9 @@ sys.path.insert(0, str(FOLDER))
 
 
 def main() -> None:
-    import ivon
     import ivon_cases
+
+    import ivon
 
     if (FOLDER.parents[1] / "ivon") in Path(ivon.__file__).resolve().parents:
         sys.exit("this is our own package: put ivon-opt first on PYTHONPATH (see above)")

@@ -10,6 +10,7 @@ Example:
 from .base import LoRALayer
 from .dylora import (
     DyLoRAEmbedding,
+    DyLoRALayer,
     DyLoRALinear,
     DyLoRAMergedLinear,
     at_rank,
@@ -29,6 +30,7 @@ __all__ = [
     "Conv3d",
     "ConvLoRA",
     "DyLoRAEmbedding",
+    "DyLoRALayer",
     "DyLoRALinear",
     "DyLoRAMergedLinear",
     "Embedding",

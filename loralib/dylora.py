@@ -40,6 +40,7 @@ class NestedRank:
         rows: (i, b): components 0 … b act, those from i on learn; what `set_rank` sets.
         drawn: the same for training mode, while something draws a rank for every step.
         stack: the ranks of a stacked batch, within `rank_stack`.
+        draws: options of what draws the ranks, kept here for it.
     """
 
     def __init__(self, largest: int) -> None:
@@ -47,6 +48,7 @@ class NestedRank:
         self.rows: Rows = (0, largest)
         self.drawn: Rows | None = None
         self.stack: RankStack | None = None
+        self.draws: dict[str, Any] = {}
 
     def rows_of(self, rank: int, frozen: bool = False) -> Rows:
         """(i, b) for rank b; an error outside of 1 … R."""
@@ -116,7 +118,7 @@ class NestedLayer:
         raise NotImplementedError
 
 
-class _DyLoRA(NestedLayer, LoRALayer):
+class DyLoRALayer(NestedLayer, LoRALayer):
     """What the three layers share; mixed in before loralib's own layer."""
 
     def _init_lora(self, r: int, lora_alpha: float, *rest: Any) -> None:
@@ -143,7 +145,7 @@ class _DyLoRA(NestedLayer, LoRALayer):
         return super().extra_repr() + rank
 
 
-class _DyLoRALinear(_DyLoRA, _LinearLayer):
+class _DyLoRALinear(DyLoRALayer, _LinearLayer):
     def _adapted(self, x: Tensor) -> Tensor:
         factors = self.weight, self.bias, self.lora_A, self.lora_B
         stack, segments, transposed = self.nested.stack, self.segments, self.fan_in_fan_out
@@ -165,7 +167,7 @@ class DyLoRAMergedLinear(_DyLoRALinear, MergedLinear):
     """`MergedLinear` with nested factors, one rank for all segments; its arguments, r is R."""
 
 
-class DyLoRAEmbedding(_DyLoRA, Embedding):
+class DyLoRAEmbedding(DyLoRALayer, Embedding):
     """`Embedding` with nested factors; its arguments (but no `max_norm`), r is R."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .dylora import _DyLoRA
+from .dylora import DyLoRALayer
 from .functional import leading
 
 BIAS_CHOICES = ("none", "all", "lora_only")
@@ -62,7 +62,7 @@ def lora_state_dict(
     if rank is None:
         return tensors
     for name, layer in model.named_modules(remove_duplicate=False):
-        if isinstance(layer, _DyLoRA) and layer.adapted:
+        if isinstance(layer, DyLoRALayer) and layer.adapted:
             _, b = layer.nested.rows_of(rank)
             prefix = f"{name}." if name else ""
             A, B = leading(tensors[f"{prefix}lora_A"], tensors[f"{prefix}lora_B"], b)

@@ -393,13 +393,19 @@ class AttachedHooks(TrainingHooks):
 _attached: weakref.WeakKeyDictionary[Any, weakref.ref[AttachedHooks]] = weakref.WeakKeyDictionary()
 
 
+# Functions from a model to owners of layers that no tuner injected; equal calls give equal owners.
+owner_finders: list[Callable[[nn.Module], Iterable[Any]]] = []
+
+
 def _owners(model: nn.Module) -> Iterator[Any]:
-    """Tuners in `model`, then other modules whose class brings `training_hooks` itself."""
+    """Tuners in `model`, then other modules whose class brings `training_hooks`, then the found."""
     tuners = list(iter_tuners(model))
     yield from tuners
     for module in model.modules():
         if callable(getattr(type(module), "training_hooks", None)) and module not in tuners:
             yield module
+    for find in owner_finders:
+        yield from find(model)
 
 
 def attached_hooks(model: nn.Module) -> TrainingHooks | None:
@@ -489,7 +495,7 @@ def attach(
     """
     inner = unwrap_optimizer(optimizer)
     owners = list(_owners(model))
-    watched = _adapter_parameters(model, inner)
+    watched = _adapter_parameters(model, owners, inner)
     for owner in owners:
         earlier = attached_hooks(owner)
         if earlier is not None:
@@ -509,12 +515,16 @@ def attach(
     return AttachedHooks(inner, parts, watched)
 
 
-def _adapter_parameters(model: nn.Module, optimizer: Optimizer) -> list[nn.Parameter]:
+def _adapter_parameters(
+    model: nn.Module, owners: list[Any], optimizer: Optimizer
+) -> list[nn.Parameter]:
     """The model's trainable adapter parameters, all of which must be the optimiser's."""
+    holders = [layer for _, layer in iter_adapters(model)]
+    holders += [owner for owner in owners if "adapter_parameters" in vars(type(owner))]
     adapters = {
         id(parameter)
-        for _, layer in iter_adapters(model)
-        for parameter in layer.adapter_parameters()
+        for holder in holders
+        for parameter in holder.adapter_parameters()
         if parameter.requires_grad
     }
     known = {id(p) for group in optimizer.param_groups for p in group["params"]}

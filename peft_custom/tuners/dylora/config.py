@@ -1,0 +1,62 @@
+"""`DyLoraConfig`: `LoraConfig`'s options and those of the nested ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..lora.config import LoraConfig
+from .draws import RankDraws
+
+
+@dataclass
+class DyLoraConfig(LoraConfig):
+    """Options of a nested adapter, y = base(x) + (α/b)·B[:, :b] A[:b] dropout(x), 1 ≤ b ≤ r.
+
+    `r` is R, the largest rank; the other fields of `LoraConfig` mean the same as there. The scale
+    at rank b is α/b, so `use_rslora`, one rank for all layers, so `rank_pattern`, and no component
+    may be in the base weight, so PiSSA are refused.
+
+    Attributes:
+        r_min: smallest rank that training draws.
+        dylora_mode: `"normal"`: rank b trains components 1 … b; `"frozen"`: only the b-th.
+        dylora_dist: `"uniform"`, or `"geometric(p)"` renormalised over r_min … r.
+        dylora_dense: let the optimiser move what a step does not train (by momentum and weight
+            decay), as the published code does; off, such rows stay as they are to the last bit.
+        finished: optimiser hooks drew the ranks; False marks an adapter trained without them.
+    """
+
+    peft_type: str | None = "DYLORA"
+    r_min: int = 1
+    dylora_mode: str = "normal"
+    dylora_dist: str = "uniform"
+    dylora_dense: bool = False
+    finished: bool = True
+
+    omit_at_default: ClassVar[frozenset[str]] = LoraConfig.omit_at_default | {"finished"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("use_rslora", "rank_pattern"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: a DyLoRA adapter has one rank for all layers "
+                    "and the scale lora_alpha / rank; leave it out"
+                )
+        if str(self.init_lora_weights).startswith("pissa"):
+            raise ValueError(
+                f"init_lora_weights={self.init_lora_weights!r}: PiSSA moves part of the weight "
+                "into the adapter, where a lower rank would lack it; use True, False or 'gaussian'"
+            )
+        self.draws  # noqa: B018  checks its options
+
+    @property
+    def draws(self) -> RankDraws:
+        """How ranks are drawn."""
+        return RankDraws(self.r, self.r_min, self.dylora_mode, self.dylora_dist, self.dylora_dense)
+
+    def at_rank(self, rank: int) -> LoraConfig:
+        """The plain adapter of this rank: the same α, so the scale is α/rank."""
+        shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(LoraConfig)}
+        return LoraConfig(**{**shared, "peft_type": "LORA", "r": rank})

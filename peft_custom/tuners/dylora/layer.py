@@ -1,0 +1,131 @@
+"""DyLoRA on a layer: y = base(x) + (α/b)·B[:, :b](A[:b](dropout(x))), 1 ≤ b ≤ R (Algorithm 1).
+
+Shapes and names of A and B are LoRA's at rank R. The rank in force is a `loralib.NestedRank`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loralib import functional as lora
+from loralib.dylora import NestedLayer, NestedRank
+
+from ..lora import layer as plain
+
+
+class DyLoraLayer(NestedLayer, plain.LoraLayer):
+    """What the kinds of base layer share; mixed in before LoRA's own wrapper."""
+
+    def __init__(self, base_layer: torch.nn.Module) -> None:
+        super().__init__(base_layer)
+        self.nested: dict[str, NestedRank] = {}
+
+    def add_adapter(self, adapter: str, r: int, *args: Any, **kwargs: Any) -> None:
+        """Creates and initialises adapter `adapter` of largest rank r; it computes with that."""
+        self.nested[adapter] = NestedRank(r)
+        super().add_adapter(adapter, r, *args, **kwargs)
+
+    def delete_adapter(self, name: str) -> None:
+        super().delete_adapter(name)
+        self.nested.pop(name, None)
+
+    def nested_ranks(self) -> list[NestedRank]:
+        """Those of the active adapters."""
+        return [self.nested[name] for name in self.active_adapters if name in self.nested]
+
+    def rank_changed(self) -> None:
+        if self.merged:  # from the kept weight, so that nothing of the former rank stays
+            names = list(self.merged_adapters)
+            self.unmerge()
+            self.merge(names)
+
+    def _alpha(self, adapter: str) -> float:
+        return self._scaling[adapter] * self.r[adapter]  # as `set_scale` left it
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """ΔW at the rank of evaluation."""
+        _, b = self.nested[adapter].rows
+        A, B = lora.leading(*self.factors(adapter), b)
+        transposed = getattr(self, "fan_in_fan_out", True)  # an embedding's table is (num, dim)
+        return lora.delta_weight(A, B, self._alpha(adapter) / b, transposed)
+
+    def increment(self, x: Tensor, adapter: str) -> Tensor:
+        if self._routes is not None and self.nested[adapter].stack is not None:
+            raise ValueError("adapter_names and rank_stack exclude each other: use one of them")
+        options = self._alpha(adapter), self.dropout_now(adapter), self.nested[adapter]
+        return self._update(x, *self.factors(adapter), *options)
+
+    def _update(
+        self, x: Tensor, A: Tensor, B: Tensor, alpha: float, p: float, nested: NestedRank
+    ) -> Tensor:
+        """(α/b)·B[:, :b] A[:b] drop(x), at the rank in force or at those of a stacked batch."""
+        raise NotImplementedError
+
+
+class Linear(DyLoraLayer, plain.Linear):
+    """DyLoRA on `nn.Linear` or Hugging Face's `Conv1D` (whose weight is stored (in, out))."""
+
+    def bind(self, adapter: str) -> Any:
+        """(plain base?, A, B, α, dropout, ranks): all that `forward_one` reads."""
+        is_plain, A, B, _, p = super().bind(adapter)
+        return is_plain, A, B, self._alpha(adapter), p, self.nested[adapter]
+
+    def forward_one(self, x: Tensor, bound: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Base and update in one fused map where the base layer is a plain one."""
+        is_plain, A, B, alpha, p, nested = bound
+        base = self.base_layer
+        own = A.weight, B.weight, alpha, p if self.training else 0.0, nested
+        if is_plain and not (
+            base._forward_hooks or base._forward_pre_hooks or base._backward_hooks
+        ):
+            return self._map(x, base.weight, base.bias, *own)
+        out = base(x, *args, **kwargs)
+        return out + self._update(x, *own).to(out.dtype)
+
+    def _map(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        alpha: float,
+        p: float,
+        nested: NestedRank,
+    ) -> Tensor:
+        transposed = self.fan_in_fan_out
+        if nested.stack is not None:
+            shares = nested.stack.shares(x, x.shape[:-1].numel())
+            return lora.lora_stacked(
+                x, weight, bias, A, B, alpha, shares, fan_in_fan_out=transposed
+            )
+        rows = nested.in_force(self.training)
+        return lora.lora_linear(x, weight, bias, A, B, alpha / rows[1], p, transposed, rows)
+
+    def _update(self, x: Tensor, *own: Any) -> Tensor:
+        return self._map(x, None, None, *own)
+
+
+class Embedding(DyLoraLayer, plain.Embedding):
+    """DyLoRA on `nn.Embedding`: row i of the table plus (α/b)·B[:, :b] A[:b, i]."""
+
+    def bind(self, adapter: str) -> Any:
+        """The adapter's name: `increment` reads the rest."""
+        return adapter
+
+    def forward_one(self, x: Tensor, bound: Any, *args: Any, **kwargs: Any) -> Tensor:
+        out = self.base_layer(x)
+        return out + self.increment(x, bound).to(out.dtype)
+
+    def _update(
+        self, x: Tensor, A: Tensor, B: Tensor, alpha: float, p: float, nested: NestedRank
+    ) -> Tensor:
+        padding = self.base_layer.padding_idx
+        if nested.stack is not None:
+            shares = nested.stack.shares(x, x.numel())
+            return lora.lora_embedding(x, A, B, alpha, padding_idx=padding, shares=shares)
+        rows = nested.in_force(self.training)
+        return lora.lora_embedding(x, A, B, alpha / rows[1], padding_idx=padding, rows=rows)

@@ -88,8 +88,7 @@ class Trainer:
         self.predictor = predictor or getattr(optimizer, "predictor", None) or PlainPredictor()
         self.device = accelerator.device
         self.progress = Progress()
-        self.kept: dict[str, Tensor] | None = None  # the best weights, where nothing is saved
-        self.kept_posterior: dict[str, Any] | None = None  # and their optimiser's state
+        self.kept: dict[str, Any] | None = None  # of the best evaluation, where nothing is saved
         self.unseen: list[Tensor] = []  # losses nobody has looked at yet
         if optimizer is None:
             self.raw = self.model = model.to(self.device)
@@ -213,18 +212,15 @@ class Trainer:
         if options.logging_steps and step % options.logging_steps == 0:
             self._log()
         ended = step % len(self.train_batches) == 0 or step == self.total_steps
-        by_steps = options.eval_steps and step % options.eval_steps == 0
-        by_steps = by_steps and (step - 1) // len(self.train_batches) >= options.eval_after_epochs
+        late = (step - 1) // len(self.train_batches) >= options.eval_after_epochs
+        by_steps = late and options.eval_steps and step % options.eval_steps == 0
         at_end = step == self.total_steps or (ended and options.eval_strategy == "epoch")
         due = (at_end or by_steps) and options.eval_strategy != "no"
-        better = False
-        if due and self.evaluations and options.do_eval:
-            better = self._evaluate_on_the_way()
+        due = due and self.evaluations and options.do_eval
+        better = due and self._evaluate_on_the_way()
         if options.save_strategy == "no":
             if better:
-                self.kept = {name: t.detach().clone() for name, t in self.weights().items()}
-                if self._has_posterior():
-                    self.kept_posterior = copy.deepcopy(self.optimizer.state_dict())
+                self.kept = copy.deepcopy({"weights": self.weights(), **self._posterior()})
             return
         regular = ended if options.save_strategy == "epoch" else step % options.save_steps == 0
         if regular or better or step == self.total_steps or state.stopped:
@@ -279,8 +275,7 @@ class Trainer:
         state = self.progress
         values = self.evaluate()
         row = {"step": state.step, "epoch": self.epoch(), "train_loss": self._mean_loss("loss")}
-        row |= values
-        row |= self.hooks.losses() | self.hooks.log()
+        row |= values | self.hooks.losses() | self.hooks.log()
         self.folder.add_line(METRICS, row)
         self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=state.step)
         shown = evaluation.worth_showing(values, self.main_metric, self.predictor.views(False))
@@ -321,9 +316,8 @@ class Trainer:
 
     def evaluate(self, final: bool = False) -> dict[str, float]:
         """Metrics of every evaluation set; `final` at the end of a run."""
-        return evaluation.evaluate(
-            self.raw, self.evaluations, self.accelerator, self.predictor, final
-        )
+        where = self.raw, self.evaluations, self.accelerator
+        return evaluation.evaluate(*where, self.predictor, final)
 
     # --- saving and resuming --------------------------------------------------------------------
 
@@ -392,18 +386,15 @@ class Trainer:
         step = self.progress.best_step
         if step is None or not self.options.load_best_model_at_end:
             return
-        if self.kept is not None:
-            self._put(self.kept, "the best weights")
-            posterior = self.kept_posterior
-        elif step != self.progress.step:
-            folder = self.folder.path / f"checkpoint-{step}"
+        folder, content = self.folder.path / f"checkpoint-{step}", self.kept
+        if content is None and step != self.progress.step:
             content = checkpoints.read_state(folder / checkpoints.STATE)
+        if content is not None:
             self._put(content["weights"], folder)
-            posterior = content["optimizer"]
-        else:
-            return
-        if self._has_posterior():  # it belongs to the weights
-            self.optimizer.load_state_dict(posterior)
+            if self._posterior():
+                self.optimizer.load_state_dict(content["optimizer"])
 
-    def _has_posterior(self) -> bool:
-        return hasattr(unwrap_optimizer(self.optimizer), "posterior_std")
+    def _posterior(self) -> dict[str, Any]:
+        """The optimiser's state where it belongs to the weights: they are a distribution's."""
+        belongs = hasattr(unwrap_optimizer(self.optimizer), "posterior_std")
+        return {"optimizer": self.optimizer.state_dict()} if belongs else {}

@@ -28,6 +28,7 @@ from transformers_patched.checkpoint import read_bin, read_safetensors, write_sa
 LORALIB_WEIGHTS = "lora.safetensors"
 LORALIB_CONFIG = "lora.json"
 PEFT_PREFIX = "base_model.model."
+HEADS = ("classifier", "score", "qa_outputs")  # they train with any method, as PEFT has it
 
 
 @dataclass
@@ -217,8 +218,7 @@ def with_peft(
 
 def random_parts(model: PreTrainedModel) -> list[str]:
     """Modules of the base that the checkpoint lacks: they are random, so they must train."""
-    prefix = model.base_model_prefix + "."
-    names = [name for name in model.newly_initialised if name.startswith(prefix)]
+    names = [name for name in model.newly_initialised if name.partition(".")[0] not in HEADS]
     return sorted({name.rpartition(".")[0] for name in names})
 
 
@@ -228,7 +228,8 @@ def random_parts(model: PreTrainedModel) -> list[str]:
 def continued(adapted: Adapted, source: ModelSource, options: IncrementOptions) -> Adapted:
     """`adapted`, with the weights of `options.lora_path` where given."""
     if options.lora_path is not None:
-        said = continue_from(adapted.model, Path(options.lora_path).expanduser(), options)
+        same = {"r": ("lora_r", options.lora_r), "lora_alpha": ("lora_alpha", options.lora_alpha)}
+        said = continue_from(adapted.model, Path(options.lora_path).expanduser(), same)
         if said and source.speak:
             print(said)
     return adapted
@@ -273,8 +274,13 @@ def _microsoft_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {renamed(name): tensor for name, tensor in tensors.items()}
 
 
-def continue_from(model: nn.Module, path: Path, options: IncrementOptions) -> str:
+def continue_from(model: nn.Module, path: Path, same: dict[str, tuple[str, Any]]) -> str:
     """Loads an adapter into a model that has fresh ones; a head of other labels stays fresh.
+
+    Args:
+        model: with adapters.
+        path: see `read_adapter`.
+        same: what the file's description must agree in: its name there -> (option, value).
 
     Returns:
         What there is to say about the head, or "".
@@ -283,9 +289,8 @@ def continue_from(model: nn.Module, path: Path, options: IncrementOptions) -> st
         CheckpointError: its factors are not the model's, in names, shapes or scaling.
     """
     tensors, values = read_adapter(path)
-    for name, ours in (("r", options.lora_r), ("lora_alpha", options.lora_alpha)):
+    for name, (option, ours) in same.items():
         if name in values and values[name] != ours:
-            option = {"r": "lora_r"}.get(name, name)
             raise CheckpointError(
                 f"{path} has {name} {values[name]}: give --{option} {values[name]}"
             )

@@ -27,7 +27,7 @@ from examples.evaluation import PlainPredictor, Predictor
 from examples.methods import IvonOptions, RunFacts
 from ivon import IVON
 from ivon.posterior import KEY
-from peft_custom import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft_custom import PeftModel, get_peft_model_state_dict
 from peft_custom.rng import bits, generator
 from transformers_patched import CheckpointError
 from transformers_patched.checkpoint import write_atomically
@@ -196,13 +196,13 @@ class PosteriorFile:
         named = dict(model.named_parameters())
         first = self.optimizer.posterior_tensors(named.items())
         with _holding({named[name]: h for name, h in first.items()}):
-            _put(model, tensors, path)  # what the file lacks keeps its first h
+            count = _put(model, tensors, path)  # what does not fit keeps its first h
             found = {name: named[name].detach().clone() for name in first}
         try:
             self.optimizer.load_posterior(named.items(), found, facts)
         except ValueError as error:
             raise CheckpointError(f"{path}: {error} (--ivon_ess, --ivon_weight_decay)") from error
-        return f"{path}: h of {sum(h.numel() for h in found.values()):,} weights taken over"
+        return f"{path}: h of {count:,} weights taken over"
 
     def pictures(self, folder: Path, title: str, model: nn.Module) -> None:
         """Histograms of σ and |μ|/σ by kind of weight."""
@@ -242,14 +242,12 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def _put(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    if isinstance(model, PeftModel):
-        set_peft_model_state_dict(model, tensors, source=str(path))
-        return
+def _put(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> int:
+    """Writes tensors into the parameters of their names and shapes; how many there were."""
     own = _tensors(model)
-    differing = sorted(own.keys() ^ tensors.keys())
-    differing += [n for n, p in own.items() if n in tensors and p.shape != tensors[n].shape]
-    if differing:
-        raise CheckpointError(f"{path} is of another model: {', '.join(differing[:3])} …")
-    for name, p in own.items():
-        p.copy_(tensors[name])
+    fitting = [n for n, tensor in tensors.items() if n in own and own[n].shape == tensor.shape]
+    if not fitting:
+        raise CheckpointError(f"{path} is of another model: {', '.join(list(tensors)[:3])} …")
+    for name in fitting:
+        own[name].copy_(tensors[name])
+    return sum(tensors[name].numel() for name in fitting)

@@ -171,6 +171,12 @@ class AdaLoraOptions:
     adalora_orth_reg_weight: float = option(
         0.5, "weight of the regulariser that keeps singular vectors orthonormal; 0: none", low=0
     )
+    adalora_sensitivity_timing: str = option(
+        "before",
+        "|w·∂L/∂w| is taken before the update, as in the paper, or after it, as PEFT does",
+        choices=("before", "after"),
+    )
+    init_lora_weights: str = option("true", "true: E = 0; gaussian: E ~ N(0, 0.02²), PEFT 0.11's")
     lora_alpha: float = option(8.0, "increments are scaled by alpha / init_r; 0: by 1", low=0)
     lora_dropout: float = option(0.0, "dropout before the increments", low=0, high=0.999)
     lora_modules: tuple[str, ...] = option(

@@ -18,7 +18,7 @@ import loralib
 from examples.adapters import Adapted, ModelSource, continued, with_loralib, with_peft
 from examples.evaluation import at_view
 from examples.methods import DyLoraOptions
-from peft_custom import DyLoraConfig
+from peft_custom import DyLoraConfig, configure_dylora
 from transformers_patched.heads import SequenceClassifierOutput, classification_loss
 
 CURVE, PICTURE = "rank_curve.json", "rank_curve.png"
@@ -33,6 +33,7 @@ def dylora(source: ModelSource, options: DyLoraOptions) -> Adapted:
     }
     if options.wiring == "loralib":
         adapted = with_loralib(source, options, "dylora", **more)
+        configure_dylora(adapted.model, **more)
     else:
         adapted = with_peft(source, options, DyLoraConfig, **more)
     adapted.predictor = RankPredictor(options)

@@ -7,7 +7,7 @@ from typing import Any
 
 from examples.adapters import Adapted, ModelSource, adapter_folder, continue_from, random_parts
 from examples.methods import AdaLoraOptions, ViLoraOptions
-from examples.runfolder import RunFolder
+from examples.runfolder import METRICS, RunFolder
 from peft_custom import AdaLoraConfig, PeftConfig, PeftModel, VILoraConfig, get_peft_model
 from transformers_patched import CheckpointError
 
@@ -54,7 +54,7 @@ def _adapted(
             print(said)
 
     def pictures(folder: RunFolder, title: str) -> None:
-        _draw(model, folder.path, title)
+        _draw(model, folder, title)
 
     return Adapted(model, model.save_pretrained, pictures=pictures)
 
@@ -77,13 +77,18 @@ def _saved_ranks(options: AdaLoraOptions) -> dict[str, list[bool]] | None:
     return saved.rank_pattern
 
 
-def _draw(model: PeftModel, folder: Path, title: str) -> None:
+def _draw(model: PeftModel, folder: RunFolder, title: str) -> None:
     """Final ranks, and how they came about."""
     from examples.rank_plots import RANKS, TRAJECTORY, rank_heatmap, rank_trajectories
 
     pattern = model.base_model.rank_pattern()
     ranks = {name.removesuffix(".lora_E"): sum(kept) for name, kept in pattern.items()}
-    rank_heatmap(folder / RANKS, ranks, len(next(iter(pattern.values()))), title)
-    if history := model.base_model.history():
-        steps = [(row["step"], row["budget"], row["ranks"]) for row in history]
-        rank_trajectories(folder / TRAJECTORY, steps, title)
+    start = len(next(iter(pattern.values())))
+    rank_heatmap(folder.path / RANKS, ranks, start, title)
+    cuts = [(row["step"], row["budget"], row["ranks"]) for row in model.base_model.history()]
+    if cuts:
+        first = dict.fromkeys(ranks, start), len(ranks) * start
+        before = [(step, first[1], first[0]) for step in (0, max(0, cuts[0][0] - 1))]
+        last = max([row["step"] for row in folder.read_lines(METRICS)], default=cuts[-1][0])
+        history = [*before, *cuts, (last, *cuts[-1][1:])]
+        rank_trajectories(folder.path / TRAJECTORY, history, title)

@@ -42,7 +42,7 @@ class PeftModel(nn.Module):
         config = self._completed(peft_config, model)
         self.base_model: BaseTuner = tuner_class(config)(model, config, adapter_name)
         self.training = model.training
-        self._warn_of_random_weights(model, config)
+        self._warn_of_random_weights(model, self.peft_config[adapter_name])
 
     def _warn_of_random_weights(self, model: nn.Module, config: PeftConfig) -> None:
         """Random weights that are frozen and not saved would make a saved adapter worthless."""

@@ -145,7 +145,7 @@ class BaseTuner(nn.Module):
     # --- injection -----------------------------------------------------------------------------
     def add_adapter(self, adapter: str, config: PeftConfig) -> None:
         """Injects one more adapter; it is not activated. The configuration is copied."""
-        if not isinstance(config, self.config_class):
+        if not isinstance(config, self.config_class) or config.peft_type != self.peft_type:
             raise TypeError(
                 f"a {self.peft_type} model takes {self.config_class.__name__}, not "
                 f"{type(config).__name__}: all adapters of a model are of one type"

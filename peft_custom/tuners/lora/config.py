@@ -66,10 +66,7 @@ class LoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._refuse_unsupported()
-        for name, rank in [("r", self.r), *self.rank_pattern.items()]:
-            where = "r" if name == "r" else f"rank_pattern[{name!r}]"
-            if not isinstance(rank, int) or isinstance(rank, bool) or rank <= 0:
-                raise ValueError(f"{where}={rank!r}: a rank is a positive whole number, such as 8")
+        self._check_ranks()
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(
                 f"lora_dropout={self.lora_dropout!r}: a probability from 0 to below 1, such as 0.1"
@@ -91,6 +88,12 @@ class LoraConfig(PeftConfig):
                     )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern says where layers_to_transform counts; set that too")
+
+    def _check_ranks(self) -> None:
+        for name, rank in [("r", self.r), *self.rank_pattern.items()]:
+            where = "r" if name == "r" else f"rank_pattern[{name!r}]"
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank <= 0:
+                raise ValueError(f"{where}={rank!r}: a rank is a positive whole number, such as 8")
 
     def _refuse_unsupported(self) -> None:
         for name, inert in (

@@ -230,10 +230,11 @@ class _GroupedProducts(torch.autograd.Function):
             zero = q.new_zeros(()) if bias is None else bias
             torch.baddbmm(zero, qg, kg.transpose(1, 2), alpha=s, out=scores)
             by_head = scores.unflatten(0, (-1, plan.heads)).transpose(0, 1)  # (h, n, L, L)
+            room = scores.new_empty(*by_head.shape[:-1], 2 * group.length)
             if c2p is not None:
-                by_head += _position_term(qg, c2p, s)
+                by_head += _position_term(qg, c2p, s, room)
             if p2c is not None:
-                by_head.transpose(-1, -2).add_(_position_term(kg, p2c, s))
+                by_head.transpose(-1, -2).add_(_position_term(kg, p2c, s, room))
             scores.copy_(torch.softmax(scores, dim=-1))
         keep, dropped, c = None, probabilities, 1.0
         if p > 0.0:
@@ -270,40 +271,44 @@ class _GroupedProducts(torch.autograd.Function):
             _product(ds, kg, s, group.matrices(dq))
             _product(ds.transpose(1, 2), qg, s, group.matrices(dk))
             by_head = ds.unflatten(0, (-1, plan.heads)).transpose(0, 1)  # (h, n, L, L)
+            band = ds.new_zeros(*by_head.shape[:-1], 2 * group.length)
             if c2p is not None:
-                _position_gradients(by_head, qg, c2p, s, group.matrices(dq), dc2p)
+                windows(band).copy_(by_head)
+                _position_gradients(band, qg, c2p, s, group.matrices(dq), dc2p)
             if p2c is not None:
-                by_head = by_head.transpose(-1, -2)
-                _position_gradients(by_head, kg, p2c, s, group.matrices(dk), dp2c)
+                windows(band).copy_(by_head.transpose(-1, -2))
+                _position_gradients(band, kg, p2c, s, group.matrices(dk), dp2c)
         dq, dk, dv = (plan.scatter(x, ctx.num_rows) for x in (dq, dk, dv))
         return dq, dk, dv, dc2p, dp2c, None, None, None
 
 
-def _position_term(x: Tensor, table: Tensor, s: float) -> Tensor:
-    """Windows (h, n, L, L) of s x Tᵀ, for x (n·h, L, d) of a group and the table of all lengths."""
-    rows, middle = _rows_by_head(x, table), _middle(table, x.shape[1])
-    product = rows.new_empty(*rows.shape[:2], middle.shape[1])  # (h, n·L, 2L)
-    _product(rows, middle.transpose(1, 2), s, product)
-    return windows(product.unflatten(1, (-1, x.shape[1])))
+def _position_term(x: Tensor, table: Tensor, s: float, room: Tensor) -> Tensor:
+    """Windows (h, n, L, L) of s x Tᵀ for the rows x (n·h, L, d) of a group.
+
+    Args:
+        table: T, (h, 2·longest, d), which serves the groups of all lengths.
+        room: (h, n, L, 2L), where the product is put.
+    """
+    middle = _middle(table, x.shape[1])
+    _product(_rows_by_head(x, table), middle.transpose(1, 2), s, room.flatten(1, 2))
+    return windows(room)
 
 
 def _position_gradients(
-    ds: Tensor, x: Tensor, table: Tensor, s: float, dx: Tensor, dtable: Tensor | None
+    band: Tensor, x: Tensor, table: Tensor, s: float, dx: Tensor, dtable: Tensor | None
 ) -> None:
     """Adds the gradients of `_position_term` to `dx` (n·h, L, d) and, where wanted, `dtable`.
 
     Args:
-        ds: (h, n, L, L), the gradient of the windows.
+        band: (h, n, L, 2L), the gradient of the windows in its place and zeros beside it.
     """
-    h, n, length, _ = ds.shape
-    rows, middle = _rows_by_head(x, table), _middle(table, length)
-    band = ds.new_zeros(h, n, length, 2 * length)
-    windows(band).copy_(ds)
-    band = band.flatten(1, 2)  # (h, n·L, 2L)
-    back = torch.bmm(band, middle).unflatten(1, (n, length)).transpose(0, 1)  # (n, h, L, d)
+    h, n, length, _ = band.shape
+    flat, middle = band.flatten(1, 2), _middle(table, length)  # (h, n·L, 2L), (h, 2L, d)
+    back = torch.bmm(flat, middle).unflatten(1, (n, length)).transpose(0, 1)  # (n, h, L, d)
     dx.unflatten(0, (n, h)).add_(back, alpha=s)
     if dtable is not None:
-        _middle(dtable, length).add_(torch.bmm(band.transpose(1, 2), rows), alpha=s)
+        rows = _rows_by_head(x, table)
+        _middle(dtable, length).add_(torch.bmm(flat.transpose(1, 2), rows), alpha=s)
 
 
 def _rows_by_head(x: Tensor, table: Tensor) -> Tensor:

@@ -410,12 +410,12 @@ def _owners(model: nn.Module) -> Iterator[Any]:
 
 def attached_hooks(model: nn.Module) -> TrainingHooks | None:
     """The live hooks that drive a tuner (or the first driven tuner in a model); None without."""
-    for owner in _owners(model):
-        reference = _attached.get(owner)
-        hooks = None if reference is None else reference()
-        if hooks is not None:
-            return hooks
-    return None
+    return next((hooks for hooks in map(_driving, _owners(model)) if hooks is not None), None)
+
+
+def _driving(owner: Any) -> AttachedHooks | None:
+    reference = _attached.get(owner)
+    return None if reference is None else reference()
 
 
 def refuse_if_attached(tuner: nn.Module, call: str = "update_and_allocate") -> None:
@@ -497,7 +497,7 @@ def attach(
     owners = list(_owners(model))
     watched = _adapter_parameters(model, owners, inner)
     for owner in owners:
-        earlier = attached_hooks(owner)
+        earlier = _driving(owner)
         if earlier is not None:
             earlier.remove()
     parts = []

@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 
 from examples.plots import canvas
-from examples.runfolder import PICTURES
 
-_, RANKS, TRAJECTORY, POSTERIOR = PICTURES
+RANKS, TRAJECTORY, POSTERIOR = "ranks.png", "rank_trajectories.png", "posterior.png"
 NO_LAYER = -1
 Ranks = Mapping[str, int]
 

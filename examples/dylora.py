@@ -18,10 +18,11 @@ import loralib
 from examples.adapters import Adapted, ModelSource, continued, with_loralib, with_peft
 from examples.evaluation import at_view
 from examples.methods import DyLoraOptions
+from examples.runfolder import RANK_CURVE
 from peft_custom import DyLoraConfig, configure_dylora
 from transformers_patched.heads import SequenceClassifierOutput, classification_loss
 
-CURVE, PICTURE = "rank_curve.json", "rank_curve.png"
+PICTURE = "rank_curve.png"
 
 
 def dylora(source: ModelSource, options: DyLoraOptions) -> Adapted:
@@ -30,6 +31,7 @@ def dylora(source: ModelSource, options: DyLoraOptions) -> Adapted:
         "r_min": options.dylora_r_min,
         "dylora_mode": options.dylora_mode,
         "dylora_dist": options.dylora_dist,
+        "dylora_dense": options.dylora_dense,
     }
     if options.wiring == "loralib":
         adapted = with_loralib(source, options, "dylora", **more)
@@ -102,7 +104,7 @@ class RankReport:
         names = [n for n in metrics if all(at_view(n, f"r{b}") in metrics for b in ranks)]
         curve = {name: [metrics[at_view(name, f"r{b}")] for b in ranks] for name in names}
         content = {"metric": main, **found, "tolerance": tolerance, "ranks": ranks, **curve}
-        (folder / CURVE).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+        (folder / RANK_CURVE).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
         self._draw(folder / PICTURE, ranks, values, found, main, title)
         return found
 

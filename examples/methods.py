@@ -130,6 +130,9 @@ class DyLoraOptions(IncrementOptions):
         "uniform", "how ranks are drawn: uniform, or geometric(p) such as geometric(0.15)"
     )
     dylora_r_min: int = option(1, "smallest rank that is trained", low=1)
+    dylora_dense: bool = option(
+        False, "let momentum and weight decay move what a step does not train, as published"
+    )
     dylora_eval_ranks: tuple[str, ...] = option(
         (),
         "ranks of every evaluation beside lora_r, which chooses the weights; none: r_min during "

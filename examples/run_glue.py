@@ -189,7 +189,7 @@ def work(argv: Sequence[str]) -> int:
     run = program.Run(
         options,
         accelerator,
-        _source(model, data.task),
+        model_source(model, data.task),
         f"{data.task.name} with {'/'.join(Path(model.model_name_or_path).parts[-2:])}",
         f"eval_{names[0]}_{metric}" if names[0] else f"eval_{metric}",
     )
@@ -197,7 +197,8 @@ def work(argv: Sequence[str]) -> int:
     return 0
 
 
-def _source(options: ModelOptions, task: Task) -> Any:
+def model_source(options: ModelOptions, task: Task) -> Any:
+    """Where a run of `task` gets its model from."""
     from examples.adapters import ModelSource
 
     arguments: dict[str, Any] = {

@@ -7,7 +7,7 @@ log.jsonl          one line per `logging_steps`
 all_results.json   the end: metrics of the result, best epoch, parameters, time, memory
 adapter/, model/   the result
 checkpoint-N/      to go on from
-learning_curve.png, and the pictures of --plots
+learning_curve.png, the pictures of --plots, rank_curve.json and .png (nested ranks)
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from examples.checkpoints import ASIDE, RunError, list_checkpoints, saving_faile
 
 CONFIG, ENVIRONMENT, RESULTS = "config.json", "env.json", "all_results.json"
 METRICS, LOG, CURVE = "metrics.jsonl", "log.jsonl", "learning_curve.png"
-PICTURES = (CURVE, "ranks.png", "rank_trajectories.png", "posterior.png")
+PICTURES = (CURVE, "ranks.png", "rank_trajectories.png", "posterior.png", "rank_curve.png")
+RANK_CURVE = "rank_curve.json"
 OUTPUTS = ("adapter", "model", "submission")
 # Options that do not change what is computed: a run may be resumed with others.
 FREE = frozenset(
@@ -130,7 +131,7 @@ class RunFolder:
     def _clear(self) -> None:
         for path in [*list_checkpoints(self.path), *(self.path / name for name in OUTPUTS)]:
             shutil.rmtree(path, ignore_errors=True)
-        for name in (RESULTS, METRICS, LOG, *PICTURES):
+        for name in (RESULTS, METRICS, LOG, RANK_CURVE, *PICTURES):
             (self.path / name).unlink(missing_ok=True)
 
     def _cut(self, path: Path, step: int) -> None:

@@ -149,6 +149,39 @@ def test_another_method_takes_its_row(dry: Dry, task: str) -> None:
     assert training.output_dir == str(ROOT / "runs" / f"roberta_large_{task}_full")
 
 
+# DyLoRA's own scripts, base: GPUs, batch per GPU, learning rate, epochs, starts from MNLI
+DYLORA = {
+    "mnli": (8, 16, 5e-4, 30, False),
+    "sst2": (8, 16, 5e-4, 60, False),
+    "mrpc": (8, 16, 4e-4, 30, True),
+    "cola": (2, 32, 4e-4, 80, False),
+    "qnli": (8, 32, 4e-4, 25, False),
+    "qqp": (8, 16, 5e-4, 25, False),
+    "rte": (8, 16, 5e-4, 80, True),
+    "stsb": (8, 16, 4e-4, 40, True),
+    "wnli": (8, 16, 5e-4, 80, True),
+}
+
+
+@pytest.mark.parametrize("task", DYLORA)
+def test_dylora_has_its_authors_values(dry: Dry, task: str) -> None:
+    gpus, batch, rate, epochs, from_mnli = DYLORA[task]
+    command, done = dry(f"roberta_base_{task}.sh", "dylora", LORA_PATH="a/b")
+    assert done.returncode == 0, done.stderr
+    options = parsed(command)
+    training, own = options[TrainingOptions], options.method_options
+    assert options.method.name == "dylora"
+    assert (own.lora_r, own.lora_alpha, own.dylora_dist) == (8, 16, "uniform")
+    assert own.lora_path == ("a/b" if from_mnli else None)
+    assert (training.learning_rate, training.num_train_epochs) == (rate, epochs)
+    assert (training.weight_decay, training.warmup_ratio, training.seed) == (0.1, 0.06, 0)
+    assert options[DataOptions].max_length == 512
+    assert (training.global_batch_size, training.per_device_train_batch_size) == (
+        gpus * batch,
+        batch,
+    )
+
+
 @pytest.mark.parametrize(
     "sheet", sorted((ROOT / "hparams").glob("roberta_*.yaml")), ids=lambda p: p.stem
 )
@@ -211,7 +244,7 @@ def test_downloads_are_found(dry: Dry, tmp_path: Path) -> None:
     ("words", "environment", "message"),
     [
         (["nonsense"], {}, "no values for method 'nonsense': there is no "
-         "hparams/roberta_base_nonsense.yaml, only hparams/roberta_base_full.yaml"),
+         "hparams/roberta_base_nonsense.yaml, only hparams/roberta_base_"),
         ([], {"NUM_GPUS": "two"}, "NUM_GPUS=two: a whole number"),
         ([], {"NUM_GPUS": "0"}, "NUM_GPUS=0: a whole number"),
     ],

@@ -219,3 +219,31 @@ def test_rounding_up_costs_a_sixteenth_at_most_and_leaves_few_shapes() -> None:
     rounded = [round_up(n, ROW_STEP) for n in range(512, 8193)]
     assert all(n <= up <= n * (1 + 1 / 16) for n, up in zip(range(512, 8193), rounded, strict=True))
     assert rounded == sorted(rounded) and len(set(rounded)) <= 4 * 16 + 1
+
+
+@pytest.mark.parametrize("name", ["Bert", "Roberta"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_classifier_computes_its_last_layer_for_first_tokens_only(name, packed) -> None:
+    config = getattr(tp, f"{name}Config")(
+        vocab_size=31, hidden_size=12, num_hidden_layers=2, num_attention_heads=3,
+        intermediate_size=20, max_position_embeddings=16, initializer_range=0.3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = getattr(tp, f"{name}ForSequenceClassification")(config).double().eval()
+    ids = torch.randint(2, 31, (7,))
+    call = {"input_ids": ids[None]}
+    if packed:
+        call = {"input_ids": ids, "cu_seqlens": torch.tensor([0, 3, 7]).int(), "max_seqlen": 4}
+    call["labels"] = torch.arange(2 if packed else 1)
+    rows: list[int] = []
+    wide = model.base_model.encoder.layer[-1].intermediate
+    wide.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[:-1].numel()))
+    found = []
+    for all_states in (False, True):  # whoever asks for all states gets the last one whole
+        model.zero_grad()
+        output = model(**call, output_hidden_states=all_states)
+        output.loss.backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        found.append([output.logits, *gradients])
+    assert rows == [len(call["labels"]), 7]
+    torch.testing.assert_close(*found)

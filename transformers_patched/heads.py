@@ -119,8 +119,10 @@ def layout_of(
 
 
 def first_tokens(hidden: Tensor, layout: Layout) -> Tensor:
-    """(B, H): the hidden state of the first token of every sequence."""
-    return hidden[layout.cls_index()] if layout.is_packed else hidden[:, 0]
+    """(B, H): the hidden state of the first token of every sequence; (B, H) stays as it is."""
+    if hidden.dim() == 2 and hidden.shape[0] == layout.num_sequences:
+        return hidden
+    return hidden.index_select(0, layout.cls_index()) if layout.is_packed else hidden[:, 0]
 
 
 def in_dtype_of(hidden: Tensor, layer: nn.Module) -> Tensor:

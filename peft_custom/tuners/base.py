@@ -345,7 +345,7 @@ class BaseTuner(nn.Module):
         wrappers = [wrapper for _, wrapper in self._wrappers()]
         try:
             for layer in layers:
-                layer.route(routes(rows))
+                layer.route((routes(rows), routes(owner)))
             for wrapper in wrappers:
                 wrapper.routes = (routes(owner), routes(rows))
             yield

@@ -27,7 +27,7 @@ class BaseTunerLayer(nn.Module):
         self.active_adapters: list[str] = []
         self.merged_adapters: list[str] = []
         self.adapters_enabled = True
-        self._routes: Routes | None = None
+        self._routes: tuple[Routes, ...] | None = None  # by tokens, by samples
         self._kept: Tensor | None = None  # the unmerged base weight, while merged
         self._bound: Any = None  # what forward_one needs; None sends forward the long way
         self._live: tuple[str, ...] = ()  # active adapters that this layer has
@@ -141,15 +141,16 @@ class BaseTunerLayer(nn.Module):
         return out
 
     def _forward_routed(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        total = sum(len(rows) for _, rows in self._routes or [])
-        if x.shape[0] != total:
+        total = x.shape[0]
+        sizes = [sum(len(rows) for _, rows in routes) for routes in self._routes or ()]
+        if total not in sizes:
             raise ValueError(
-                f"adapter_names routes {total} rows, but an adapted layer got an input of "
-                f"{x.shape[0]} rows: a layer applied to something other than the batch (position "
+                f"adapter_names routes {sizes[0]} rows, but an adapted layer got an input of "
+                f"{total} rows: a layer applied to something other than the batch (position "
                 "embeddings, say) cannot be routed; run the adapters one at a time"
             )
         out: Tensor | None = None
-        for name, rows in self._routes or []:
+        for name, rows in self._routes[sizes.index(total)]:
             names = (name,) if name in self.adapters else ()
             part = self.forward_several(x[rows], names, *args, **kwargs)
             out = part.new_empty((total, *part.shape[1:])) if out is None else out
@@ -157,8 +158,12 @@ class BaseTunerLayer(nn.Module):
         assert out is not None
         return out
 
-    def route(self, routes: Routes | None) -> None:
-        """Sends rows through adapters of their own, until called with None."""
+    def route(self, routes: tuple[Routes, ...] | None) -> None:
+        """Sends rows through adapters of their own, until called with None.
+
+        Of several routes an input takes the one of as many rows: a layer may see all tokens of a
+        packed batch, or the first token of every sample.
+        """
         if routes is not None and (self.training or self.merged):
             state = "in training mode" if self.training else "merged"
             raise ValueError(

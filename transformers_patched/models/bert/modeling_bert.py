@@ -137,9 +137,11 @@ class BertAttention(nn.Module):
         self.output = BertSelfOutput(config)
 
     def forward(
-        self, hidden: Tensor, layout: Layout, output_attentions: bool
+        self, hidden: Tensor, layout: Layout, output_attentions: bool, first_only: bool
     ) -> tuple[Tensor, Tensor | None]:
         context, weights = self.self(hidden, layout, output_attentions)
+        if first_only:
+            context, hidden = first_tokens(context, layout), first_tokens(hidden, layout)  # (B, H)
         return self.output(context, hidden), weights
 
 
@@ -169,7 +171,11 @@ class BertOutput(nn.Module):
 
 
 class BertLayer(nn.Module):
-    """Attention, then feed-forward, each with its residual and LayerNorm."""
+    """Attention, then feed-forward, each with its residual and LayerNorm.
+
+    With `first_only` what follows attention is computed for the first token of every sequence
+    alone, and (B, H) is returned: of the last layer a classifier reads nothing else.
+    """
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -178,9 +184,9 @@ class BertLayer(nn.Module):
         self.output = BertOutput(config)
 
     def forward(
-        self, hidden: Tensor, layout: Layout, output_attentions: bool
+        self, hidden: Tensor, layout: Layout, output_attentions: bool, first_only: bool
     ) -> tuple[Tensor, Tensor | None]:
-        hidden, weights = self.attention(hidden, layout, output_attentions)
+        hidden, weights = self.attention(hidden, layout, output_attentions, first_only)
         return self.output(self.intermediate(hidden), hidden), weights
 
 
@@ -193,18 +199,22 @@ class BertEncoder(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(
-        self, hidden: Tensor, layout: Layout, output_attentions: bool, output_states: bool
+        self,
+        hidden: Tensor,
+        layout: Layout,
+        output_attentions: bool,
+        output_states: bool,
+        first_only: bool,
     ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
         states, attentions = [hidden], []
         if self.training:
             hidden = layout.fill(hidden)
         for layer in self.layer:
+            options = layout, output_attentions, first_only and layer is self.layer[-1]
             if self.gradient_checkpointing and self.training:
-                hidden, weights = checkpoint(
-                    layer, hidden, layout, output_attentions, use_reentrant=False
-                )
+                hidden, weights = checkpoint(layer, hidden, *options, use_reentrant=False)
             else:
-                hidden, weights = layer(hidden, layout, output_attentions)
+                hidden, weights = layer(hidden, *options)
             if output_states:
                 states.append(layout.trim(hidden))
             attentions.append(weights)
@@ -261,13 +271,16 @@ class BertModel(BertPreTrainedModel):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         layout: Layout | None = None,  # a head that has made it passes it on
+        first_only: bool = False,  # the head reads first tokens only: last_hidden_state is (B, H)
     ) -> BaseModelOutputWithPooling | tuple:
         if layout is None:
             layout = layout_of(input_ids, inputs_embeds, attention_mask, cu_seqlens, max_seqlen)
         want_attentions = self.asked_for("output_attentions", output_attentions)
         want_states = self.asked_for("output_hidden_states", output_hidden_states)
         hidden = self.embeddings(layout, input_ids, token_type_ids, position_ids, inputs_embeds)
-        hidden, states, attentions = self.encoder(hidden, layout, want_attentions, want_states)
+        hidden, states, attentions = self.encoder(
+            hidden, layout, want_attentions, want_states, first_only and not want_states
+        )
         output = BaseModelOutputWithPooling(
             last_hidden_state=hidden,
             pooler_output=None if self.pooler is None else self.pooler(hidden, layout),
@@ -304,7 +317,7 @@ class BertForSequenceClassification(BertPreTrainedModel):
         layout = layout_of(input_ids, inputs_embeds, attention_mask, cu_seqlens, max_seqlen)
         tokens = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         asked = (output_attentions, output_hidden_states)
-        outputs = self.bert(*tokens, *asked, return_dict=True, layout=layout)
+        outputs = self.bert(*tokens, *asked, return_dict=True, layout=layout, first_only=True)
         pooled = self.dropout(in_dtype_of(outputs.pooler_output, self.classifier))
         logits = self.classifier(pooled)  # (B, num_labels)
         loss = None if labels is None else classification_loss(logits, labels, self.config)
@@ -382,7 +395,7 @@ class BertForMultipleChoice(BertPreTrainedModel):
             input_ids, attention_mask, _, _, inputs_embeds = tokens
         layout = layout_of(input_ids, inputs_embeds, attention_mask, cu_seqlens, max_seqlen)
         asked = (output_attentions, output_hidden_states)
-        outputs = self.bert(*tokens, *asked, return_dict=True, layout=layout)
+        outputs = self.bert(*tokens, *asked, return_dict=True, layout=layout, first_only=True)
         num_choices = num_choices or count_choices(labels, layout)
         pooled = self.dropout(in_dtype_of(outputs.pooler_output, self.classifier))
         logits = self.classifier(pooled).view(-1, num_choices)  # (B, choices)

@@ -152,9 +152,11 @@ class RobertaAttention(nn.Module):
         self.output = RobertaSelfOutput(config)
 
     def forward(
-        self, hidden: Tensor, layout: Layout, output_attentions: bool
+        self, hidden: Tensor, layout: Layout, output_attentions: bool, first_only: bool
     ) -> tuple[Tensor, Tensor | None]:
         context, weights = self.self(hidden, layout, output_attentions)
+        if first_only:
+            context, hidden = first_tokens(context, layout), first_tokens(hidden, layout)  # (B, H)
         return self.output(context, hidden), weights
 
 
@@ -184,7 +186,11 @@ class RobertaOutput(nn.Module):
 
 
 class RobertaLayer(nn.Module):
-    """Attention, then feed-forward, each with its residual and LayerNorm."""
+    """Attention, then feed-forward, each with its residual and LayerNorm.
+
+    With `first_only` what follows attention is computed for the first token of every sequence
+    alone, and (B, H) is returned: of the last layer a classifier reads nothing else.
+    """
 
     def __init__(self, config: RobertaConfig) -> None:
         super().__init__()
@@ -193,9 +199,9 @@ class RobertaLayer(nn.Module):
         self.output = RobertaOutput(config)
 
     def forward(
-        self, hidden: Tensor, layout: Layout, output_attentions: bool
+        self, hidden: Tensor, layout: Layout, output_attentions: bool, first_only: bool
     ) -> tuple[Tensor, Tensor | None]:
-        hidden, weights = self.attention(hidden, layout, output_attentions)
+        hidden, weights = self.attention(hidden, layout, output_attentions, first_only)
         return self.output(self.intermediate(hidden), hidden), weights
 
 
@@ -208,18 +214,22 @@ class RobertaEncoder(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(
-        self, hidden: Tensor, layout: Layout, output_attentions: bool, output_states: bool
+        self,
+        hidden: Tensor,
+        layout: Layout,
+        output_attentions: bool,
+        output_states: bool,
+        first_only: bool,
     ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
         states, attentions = [hidden], []
         if self.training:
             hidden = layout.fill(hidden)
         for layer in self.layer:
+            options = layout, output_attentions, first_only and layer is self.layer[-1]
             if self.gradient_checkpointing and self.training:
-                hidden, weights = checkpoint(
-                    layer, hidden, layout, output_attentions, use_reentrant=False
-                )
+                hidden, weights = checkpoint(layer, hidden, *options, use_reentrant=False)
             else:
-                hidden, weights = layer(hidden, layout, output_attentions)
+                hidden, weights = layer(hidden, *options)
             if output_states:
                 states.append(layout.trim(hidden))
             attentions.append(weights)
@@ -276,13 +286,16 @@ class RobertaModel(RobertaPreTrainedModel):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         layout: Layout | None = None,  # a head that has made it passes it on
+        first_only: bool = False,  # the head reads first tokens only: last_hidden_state is (B, H)
     ) -> BaseModelOutputWithPooling | tuple:
         if layout is None:
             layout = layout_of(input_ids, inputs_embeds, attention_mask, cu_seqlens, max_seqlen)
         want_attentions = self.asked_for("output_attentions", output_attentions)
         want_states = self.asked_for("output_hidden_states", output_hidden_states)
         hidden = self.embeddings(layout, input_ids, token_type_ids, position_ids, inputs_embeds)
-        hidden, states, attentions = self.encoder(hidden, layout, want_attentions, want_states)
+        hidden, states, attentions = self.encoder(
+            hidden, layout, want_attentions, want_states, first_only and not want_states
+        )
         output = BaseModelOutputWithPooling(
             last_hidden_state=hidden,
             pooler_output=None if self.pooler is None else self.pooler(hidden, layout),
@@ -332,7 +345,7 @@ class RobertaForSequenceClassification(RobertaPreTrainedModel):
         layout = layout_of(input_ids, inputs_embeds, attention_mask, cu_seqlens, max_seqlen)
         tokens = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         asked = (output_attentions, output_hidden_states)
-        outputs = self.roberta(*tokens, *asked, return_dict=True, layout=layout)
+        outputs = self.roberta(*tokens, *asked, return_dict=True, layout=layout, first_only=True)
         logits = self.classifier(outputs.last_hidden_state, layout)  # (B, num_labels)
         loss = None if labels is None else classification_loss(logits, labels, self.config)
         output = SequenceClassifierOutput(loss=loss, logits=logits, **outputs.traced())
@@ -409,7 +422,7 @@ class RobertaForMultipleChoice(RobertaPreTrainedModel):
             input_ids, attention_mask, _, _, inputs_embeds = tokens
         layout = layout_of(input_ids, inputs_embeds, attention_mask, cu_seqlens, max_seqlen)
         asked = (output_attentions, output_hidden_states)
-        outputs = self.roberta(*tokens, *asked, return_dict=True, layout=layout)
+        outputs = self.roberta(*tokens, *asked, return_dict=True, layout=layout, first_only=True)
         num_choices = num_choices or count_choices(labels, layout)
         pooled = self.dropout(in_dtype_of(outputs.pooler_output, self.classifier))
         logits = self.classifier(pooled).view(-1, num_choices)  # (B, choices)

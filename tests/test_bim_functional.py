@@ -1,4 +1,4 @@
-"""The block-masked map: every form equals the plain statement of the formula, gradients included."""
+"""The block-masked map: every form equals the formula stated plainly, gradients included."""
 
 from __future__ import annotations
 

@@ -272,7 +272,8 @@ import torch.distributed as dist
 from peft_custom import BimLoraConfig, attach, get_peft_model
 rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 if world > 1:
-    dist.init_process_group("gloo", init_method=f"file://{{folder}}/meet", rank=rank, world_size=world)
+    meet = f"file://{{folder}}/meet"
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world)
 torch.manual_seed(0)
 net = torch.nn.Sequential(torch.nn.Linear(6, 7), torch.nn.Tanh(), torch.nn.Linear(7, 4))
 model = get_peft_model(net, BimLoraConfig(r=2, block_size=3, collection_steps=4))

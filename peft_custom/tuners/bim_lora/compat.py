@@ -14,7 +14,6 @@ from ...config import written_aside
 from ...mapping import inject_adapter_in_model
 from ...save_and_load import get_peft_model_state_dict, set_peft_model_state_dict, tuner_of
 from ...state_files import read_tree, write_tree
-
 from ..targets import name_matches
 from .config import BimLoraConfig
 from .layer import BIMLoRALinear
@@ -124,7 +123,7 @@ def load_bim_lora_model(
     load_path: str | os.PathLike[str],
     strict: bool = True,
 ) -> dict[str, Any]:
-    """Restores what `save_bim_lora_model` wrote into a converted model: the same logits, bit by bit.
+    """Restores what `save_bim_lora_model` wrote into a converted model; the same logits.
 
     Args:
         model: converted with the same configuration.

@@ -362,7 +362,7 @@ class FeatureCollector:
 
     @torch.no_grad()
     def _input_moments(self, x: Tensor) -> tuple[float, Tensor, Tensor]:
-        """Count, mean and Σ(x - mean)² of an input; q, k and v get the same, which is asked once."""
+        """Count, mean and Σ(x - mean)² of an input; for q, k and v, which share it, once."""
         if self._last is None or self._last[0] is not x:
             self._last = (x, moments_of(self._real_rows(x)))
         return self._last[1]

@@ -1,4 +1,4 @@
-"""BIM-LoRA's schedule: features and the first mask before training, the temperature in every step."""
+"""BIM-LoRA's schedule: features and the first mask before training, τ in every step."""
 
 from __future__ import annotations
 

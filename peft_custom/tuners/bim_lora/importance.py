@@ -173,8 +173,9 @@ def train_mlp(
     """Trains on all blocks; keeps the state of the lowest validation loss.
 
     Adam on the cross-entropy with soft labels, batches of `mlp_batch_size` (smaller ones where an
-    epoch would have fewer than 32 of them; not with the LayerNorm), at most `mlp_epochs` epochs, stopped after `mlp_early_stop_patience` without a better validation loss. The result
-    is a function of the inputs and the seed.
+    epoch would have fewer than 32 of them; not with the LayerNorm), at most `mlp_epochs` epochs,
+    stopped after `mlp_early_stop_patience` without a better validation loss. The result is a
+    function of the inputs and the seed.
 
     Returns:
         `train_loss` and `val_loss` by epoch.

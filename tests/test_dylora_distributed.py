@@ -14,7 +14,7 @@ from torch import nn
 import loralib
 from peft_custom import DyLoraConfig, attach, get_peft_model
 
-STEPS, ROWS = 8, 6
+STEPS, ROWS = 12, 6
 
 
 def run(rank: int, world: int) -> dict[str, Any]:

@@ -1,0 +1,168 @@
+"""What nested ranks cost: a DyLoRA step beside a LoRA step at r = R, and 8 ranks beside one.
+
+    python -m benchmarks.dylora_step --size roberta-base --batch 16 --dtype bfloat16
+
+Sequence classification, R = 8 on query and value, the models' dropout 0.1, fused AdamW, packed
+batches of `--batch` sequences of 25 to 89 tokens, random weights. All sides live in one process and
+take turns on the same batches; a side's figure is the median over rounds of its time divided by
+LoRA's in the same round (CPU time on a CPU, which neighbours disturb less, else wall-clock time).
+
+    normal, frozen    DyLoRA by its options, ranks uniform on 1 … 8
+    at R              DyLoRA that always draws R
+    dense             frozen, but the optimiser may move rows that a step does not train
+    eval              8 ranks in one stacked pass, and one after the other, in multiples of one rank
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+import transformers_patched as patched
+from benchmarks.lora_step import SIZES, batches
+from peft_custom import DyLoraConfig, LoraConfig, attach, get_peft_model
+
+R = 8
+SIDES: dict[str, dict[str, Any] | None] = {
+    "lora": None,
+    "normal": {},
+    "frozen": {"dylora_mode": "frozen"},
+    "dense": {"dylora_mode": "frozen", "dylora_dense": True},
+    "at R": {"r_min": R},
+}
+
+
+def build(o: argparse.Namespace, options: dict[str, Any] | None) -> nn.Module:
+    """The adapted model of one side; None is plain LoRA."""
+    torch.manual_seed(o.seed)
+    kind = "Bert" if o.size == "minilm" else "Roberta"
+    config = getattr(patched, f"{kind}Config")(**SIZES[o.size])
+    base = getattr(patched, f"{kind}ForSequenceClassification")(config)
+    if o.dtype == "bfloat16":
+        base.to(torch.bfloat16)
+        base.classifier.float()
+    common = {"task_type": "SEQ_CLS", "r": R, "target_modules": ["query", "value"]}
+    made = LoraConfig(**common) if options is None else DyLoraConfig(**common, **options)
+    return get_peft_model(base, made).to(o.device)
+
+
+def packed(batch: list[list[int]], copies: int, device: str) -> dict[str, Any]:
+    """The batch's tokens one after the other, all of it `copies` times."""
+    lengths = torch.tensor([0] + [len(row) for row in batch] * copies)
+    ids = torch.tensor([token for row in batch for token in row])
+    return {
+        "input_ids": ids.repeat(copies).to(device),
+        "cu_seqlens": lengths.cumsum(0).int().to(device),
+        "max_seqlen": int(lengths.max()),
+    }
+
+
+def timed(work: Callable[[], None], device: str) -> float:
+    """Seconds of `work`: of this process's CPU time, or of wall-clock time on an accelerator."""
+    if device == "cpu":
+        start = time.process_time()
+        work()
+        return time.process_time() - start
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def trained(o: argparse.Namespace, model: nn.Module, data: list[dict]) -> Callable[[], None]:
+    """A function that takes one step on every batch."""
+    model.train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, fused=True)
+    attach(model, optimizer, total_steps=10**6, seed=o.seed)
+    labels = torch.arange(o.batch, device=o.device) % 2
+
+    def work() -> None:
+        for given in data:
+            model(**given, labels=labels).loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return work
+
+
+def evaluated(o: argparse.Namespace, work_list: list[list]) -> dict[str, Callable[[], None]]:
+    """Functions that predict every batch at one rank, at 8 in one pass, at 8 in turn."""
+    model = build(o, {}).eval()
+    one, stacked = ([packed(b, copies, o.device) for b in work_list] for copies in (1, R))
+
+    @torch.inference_mode()
+    def single(rank: int = R) -> None:
+        with model.at_rank(rank):
+            for given in one:
+                model(**given)
+
+    @torch.inference_mode()
+    def together() -> None:
+        with model.rank_stack(range(1, R + 1)):
+            for given in stacked:
+                model(**given)
+
+    return {
+        "one": single,
+        "stacked": together,
+        "in turn": lambda: [single(rank) for rank in range(1, R + 1)],
+    }
+
+
+def compare(sides: dict[str, Callable[[], None]], rounds: int, device: str) -> dict[str, Any]:
+    """Median seconds of the first side, and every other side's time in multiples of it."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(rounds + 2):  # the first two warm up
+        for name, work in sides.items():
+            took = timed(work, device)
+            if turn > 1:
+                seconds[name].append(took)
+    first, *others = sides
+    return {
+        f"{first}, s": round(statistics.median(seconds[first]), 4),
+        **{
+            name: round(
+                statistics.median(
+                    a / b for a, b in zip(seconds[name], seconds[first], strict=True)
+                ),
+                3,
+            )
+            for name in others
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=SIZES, default="roberta-base")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=4, help="batches per round")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sides", nargs="+", choices=[*SIDES, "eval"], default=[*SIDES, "eval"])
+    o = parser.parse_args()
+    o.device = "cuda" if torch.cuda.is_available() else "cpu"
+    work_list = batches(o, 0)
+    print(json.dumps({name: getattr(o, name) for name in ("size", "batch", "dtype", "device")}))
+    data = [packed(batch, 1, o.device) for batch in work_list]
+    chosen = {name: SIDES[name] for name in SIDES if name in o.sides}
+    if len(chosen) > 1:
+        sides = {name: trained(o, build(o, how), data) for name, how in chosen.items()}
+        print("training", json.dumps(compare(sides, o.rounds, o.device)))
+    if "eval" in o.sides:
+        print("evaluation", json.dumps(compare(evaluated(o, work_list), o.rounds, o.device)))
+
+
+if __name__ == "__main__":
+    main()

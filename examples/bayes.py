@@ -28,7 +28,7 @@ from examples.methods import IvonOptions, RunFacts
 from ivon import IVON
 from ivon.posterior import KEY
 from peft_custom import PeftModel, get_peft_model_state_dict
-from peft_custom.rng import bits, generator
+from peft_custom.rng import generator
 from transformers_patched import CheckpointError
 from transformers_patched.checkpoint import write_atomically
 
@@ -68,11 +68,15 @@ def ivon(groups: list[dict[str, Any]], options: IvonOptions, run: RunFacts) -> I
 def _shared_noise(run: RunFacts) -> torch.Generator | None:
     """Several processes average gradients at one and the same draw of the weights.
 
-    A single one draws from torch's own generator, which the trainer seeds in every step.
+    It comes from torch's own generator in any case, which the trainer seeds alike on all of them
+    before every draw; IVON wants to be told that they share one.
     """
     if run.processes == 1:
         return None
-    return torch.Generator(run.device).manual_seed(bits(run.seed, DRAWS) % 2**63)
+    device = torch.device(run.device)
+    if device.type == "cuda":
+        return torch.cuda.default_generators[device.index or 0]
+    return torch.default_generator
 
 
 def _merged(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -96,8 +100,8 @@ class PosteriorPredictor:
     Logits are log p; a regression's are the mean of the S outputs. θₛ = m + σ·εₛ with εₛ a function
     of (seed, s) alone: all batches of an evaluation, and all processes, share the same S networks,
     so that a row's prediction does not depend on its batch; and evaluations of one run differ by
-    its weights only, not by the luck of their draws. At the end of a run the view "mean" adds the
-    prediction at m.
+    its weights only, not by the luck of their draws. (An adapter that was cut on saving has
+    fewer weights, so other draws.) At the end of a run the view "mean" adds the prediction at m.
 
     Args:
         optimizer: whose posterior it is.
@@ -171,7 +175,8 @@ class PosteriorFile:
         hess = self.optimizer.posterior_tensors(named.items())
         with _holding({named[name]: h for name, h in hess.items()}):
             tensors = {n: t.detach().clone().cpu() for n, t in _tensors(model).items()}
-        facts = {"format": "pt", **self.optimizer.posterior_metadata(named.items())}
+        # one entry: of several, safetensors writes now this one first and now that one
+        facts = self.optimizer.posterior_metadata(named.items())
         write_atomically(folder / HESSIAN, lambda aside: save_file(tensors, aside, facts))
 
     def load(self, start: Path, model: nn.Module) -> str:

@@ -300,7 +300,8 @@ class Run:
             self.optimizer = self._optimizer(0, self.training.learning_rate)
         if loss is not None:
             arguments["loss"] = loss
-        self.trainer = Trainer(
+        self.trainer = put_together(
+            Trainer,
             self.adapted.model,
             None if train is None else self.optimizer,
             self.training,

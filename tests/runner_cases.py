@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from examples import program
 from examples.data.tables import write_table
+from examples.run_glue import work
 from transformers_patched import (
     BertConfig,
     BertForSequenceClassification,
@@ -72,6 +75,23 @@ def pair_task(
         }
         write_table(folder / f"{split}.jsonl", columns)
     return folder
+
+
+def evaluated(words: Sequence[str]) -> dict[str, float]:
+    """The metrics that `run_glue --eval_only` prints."""
+    seen: dict[str, float] = {}
+    real = program.Run.finish
+
+    def finish(self: program.Run, metrics: dict[str, float], figures: dict) -> None:
+        seen.update(metrics)
+        real(self, metrics, figures)
+
+    program.Run.finish = finish
+    try:
+        assert program.run_main(work, [*words, "--eval_only"]) == 0
+    finally:
+        program.Run.finish = real
+    return seen
 
 
 def results(folder: Path) -> dict:

@@ -51,6 +51,31 @@ def minilm_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
+def deberta_spm(real_data: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a `spm.model` of DeBERTa's make: 3,000 unigram pieces learnt from a novel."""
+    import sentencepiece
+
+    novel = real_data("corpora/gutenberg/austen-emma.txt").read_text(encoding="utf-8")
+    folder = tmp_path_factory.mktemp("deberta")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(novel.splitlines()),
+        model_prefix=str(folder / "spm"),
+        vocab_size=3000,
+        model_type="unigram",
+        character_coverage=1.0,
+        num_threads=1,
+        minloglevel=2,
+        **{f"{name}_id": i for i, name in enumerate(("pad", "bos", "eos", "unk"))},
+        pad_piece="[PAD]",
+        bos_piece="[CLS]",
+        eos_piece="[SEP]",
+        unk_piece="[UNK]",
+    )
+    (folder / "config.json").write_text('{"model_type": "deberta-v2"}')
+    return folder
+
+
+@pytest.fixture(scope="session")
 def nested_venv(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A virtual environment in which this one's packages (torch above all) count as installed."""
     folder = tmp_path_factory.mktemp("nested") / "venv"

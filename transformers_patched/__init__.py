@@ -32,6 +32,8 @@ _MODULES = {
         "BatchEncoding",
         "BertTokenizer",
         "BertTokenizerFast",
+        "DebertaV2Tokenizer",
+        "DebertaV2TokenizerFast",
         "PreTrainedTokenizer",
         "PreTrainedTokenizerFast",
         "RobertaTokenizer",

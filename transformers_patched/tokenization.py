@@ -1,11 +1,12 @@
-"""Tokenizers for BERT (WordPiece) and RoBERTa (byte-level BPE) on the `tokenizers` library.
+"""Tokenizers for BERT, RoBERTa and DeBERTa on the `tokenizers` library.
 
     tokenizer = AutoTokenizer.from_pretrained("folder or hub id")
     batch = tokenizer(["a sentence"], ["its pair"], truncation=True, max_length=128, padding=True)
 
-A folder holds either `tokenizer.json`, or `vocab.txt` (BERT), or `vocab.json` and `merges.txt`
-(RoBERTa); `tokenizer_config.json` beside them says lower-casing, the special tokens and
-`model_max_length`. Calls, fields and numbers are those of Hugging Face's tokenizers, and
+A folder holds either `tokenizer.json`, or `vocab.txt` (BERT: WordPiece), or `vocab.json` and
+`merges.txt` (RoBERTa: byte-level BPE), or `spm.model` (DeBERTa-v2 and v3: SentencePiece unigram);
+`tokenizer_config.json` beside them says lower-casing, the special tokens and `model_max_length`.
+Calls, fields and numbers are those of Hugging Face's tokenizers, and
 `save_pretrained` writes what Transformers loads. Truncation and padding settings baked into a
 `tokenizer.json` are ignored, as Transformers ignores them: each call states its own.
 """
@@ -13,7 +14,7 @@ A folder holds either `tokenizer.json`, or `vocab.txt` (BERT), or `vocab.json` a
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from transformers_patched import tokenizer_files as files
 from transformers_patched.batch_encoding import BatchEncoding
@@ -24,6 +25,8 @@ __all__ = [
     "BatchEncoding",
     "BertTokenizer",
     "BertTokenizerFast",
+    "DebertaV2Tokenizer",
+    "DebertaV2TokenizerFast",
     "PreTrainedTokenizer",
     "PreTrainedTokenizerFast",
     "RobertaTokenizer",
@@ -42,6 +45,7 @@ class BertTokenizer(PreTrainedTokenizer):
         "mask_token": "[MASK]",
     }
     vocab_files = ("vocab.txt",)
+    algorithm = models.WordPiece
 
     @classmethod
     def _build(cls, folder: Path, config: dict[str, Any]) -> Tokenizer:
@@ -77,6 +81,7 @@ class RobertaTokenizer(PreTrainedTokenizer):
     }
     model_input_names = ["input_ids", "attention_mask"]
     vocab_files = ("vocab.json", "merges.txt")
+    algorithm = models.BPE
 
     @classmethod
     def _build(cls, folder: Path, config: dict[str, Any]) -> Tokenizer:
@@ -95,10 +100,54 @@ class RobertaTokenizer(PreTrainedTokenizer):
             backend.pre_tokenizer = splitter
 
 
+class DebertaV2Tokenizer(PreTrainedTokenizer):
+    """SentencePiece unigram: `[CLS] a [SEP]` and `[CLS] a [SEP] b [SEP]`, types 0 and 1.
+
+    Built from `spm.model`, text is normalised as SentencePiece does: the characters of NFKC, and
+    one blank between words. (Transformers 5 leaves the first of these out: there `½` and `…` are
+    unknown; Transformers 4 and the models' own training have them.)
+    """
+
+    defaults = {
+        "bos_token": "[CLS]",
+        "eos_token": "[SEP]",
+        "unk_token": "[UNK]",
+        "sep_token": "[SEP]",
+        "pad_token": "[PAD]",
+        "cls_token": "[CLS]",
+        "mask_token": "[MASK]",
+    }
+    model_input_names = ["input_ids", "attention_mask", "token_type_ids"]
+    vocab_files = ("spm.model",)
+    algorithm = models.Unigram
+
+    @classmethod
+    def _build(cls, folder: Path, config: dict[str, Any]) -> Tokenizer:
+        return files.build_unigram(folder, config, cls.defaults)
+
+    @classmethod
+    def _apply_config(cls, backend: Tokenizer, config: dict[str, Any]) -> None:
+        lowers = "Lowercase" in str(backend.normalizer)
+        wanted = bool(config.get("do_lower_case", lowers))
+        if wanted and not lowers:
+            rest = [backend.normalizer] if backend.normalizer else []
+            backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *rest])
+        elif lowers and not wanted:
+            raise ValueError(
+                "do_lower_case=False, but tokenizer.json lower-cases: remove it to use spm.model, "
+                "or leave do_lower_case out"
+            )
+
+
 PreTrainedTokenizerFast = PreTrainedTokenizer
 BertTokenizerFast = BertTokenizer
 RobertaTokenizerFast = RobertaTokenizer
-CLASSES: dict[str, type[PreTrainedTokenizer]] = {"bert": BertTokenizer, "roberta": RobertaTokenizer}
+DebertaV2TokenizerFast = DebertaV2Tokenizer
+CLASSES: dict[str, type[PreTrainedTokenizer]] = {
+    "bert": BertTokenizer,
+    "roberta": RobertaTokenizer,
+    "deberta-v2": DebertaV2Tokenizer,
+}
 
 
 class AutoTokenizer(PreTrainedTokenizer):
@@ -131,11 +180,11 @@ def _class_for(folder: Path, config: dict[str, Any]) -> type[PreTrainedTokenizer
         if kind is not None:
             return kind
     if own.exists():
-        # A tokenizer.json on its own: known special tokens mean a known class.
-        added = files.read_tokenizer(own).get_added_tokens_decoder().values()
-        present = {token.content for token in added}
+        # A tokenizer.json on its own: its algorithm with known special tokens means a known class.
+        backend = files.read_tokenizer(own)
+        present = {token.content for token in backend.get_added_tokens_decoder().values()}
         for kind in CLASSES.values():
-            if set(kind.defaults.values()) <= present:
+            if isinstance(backend.model, kind.algorithm) and present >= set(kind.defaults.values()):
                 return kind
         return PreTrainedTokenizer
     for kind in CLASSES.values():

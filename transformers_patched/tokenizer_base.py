@@ -70,6 +70,7 @@ class PreTrainedTokenizer:
     defaults: dict[str, str] = {}
     model_input_names: list[str] = ["input_ids", "token_type_ids", "attention_mask"]
     vocab_files: tuple[str, ...] = ()
+    algorithm: type[models.Model] = models.Model
 
     bos_token, eos_token, unk_token = map(_token_property, SPECIAL[:3])
     sep_token, pad_token, cls_token, mask_token = map(_token_property, SPECIAL[3:])

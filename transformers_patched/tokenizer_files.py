@@ -12,6 +12,7 @@ from typing import Any
 
 from tokenizers import (
     AddedToken,
+    Regex,
     Tokenizer,
     decoders,
     models,
@@ -19,6 +20,8 @@ from tokenizers import (
     pre_tokenizers,
     processors,
 )
+
+from transformers_patched.spm_file import CONTROL, USER_DEFINED, read_spm
 
 SPECIAL = (
     "bos_token",
@@ -37,7 +40,9 @@ FILES = (
     "vocab.txt",
     "vocab.json",
     "merges.txt",
+    "spm.model",
 )
+_VOCABULARIES = "vocab.txt (BERT), vocab.json and merges.txt (RoBERTa), or spm.model (DeBERTa)"
 
 
 def locate(
@@ -52,8 +57,7 @@ def locate(
     name = str(name_or_path)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise FileNotFoundError(
-            f"{name}: no such folder (looked there for tokenizer.json, vocab.txt, or vocab.json "
-            "and merges.txt)"
+            f"{name}: no such folder (looked there for tokenizer.json, {_VOCABULARIES})"
         )
     from transformers_patched.checkpoint import find_file
 
@@ -64,21 +68,17 @@ def locate(
     folders = [file.parent for file in found if file is not None]
     if not folders:
         raise FileNotFoundError(
-            f"{name} on the hub holds no tokenizer: looked for tokenizer.json, vocab.txt, or "
-            "vocab.json and merges.txt"
+            f"{name} on the hub holds no tokenizer: looked for tokenizer.json, {_VOCABULARIES}"
         )
     return folders[0]
 
 
 def nothing_found(folder: Path, vocab_files: tuple[str, ...]) -> FileNotFoundError:
     """The error for a folder without a tokenizer: what was looked for, and what is there."""
-    choices = " and ".join(vocab_files) or (
-        "vocab.txt (BERT), or vocab.json and merges.txt (RoBERTa)"
-    )
+    choices = f"or {' and '.join(vocab_files)}" if vocab_files else _VOCABULARIES
     here = ", ".join(sorted(path.name for path in folder.iterdir())[:12]) or "nothing"
     return FileNotFoundError(
-        f"no tokenizer in {folder}: looked for tokenizer.json, or {choices}; "
-        f"the folder holds {here}"
+        f"no tokenizer in {folder}: looked for tokenizer.json, {choices}; the folder holds {here}"
     )
 
 
@@ -159,14 +159,20 @@ def build_wordpiece(
         lowercase=config.get("do_lower_case", True),
     )
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    cls_token, sep = tokens["cls_token"], tokens["sep_token"]
-    backend.post_processor = processors.TemplateProcessing(
+    backend.post_processor = _types_0_and_1(tokens["cls_token"], tokens["sep_token"], vocab)
+    backend.decoder = decoders.WordPiece(prefix="##")
+    return backend
+
+
+def _types_0_and_1(
+    cls_token: str, sep: str, vocab: Mapping[str, int]
+) -> processors.TemplateProcessing:
+    """`[CLS] a [SEP]` of type 0, and `b [SEP]` of type 1."""
+    return processors.TemplateProcessing(
         single=f"{cls_token}:0 $A:0 {sep}:0",
         pair=f"{cls_token}:0 $A:0 {sep}:0 $B:1 {sep}:1",
         special_tokens=[(cls_token, vocab[cls_token]), (sep, vocab[sep])],
     )
-    backend.decoder = decoders.WordPiece(prefix="##")
-    return backend
 
 
 def build_byte_bpe(
@@ -198,6 +204,40 @@ def build_byte_bpe(
         # The published RoBERTa tokenizers let the mask swallow the blank before it.
         mask = AddedToken(tokens["mask_token"], lstrip=True, normalized=False, special=True)
         backend.add_special_tokens([mask])
+    return backend
+
+
+def build_unigram(
+    folder: Path, config: Mapping[str, Any], defaults: Mapping[str, str]
+) -> Tokenizer:
+    """DeBERTa's tokenizer from `spm.model`, with SentencePiece's own normalisation.
+
+    The mask is not among the pieces of the published models; it gets the first id after them.
+    """
+    path = folder / "spm.model"
+    model = read_spm(path)
+    vocab = {piece: index for index, (piece, _) in enumerate(model.pieces)}
+    needed = {name: text for name, text in defaults.items() if name != "mask_token"}
+    tokens = _check_special(path, "DeBERTa", vocab, config, needed)
+    backend = Tokenizer(models.Unigram(model.pieces, unk_id=model.unk_id, byte_fallback=False))
+    backend.add_tokens(
+        [
+            AddedToken(piece, normalized=False, special=kind == CONTROL)
+            for (piece, _), kind in zip(model.pieces, model.types, strict=True)
+            if kind in (CONTROL, USER_DEFINED)
+        ]
+    )
+    lower = [normalizers.Lowercase()] if config.get("do_lower_case") else []
+    charsmap = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
+    blanks = [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Strip(left=False)]
+    backend.normalizer = normalizers.Sequence([*lower, *charsmap, *blanks])
+    words = pre_tokenizers.Metaspace(
+        "▁", "always" if config.get("add_prefix_space", True) else "first"
+    )
+    marks = [pre_tokenizers.Punctuation("isolated")] if config.get("split_by_punct") else []
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*marks, words])
+    backend.decoder = decoders.Metaspace("▁", "always")
+    backend.post_processor = _types_0_and_1(tokens["cls_token"], tokens["sep_token"], vocab)
     return backend
 
 

@@ -374,3 +374,12 @@ def _shown(default: Any) -> str:
         if isinstance(default, bool)
         else str(default)
     )
+
+
+def __getattr__(name: str) -> Any:
+    """`get_default_config` and `BIMLoRAConfig`, where users of the original look for them."""
+    if name in ("get_default_config", "BIMLoRAConfig"):
+        from examples import bim
+
+        return getattr(bim, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -207,6 +207,53 @@ class ViLoraOptions(AdaLoraOptions):
 
 
 @dataclass(frozen=True)
+class BimLoraOptions:
+    """Features of weight blocks are collected first; the mask that starts from them trains."""
+
+    lora_r: int = option(16, "rank of the increments before the mask", low=1)
+    lora_alpha: float = option(16.0, "increments are scaled by alpha / r", low=0)
+    lora_dropout: float = option(0.0, "dropout before the increments", low=0, high=0.999)
+    lora_modules: tuple[str, ...] = option(("all-linear",), "layers to adapt, or all-linear")
+    lora_path: str | None = option(
+        None, "start from this adapter (a run's or PEFT's folder): LoRA's, or BIM-LoRA's with mask"
+    )
+    block_size: int = option(16, "a mask entry is for a block of so many rows and columns", low=1)
+    mask_init: str = option(
+        "mlp",
+        "where the mask starts: a network's scores of the blocks, their raw features, random, or "
+        "constant",
+        choices=("mlp", "features", "random", "constant"),
+    )
+    initial_block_score: float = option(0.5, "mask_init constant: logit of the mask")
+    train_mask: bool = option(True, "the mask trains")
+    collection_steps: int | float = option(
+        0, "batches for the features: 300, or 0.05 of the run; 0: 0.05, at most 300", low=0
+    )
+    features_path: str | None = option(
+        None, "features are read from this file if it exists, and written to it if not"
+    )
+    mlp_epochs: int = option(6, "passes of the network over all blocks", low=1)
+    mlp_lr: float = option(2e-3, "its learning rate", low=0)
+    mlp_dropout: float = option(0.1, "its dropout", low=0, high=0.999)
+    mask_temperature: float = option(
+        1.0, "where exponential and constant temperatures start", low=0.01
+    )
+    temperature_schedule: str = option(
+        "table",
+        "table: 1.4, 1.0, 0.8, 0.6, 0.45, from 0, 0.2, 0.4, 0.67 and 0.87 of training on",
+        choices=("table", "exponential", "constant"),
+    )
+    temperature_decay_rate: float = option(0.95, "exponential: factor", low=0.01, high=1)
+    temperature_decay_steps: int = option(100, "exponential: steps between factors", low=1)
+    min_temperature: float = option(0.1, "exponential: not below", low=0.01)
+    score_lr_ratio: float = option(1.0, "the mask's rate over --learning_rate", low=0.0)
+    head_lr_ratio: float = option(3.0, "the head's rate over --learning_rate", low=0.0)
+    hard_mask_threshold: float = option(
+        -1.0, "evaluate with a mask of zeros and ones, cut here; below 0: with the soft one", high=1
+    )
+
+
+@dataclass(frozen=True)
 class AdamWOptions:
     adam_beta1: float = option(0.9, "decay of the mean gradient", low=0, high=0.999999)
     adam_beta2: float = option(0.999, "decay of the mean square", low=0, high=0.999999)
@@ -243,6 +290,7 @@ method(
     optimizer="ivon",
     posterior=True,
 )
+method("bim_lora", BimLoraOptions, "examples.bim:bim_lora", "increments gated block by block")
 optimizer("adamw", AdamWOptions, "examples.adapters:adamw", "Adam with decoupled weight decay")
 optimizer(
     "ivon",

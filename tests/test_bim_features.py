@@ -329,7 +329,7 @@ def test_standardised_inputs_learn_the_ranking_and_the_layer_norm_does_not() -> 
     same = (values[:, 5] == 0.5) & (values[:, 4] == 0.5)
     agreement = {}
     for compat in (False, True):
-        config = BimLoraConfig(reference_compat=compat, mlp_batch_size=1024)
+        config = BimLoraConfig(reference_compat=compat, mlp_batch_size=1024, mlp_epochs=12)
         mlp, inputs = ImplicitMLP(config), network_inputs(values, hats, compat)
         history = train_mlp(mlp, inputs, labels, config, seed=1)
         agreement[compat] = spearman(mlp.predict_batch(inputs)[same], labels[same])

@@ -81,6 +81,7 @@ class BimLoraHooks(TrainingHooks):
             if self.config.reference_compat:
                 gradients = self._analyse(dataloader, forward_loss)
         self._write()
+        self.tuner.features[self.adapter] = self.features
         values = self.features.values
         with torch.random.fork_rng(_devices(values)):
             self.scores = self._score(values)

@@ -25,7 +25,8 @@ class BimLoraModel(BaseTuner):
     def __init__(self, model: nn.Module, config: Any, adapter_name: str = "default") -> None:
         # Before nn.Module's constructor, which add_adapter runs within.
         self.__dict__["initialised"] = set()  # adapters whose mask has been set
-        self.__dict__["mask_history"] = {}  # see BimLoraHooks.history
+        self.__dict__["mask_history"] = {}  # see BimLoraHooks.history; by adapter
+        self.__dict__["features"] = {}  # what was collected in this process; by adapter
         super().__init__(model, config, adapter_name)
 
     def new_layer(self, base: nn.Module, name: str, config: BimLoraConfig) -> BaseTunerLayer | None:

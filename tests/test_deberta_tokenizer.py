@@ -96,9 +96,10 @@ def test_transformers_gives_the_same(deberta_spm: Path, sentences: list[str]) ->
     texts = [text for text in sentences if unicodedata.is_normalized("NFKC", text)]
     texts = [text for text in texts if "Cf" not in map(unicodedata.category, text)]  # invisible
     assert len(texts) > 1000
-    for given_pair in (texts,), (texts[:-1], texts[1:]):
+    texts = [text[:200] for text in texts]
+    for columns in (texts,), (texts[:-1], texts[1:]):
         options = dict(truncation=True, max_length=60, padding=True, return_offsets_mapping=True)
-        a, b = (t(*given_pair, **options) for t in (ours, theirs))
+        a, b = (t(*columns, **options) for t in (ours, theirs))
         assert set(a) == set(b)
         for name in b:
             rows = enumerate(zip(a[name], b[name], strict=True))

@@ -483,6 +483,15 @@ def test_gradient_checkpointing_changes_nothing(packed: bool) -> None:
         torch.testing.assert_close(runs[1][name], runs[0][name], rtol=0, atol=0, msg=name)
 
 
+@pytest.mark.parametrize("layers", [1, 3])
+def test_classifiers_leave_out_only_what_nobody_reads(layers: int) -> None:
+    """With hidden states asked for, every layer is whole; the logits are the same without."""
+    model = model_of("ForSequenceClassification", num_hidden_layers=layers)
+    for inputs in both_forms(model.config)[:2]:
+        whole = model(**inputs, output_hidden_states=True)
+        torch.testing.assert_close(model(**inputs).logits, whole.logits, rtol=1e-5, atol=1e-6)
+
+
 def test_a_batch_with_a_row_of_padding_alone() -> None:
     """As data loaders make them to fill up the last batch: finite, and no effect on the others."""
     model = model_of("ForSequenceClassification")

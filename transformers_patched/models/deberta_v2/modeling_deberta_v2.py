@@ -211,8 +211,11 @@ class DebertaV2Attention(nn.Module):
         positions: RelativePositions | None,
         table: Tensor | None,
         output_attentions: bool,
+        first_only: bool,
     ) -> tuple[Tensor, Tensor | None]:
         context, weights = self.self(hidden, layout, positions, table, output_attentions)
+        if first_only:
+            context, hidden = first_tokens(context, layout), first_tokens(hidden, layout)  # (B, H)
         return self.output(context, hidden), weights
 
 
@@ -242,7 +245,11 @@ class DebertaV2Output(nn.Module):
 
 
 class DebertaV2Layer(nn.Module):
-    """Attention, then feed-forward, each with its residual and LayerNorm."""
+    """Attention, then feed-forward, each with its residual and LayerNorm.
+
+    With `first_only` what follows attention is computed for the first token of every sequence
+    alone, and (B, H) is returned: of the last layer a classifier reads nothing else.
+    """
 
     def __init__(self, config: DebertaV2Config) -> None:
         super().__init__()
@@ -257,8 +264,11 @@ class DebertaV2Layer(nn.Module):
         positions: RelativePositions | None,
         table: Tensor | None,
         output_attentions: bool,
+        first_only: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        hidden, weights = self.attention(hidden, layout, positions, table, output_attentions)
+        hidden, weights = self.attention(
+            hidden, layout, positions, table, output_attentions, first_only
+        )
         return self.output(self.intermediate(hidden), hidden), weights
 
 
@@ -304,20 +314,26 @@ class DebertaV2Encoder(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(
-        self, hidden: Tensor, layout: Layout, output_attentions: bool, output_states: bool
+        self,
+        hidden: Tensor,
+        layout: Layout,
+        output_attentions: bool,
+        output_states: bool,
+        first_only: bool,
     ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
         states, attentions, embedded = [hidden], [], hidden
         if self.training:
             hidden = layout.fill(hidden)
         places = layout, *self.relative_positions(layout)
         for i, layer in enumerate(self.layer):
+            convolve = i == 0 and self.conv is not None  # which reads all tokens of the first layer
+            last = layer is self.layer[-1] and not convolve
+            options = *places, output_attentions, first_only and last
             if self.gradient_checkpointing and self.training:
-                hidden, weights = checkpoint(
-                    layer, hidden, *places, output_attentions, use_reentrant=False
-                )
+                hidden, weights = checkpoint(layer, hidden, *options, use_reentrant=False)
             else:
-                hidden, weights = layer(hidden, *places, output_attentions)
-            if i == 0 and self.conv is not None:
+                hidden, weights = layer(hidden, *options)
+            if convolve:
                 hidden = self.conv(embedded, hidden, layout)
             if output_states:
                 states.append(layout.trim(hidden))
@@ -384,13 +400,16 @@ class DebertaV2Model(DebertaV2PreTrainedModel):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         layout: Layout | None = None,  # a head that has made it passes it on
+        first_only: bool = False,  # the head reads first tokens only: last_hidden_state is (B, H)
     ) -> BaseModelOutputWithPooling | tuple:
         if layout is None:
             layout = layout_of(input_ids, inputs_embeds, attention_mask, cu_seqlens, max_seqlen)
         want_attentions = self.asked_for("output_attentions", output_attentions)
         want_states = self.asked_for("output_hidden_states", output_hidden_states)
         hidden = self.embeddings(layout, input_ids, token_type_ids, position_ids, inputs_embeds)
-        hidden, states, attentions = self.encoder(hidden, layout, want_attentions, want_states)
+        hidden, states, attentions = self.encoder(
+            hidden, layout, want_attentions, want_states, first_only and not want_states
+        )
         output = BaseModelOutputWithPooling(
             last_hidden_state=hidden, hidden_states=states, attentions=attentions
         )
@@ -429,7 +448,7 @@ class DebertaV2ForSequenceClassification(DebertaV2PreTrainedModel):
         layout = layout_of(input_ids, inputs_embeds, attention_mask, cu_seqlens, max_seqlen)
         tokens = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         asked = (output_attentions, output_hidden_states)
-        outputs = self.deberta(*tokens, *asked, return_dict=True, layout=layout)
+        outputs = self.deberta(*tokens, *asked, return_dict=True, layout=layout, first_only=True)
         pooled = self.dropout(self.pooler(outputs.last_hidden_state, layout))
         logits = self.classifier(in_dtype_of(pooled, self.classifier))  # (B, num_labels)
         loss = None if labels is None else classification_loss(logits, labels, self.config)
@@ -508,7 +527,7 @@ class DebertaV2ForMultipleChoice(DebertaV2PreTrainedModel):
             input_ids, attention_mask, _, _, inputs_embeds = tokens
         layout = layout_of(input_ids, inputs_embeds, attention_mask, cu_seqlens, max_seqlen)
         asked = (output_attentions, output_hidden_states)
-        outputs = self.deberta(*tokens, *asked, return_dict=True, layout=layout)
+        outputs = self.deberta(*tokens, *asked, return_dict=True, layout=layout, first_only=True)
         num_choices = num_choices or count_choices(labels, layout)
         pooled = self.dropout(self.pooler(outputs.last_hidden_state, layout))
         logits = self.classifier(in_dtype_of(pooled, self.classifier))

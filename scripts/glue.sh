@@ -65,7 +65,7 @@ sheet() {
 add_adapter() {
   local start=$1 method=$2
   [[ " ${*:3} " != *" --lora_path"* ]] || return 0
-  if [ "$start" != mnli ] || [ "$method" = full ]; then
+  if [ "$start" != mnli ] || [[ ! $method =~ ^(dy)?lora$ ]]; then
     [ -z "${LORA_PATH:-}" ] || note "LORA_PATH is not used: this run starts from the pretrained" \
       "model (--lora_path insists)"
   elif [ -n "${LORA_PATH:-}" ]; then

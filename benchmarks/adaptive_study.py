@@ -1,0 +1,269 @@
+"""Adaptive ranks and a posterior on real tasks: full, LoRA, AdaLoRA, AdaLoRA with IVON, ViLoRA.
+
+    python -m benchmarks.adaptive_study --model DIR --data_dir DIR/glue --out FILE.jsonl
+    python -m benchmarks.adaptive_study --out FILE.jsonl --table
+
+Parts, in this order unless `--part` names some:
+
+    tune      each optimiser's learning rate, by the last weights' metric: 1 seed, 3 epochs
+    main      MRPC 5 epochs, CoLA 8; mean rank 4 from 6; 3 seeds
+    criteria  CoLA, 5 epochs, 2 seeds: what else could rank the triplets
+    budget    CoLA, 5 epochs, 2 seeds: mean rank 2 from 3
+    sigma     MRPC, 5 epochs, 2 seeds, all triplets kept: IVON's settings, what they do to σ, and
+              what that does to the criteria
+    moved     as `criteria`, with the setting under which σ differs most between weights
+
+Each run is a process of its own and one line of `--out`; a run that has its line is not repeated.
+Unknown options go to `examples.run_glue`. Adapted are the six linear maps of every layer (36 in
+MiniLM). All figures are those of the last weights on the development set: nothing is chosen by
+looking at it but the rates. IVON predicts by 16 samples of the weights, and at their mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.posterior_figures import adapter_figures, agreement
+from benchmarks.study import METRIC, Row, mean_and_interval, once, read, run_glue
+
+EPOCHS = {"mrpc": 5, "cola": 8}
+SETTINGS = (
+    "--per_device_train_batch_size 32 --weight_decay 0 --max_grad_norm 0 --warmup_ratio 0.06 "
+    "--max_length 128 --packing --load_best_model_at_end false --save_strategy no --calibration "
+    "--eval_strategy steps --eval_steps 1000000"  # at the end alone
+).split()
+LORA = "--base_dtype bfloat16 --lora_modules query,key,value,output.dense,intermediate.dense"
+SVD = f"{LORA} --adalora_tinit 0.15 --adalora_tfinal 0.4 --adalora_delta_t 10"
+SVD += " --adalora_orth_reg_weight 0.1 --lora_alpha 32"
+IVON = "--optimizer ivon --ivon_infer_mc_samples 16"
+METHODS = {
+    "full": "--method full --mixed_precision bf16",
+    "lora": f"--method lora {LORA} --lora_alpha 32",
+    "adalora": f"--method adalora {SVD}",
+    "adalora_ivon": f"--method adalora {SVD} {IVON}",
+    "vilora": f"--method vilora {SVD} {IVON}",
+}
+RATES = {  # tried; what has none here takes those of another
+    "full": (2e-5, 5e-5, 1e-4, 2e-4),
+    "lora": (2e-4, 5e-4, 1e-3, 2e-3),
+    "adalora": (5e-4, 1e-3, 2e-3, 4e-3),
+    "adalora_ivon": (1.0, 2.0, 4.0, 8.0),
+}
+CRITERIA = ("SNR_mean_abs", "SNR", "mean", "sigma", "E_mean_abs")
+RANKS = {4: 6, 2: 3, 6: 6}  # mean rank at the end: at the start
+# h₀ and β₂; ess = N/h₀ and rate = tuned/h₀ keep σ at the start and the largest step as they are
+SIGMA = {
+    "published": (1.0, 0.99999),
+    "β₂ 0.999": (1.0, 0.999),
+    "h₀ 0.01, β₂ 0.999": (0.01, 0.999),
+    "h₀ 0.001, β₂ 0.999": (0.001, 0.999),
+    "h₀ 0.001, β₂ 0.99": (0.001, 0.99),
+}
+MOVED = "h₀ 0.001, β₂ 0.99"
+PAIRS = (("SNR", "mean"), ("SNR", "sigma"), ("mean", "sigma"), ("SNR_mean_abs", "mean"))
+ROWS = {"mrpc": 3668, "cola": 8551}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: what tells it from the others, and the words for the program."""
+
+    key: Row
+    words: tuple[str, ...]
+
+    @classmethod
+    def make(
+        cls, part: str, task: str, method: str, seed: int, epochs: int, rate: float, rank: int = 4,
+        **more: object,
+    ) -> Job:  # fmt: skip
+        words = [*METHODS[method].split(), "--learning_rate", str(rate), "--seed", str(seed)]
+        words += ["--num_train_epochs", str(epochs), "--task_name", task]
+        if method == "lora":
+            words += ["--lora_r", str(rank)]
+        elif method != "full":
+            start = more.pop("start", RANKS[rank])
+            words += ["--adalora_target_r", str(rank), "--adalora_init_r", str(start)]
+        for name, value in more.items():
+            if name != "setting":
+                words += [f"--{name}", str(value)]
+        key = {"part": part, "task": task, "method": method, "seed": seed, "epochs": epochs}
+        return cls({**key, "rate": rate, "rank": rank, **more}, tuple(words))
+
+
+def jobs(part: str, rows: list[Row], seeds: list[int]) -> Iterator[Job]:
+    """The runs of a part; those after `tune` need its rows."""
+    rate = tuned(rows)
+    if part == "tune":
+        for task, method in itertools.product(EPOCHS, RATES):
+            for value in RATES[method]:
+                yield Job.make(part, task, method, 0, 3, value)
+    elif part == "main":
+        for seed, (task, epochs) in itertools.product(seeds, EPOCHS.items()):
+            for method in METHODS:
+                yield Job.make(part, task, method, seed, epochs, rate(task, method))
+    elif part == "criteria":
+        for seed in seeds[:2]:
+            yield Job.make(part, "cola", "adalora_ivon", seed, 5, rate("cola", "vilora"))
+            for name in CRITERIA:
+                more = {"vilora_criterion": name}
+                yield Job.make(part, "cola", "vilora", seed, 5, rate("cola", "vilora"), **more)
+    elif part == "budget":
+        for seed in seeds[:2]:
+            for method in ("lora", "adalora", "adalora_ivon", "vilora"):
+                yield Job.make(part, "cola", method, seed, 5, rate("cola", method), rank=2)
+    elif part == "sigma":
+        for seed, setting in itertools.product(seeds[:2], SIGMA):
+            value = rate("mrpc", "vilora") / SIGMA[setting][0]
+            more = ivon_setting(setting, "mrpc")
+            yield Job.make(part, "mrpc", "vilora", seed, 5, value, rank=6, **more)
+    elif part == "moved":
+        for seed, name in itertools.product(seeds[:2], CRITERIA):
+            more = {**ivon_setting(MOVED, "cola"), "vilora_criterion": name}
+            value = rate("cola", "vilora") / SIGMA[MOVED][0]
+            yield Job.make(part, "cola", "vilora", seed, 5, value, **more)
+
+
+def ivon_setting(name: str, task: str) -> Row:
+    h0, beta2 = SIGMA[name]
+    return {
+        "setting": name,
+        "ivon_hess_init": h0,
+        "ivon_beta2": beta2,
+        "ivon_ess": ROWS[task] / h0,
+    }
+
+
+def tuned(rows: list[Row]):
+    """(task, method) -> the rate whose last weights were best."""
+
+    def rate(task: str, method: str) -> float:
+        method = method if method in RATES else "adalora_ivon"
+        tried = {
+            row["rate"]: row["final"][METRIC[task]]
+            for row in rows
+            if (row["part"], row["task"], row["method"]) == ("tune", task, method)
+        }
+        if not tried:
+            raise SystemExit(f"--part tune has no run of {method} on {task} yet: do it first")
+        return max(tried, key=lambda value: tried[value])
+
+    return rate
+
+
+def go(o: argparse.Namespace) -> None:
+    for part in o.part:
+        for job in jobs(part, read(o.out), o.seeds):
+            if job.key["task"] not in o.tasks:
+                continue
+
+            def run(folder: Path, job=job) -> Row:
+                where = ["--model_name_or_path", o.model, "--data_dir", o.data_dir]
+                row = run_glue([*where, *SETTINGS, *job.words, *o.more], folder / "run")
+                return {**row, **adapter_figures(folder / "run" / "adapter")}
+
+            row = once(o.out, job.key, run)
+            shown = {name: round(row["final"][name], 4) for name in (METRIC[row["task"]], "nll")}
+            print(json.dumps({**job.key, **shown, "cpu": row["cpu_seconds"]}), flush=True)
+
+
+# -- tables ---------------------------------------------------------------------------------------
+
+
+def markdown(heads: list[str], lines: list[list[str]]) -> str:
+    every = [heads, ["---"] * len(heads), *lines]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in every)
+
+
+def figures(rows: list[Row]) -> list[str]:
+    """Metric, NLL, calibration error, entropy, seconds of the runs of one configuration."""
+
+    def mean(name: str) -> str:
+        return mean_and_interval([row["final"][name] for row in rows if name in row["final"]])
+
+    metric = METRIC[rows[0]["task"]]
+    at_mean = f"mean_{metric}" in rows[0]["final"]
+    cells = [mean(metric), mean(f"mean_{metric}") if at_mean else ""]
+    cells += [mean(name) for name in ("nll", "ece", "entropy")]
+    cells.append(mean("mean_nll") if at_mean else "")
+    seconds = [
+        statistics.mean(row[name] for row in rows) for name in ("train_seconds", "cpu_seconds")
+    ]
+    return [str(len(rows)), *cells, *(f"{value:.0f}" for value in seconds)]
+
+
+HEADS = ["seeds", "metric", "at the mean", "NLL", "ECE", "entropy", "NLL at the mean"]
+HEADS += ["training s", "CPU s"]
+
+
+def grouped(rows: list[Row], *names: str) -> dict[tuple, list[Row]]:
+    found: dict[tuple, list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row.get(name, "") for name in names), []).append(row)
+    return found
+
+
+def table(rows: list[Row]) -> str:
+    """All parts there are."""
+    text = []
+    for part, own in grouped(rows, "part").items():
+        text += ["", f"## {part[0]}", ""]
+        if part[0] == "tune":
+            lines = [[*map(str, key), *figures(group)[1:2]] for key, group in
+                     grouped(own, "task", "method", "rate").items()]  # fmt: skip
+            text.append(markdown(["task", "method", "rate", "metric"], lines))
+            continue
+        names = ("task", "epochs", "rank", "method", "vilora_criterion", "setting")
+        groups = grouped(own, *names)
+        lines = [[*map(str, key), *figures(group)] for key, group in groups.items()]
+        text += [markdown([*names, *HEADS], lines), "", *spreads(groups)]
+    return "\n".join(text)
+
+
+def spreads(groups: dict[tuple, list[Row]]) -> Iterator[str]:
+    """What became of ranks, σ and criteria, where there is a posterior."""
+    lines = []
+    for key, rows in groups.items():
+        posteriors = [row["posterior"] for row in rows if row.get("posterior")]
+        if not posteriors:
+            continue
+        first = posteriors[0]
+        spread = " · ".join(f"{k} {v['variation']:.2g}" for k, v in first["sigma"].items())
+        every = first["sigma"]["all"]
+        width = f"{every['mean']:.4g} ({every['min']:.3g} … {every['max']:.3g})"
+        likeness = [f"{a}~{b} {first['spearman'][a][b]:+.2f}" for a, b in PAIRS]
+        shared = " ".join(f"{name} {v:.2f}" for name, v in first["kept_like_mean"].items())
+        seeds = f"{agreement(posteriors):+.2f}" if len(posteriors) > 1 else ""
+        name = " ".join(str(part) for part in key if part != "")
+        lines.append([name, width, spread, ", ".join(likeness), shared, seeds])
+    if lines:
+        yield markdown(
+            ["run", "σ: mean (relative min … max)", "s.d./mean of σ", "Spearman of triplet scores",
+             "share of the best 2/3 also in mean's", "1/σ of modules, between seeds"],
+            lines,
+        )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="folder of the pretrained model (MiniLM)")
+    parser.add_argument("--data_dir", help="folder of the GLUE task folders")
+    parts = ["tune", "main", "criteria", "budget", "sigma", "moved"]
+    parser.add_argument("--part", default=parts, type=lambda text: text.split(","))
+    parser.add_argument("--tasks", default=list(EPOCHS), type=lambda text: text.split(","))
+    parser.add_argument("--seeds", default=[0, 1, 2], type=lambda t: [*map(int, t.split(","))])
+    parser.add_argument("--out", type=Path, required=True, help="one line per run")
+    parser.add_argument("--table", action="store_true", help="print the tables and stop")
+    o, o.more = parser.parse_known_args()
+    if not o.table:
+        go(o)
+    print(table(read(o.out)))
+
+
+if __name__ == "__main__":
+    main()

@@ -46,6 +46,8 @@ def dylora(source: ModelSource, options: DyLoraOptions) -> Adapted:
 class RankPredictor:
     """A view `r<b>` for every rank b that the options name; the last one is R."""
 
+    stacked = True
+
     def __init__(self, options: DyLoraOptions) -> None:
         self.options = options
 

@@ -28,7 +28,9 @@ class Predictor(Protocol):
     """How a batch is predicted; a method (`Adapted.predictor`) or an optimiser may bring one.
 
     A predictor with `probabilistic = True` returns the log-probabilities of averaged predictions as
-    logits, and its views get the metrics of `examples.metrics.calibration` as well.
+    logits, and its views get the metrics of `examples.metrics.calibration` as well. One with
+    `stacked = True` puts the copies of a batch for all views into one forward pass, so it is given
+    batches of that much fewer rows: a pass never has more rows than the user allowed.
     """
 
     def views(self, final: bool) -> list[str]:
@@ -57,7 +59,7 @@ class EvaluationSet:
     Attributes:
         name: "" or a name that goes into the metrics' names.
         rows: how many rows all processes have together.
-        batches: this process's share of them.
+        batches: (copies of a batch in one forward pass) -> this process's share of them.
         collate: batch -> arguments of the model.
         score: (rows, …) logits -> metrics.
         calibration: the same for what only a probabilistic predictor is asked; None for a
@@ -66,7 +68,7 @@ class EvaluationSet:
 
     name: str
     rows: int
-    batches: list[Batch]
+    batches: Callable[[int], list[Batch]]
     collate: Collate
     score: Score
     calibration: Score | None = None
@@ -148,10 +150,11 @@ def predict(
     """
     views = predictor.views(final)
     sums = [_Sum(data.rows) for _ in views]
+    copies = len(views) if getattr(predictor, "stacked", False) else 1
     training = model.training
     model.eval()
     with torch.inference_mode(), accelerator.autocast():
-        for batch in data.batches:
+        for batch in data.batches(copies):
             arguments = on_device(data.collate(batch), accelerator.device)
             outputs = predictor.outputs(model, arguments, views)
             for one, output in zip(sums, outputs, strict=True):

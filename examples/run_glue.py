@@ -121,9 +121,10 @@ class Data:
         from examples.evaluation import EvaluationSet
         from examples.metrics import calibration, compute
 
-        batches: list[Batch] = evaluation_batches(
-            split, self.training.per_device_eval_batch_size, **self.share
-        )
+        def batches(copies: int) -> list[Batch]:
+            most = self.training.per_device_eval_batch_size
+            return evaluation_batches(split, max(1, most // copies), **self.share)
+
         task, labels = self.task, split.labels
         return EvaluationSet(
             name,

@@ -88,15 +88,16 @@ class AutoSampling:
         optimizer = self.optimizer
         if optimizer._count and all(p.grad is None for p in optimizer._known):
             optimizer.zero_grad()  # model.zero_grad() has dropped the step
+        buckets = optimizer._ready()
         if not self._drawn:
             optimizer._open_sample()
             optimizer._draw()
             self._drawn = True
         else:
-            for bucket in optimizer._buckets:
+            for bucket in buckets:
                 bucket.read_mean()
         self._noisy = True
-        for bucket in optimizer._buckets:
+        for bucket in buckets:
             bucket.perturb()
 
     @torch.compiler.disable
@@ -147,7 +148,8 @@ class AutoSampling:
         optimizer = self.optimizer
         if not self._drawn or optimizer._sampling:
             return
-        found = [bucket.collect(optimizer.hess_approx, 1) for bucket in optimizer._buckets]
+        approx = optimizer.hess_approx
+        found = [b.collect(approx, 1, keep_noise=True) for b in optimizer._buckets]
         if any(found):
             optimizer._count = 1
         if not self._pending:

@@ -3,7 +3,8 @@
 Parameters and gradients stay ordinary tensors of their own: `zero_grad` and `.to()` would break
 views into a common buffer. Only IVON's own vectors are flat; a parameter's part of each is a view,
 and whole lists of parts are read and written by one `torch._foreach_*` call. So the number of
-operators of a step does not depend on the number of parameters.
+operators does not depend on the number of parameters. On a CPU the formulas go through the vectors
+in blocks that stay in a core's cache, as a dozen passes over memory would cost twice as much.
 """
 
 from __future__ import annotations
@@ -16,15 +17,20 @@ from torch import Tensor, nn
 
 from . import rule
 
+BLOCK = 2**17  # numbers per core: half a megabyte of each vector
+
 
 class Flat:
-    """A vector (n,), and a view of it in the shape of every parameter."""
+    """A vector (n,), with views of it in the shape of every parameter, and in blocks."""
 
     def __init__(self, params: list[nn.Parameter], dtype: torch.dtype) -> None:
         sizes = [p.numel() for p in params]
         self.vector = torch.zeros(sum(sizes), dtype=dtype, device=params[0].device)
         pieces = self.vector.split(sizes)
         self.views = [piece.view(p.shape) for piece, p in zip(pieces, params, strict=True)]
+        on_cpu = self.vector.device.type == "cpu"
+        block = BLOCK * torch.get_num_threads() if on_cpu else len(self.vector)
+        self.blocks = self.vector.split(max(1, block))
 
     def pick(self, indices: Iterable[int]) -> list[Tensor]:
         return [self.views[i] for i in indices]
@@ -119,7 +125,8 @@ class Bucket:
                     len(noise), generator=generator, device=generator.device, dtype=noise.dtype
                 )
             )
-        noise.mul_(rule.std(self.hess.vector, group["ess"], group["weight_decay"]))
+        for part, hess in zip(self.noise.blocks, self.hess.blocks, strict=True):
+            part.mul_(rule.std(hess, group["ess"], group["weight_decay"]))
 
     def perturb(self) -> None:
         """Parameters ← m + noise. They must be at m."""
@@ -147,15 +154,21 @@ class Bucket:
         return self.narrow
 
     # --- gathering ------------------------------------------------------------------------------
-    def collect(self, hess_approx: str, count: int) -> bool:
-        """Takes the count-th sample's gradient into `statistic`; whether there was any."""
+    def collect(self, hess_approx: str, count: int, *, keep_noise: bool = False) -> bool:
+        """Takes the count-th sample's gradient into `statistic`; whether there was any.
+
+        Args:
+            keep_noise: for the first sample only; else the noise is used up.
+        """
         indices = self._with_gradient()
         gradients = self._gradients(indices)
-        target = self.noise
         if count == 1:
             self.seen.clear()
-            target = self.statistic
-            target.vector.copy_(self.noise.vector)
+            if keep_noise:
+                self.statistic.vector.copy_(self.noise.vector)
+            else:
+                self.noise, self.statistic = self.statistic, self.noise
+        target = self.statistic if count == 1 else self.noise
         self.seen.update(indices)
         missing = set(range(len(self.params))).difference(indices)
         if missing:
@@ -202,16 +215,19 @@ class Bucket:
         """One step for the parameters that have a gradient; the others and their state stay."""
         indices = self._with_gradient()
         rest = set(range(len(self.params))).difference(indices)
-        kept = [v for f in (self.momentum, self.hess, self.mean) for v in f.pick(rest)]
+        kept = [view for flat in (self.hess, self.mean) for view in flat.pick(rest)]
         self.read_mean()
         before = [view.clone() for view in kept]
-        momentum, hess = self.momentum.vector, self.hess.vector
-        momentum.mul_(group["beta1"])
-        torch._foreach_add_(
-            self.momentum.pick(indices), self._gradients(indices), alpha=1 - group["beta1"]
-        )
-        rule.update_hess_(hess, self.statistic.vector, hess_approx, group)
-        rule.update_mean_(self.mean.vector, momentum, hess, group, **rule_options)
+        views, gradients = self.momentum.pick(indices), self._gradients(indices)
+        if self.narrow is None:
+            torch._foreach_lerp_(views, gradients, 1 - group["beta1"])
+        else:  # lerp takes one dtype
+            torch._foreach_mul_(views, group["beta1"])
+            torch._foreach_add_(views, gradients, alpha=1 - group["beta1"])
+        vectors = (self.mean, self.momentum, self.hess, self.statistic)
+        for mean, momentum, hess, statistic in zip(*(v.blocks for v in vectors), strict=True):
+            rule.update_hess_(hess, statistic, hess_approx, group)
+            rule.update_mean_(mean, momentum, hess, group, **rule_options)
         if kept:
             torch._foreach_copy_(kept, before)
         self._write_mean(indices)

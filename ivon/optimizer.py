@@ -158,7 +158,7 @@ class IVON(Optimizer):
     def _flatten(self) -> None:
         """Puts the state into flat vectors, new ones."""
         self._refuse_within_sample("the parameters cannot change")
-        self._start_window()
+        self.discard_samples()
         self._buckets, self._known, self._stds = [], {}, {}
         for index, group in enumerate(self.param_groups):
             parts: dict[Any, list[nn.Parameter]] = {}
@@ -254,6 +254,7 @@ class IVON(Optimizer):
             yield
             return
         self._refuse_within_sample("sampled_params cannot be nested")
+        self._ready()
         if self._auto is not None:
             self._auto.to_mean()
         if train:
@@ -288,7 +289,7 @@ class IVON(Optimizer):
     @torch.no_grad()
     def _draw(self, generator: torch.Generator | None = None) -> None:
         """New noise, and the means of now to return to."""
-        for bucket in self._ready():
+        for bucket in self._buckets:
             bucket.read_mean()
             bucket.draw(generator or self.generator, self.param_groups[bucket.group])
 
@@ -302,7 +303,6 @@ class IVON(Optimizer):
                 "IVON(generator=torch.Generator().manual_seed(s)) with the same s and let DDP "
                 "average gradients, or use sync=True with gradients of each process's own rows"
             )
-        self._ready()
         gradients = [p.grad for p in self._known if p.grad is not None]
         if self._count >= self.mc_samples and not gradients:
             self.zero_grad()  # model.zero_grad() has emptied a full window

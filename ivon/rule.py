@@ -14,14 +14,9 @@ import torch
 from torch import Tensor
 
 
-def precision(hess: Tensor, weight_decay: float) -> Tensor:
-    """h + δ, kept above zero where rounding would not."""
-    return (hess + weight_decay).clamp_min_(torch.finfo(hess.dtype).tiny)
-
-
 def std(hess: Tensor, ess: float, weight_decay: float) -> Tensor:
     """σ = 1/√(ess·(h + δ))."""
-    return precision(hess, weight_decay).mul_(ess).rsqrt_()
+    return torch.add(hess, weight_decay).mul_(ess).rsqrt_()
 
 
 def update_hess_(hess: Tensor, statistic: Tensor, hess_approx: str, group: dict[str, Any]) -> None:
@@ -33,14 +28,15 @@ def update_hess_(hess: Tensor, statistic: Tensor, hess_approx: str, group: dict[
     Args:
         statistic: mean(noise·gradient) for "price", mean(gradient²) for "gradsq".
     """
-    ess, b = group["ess"], 1 - group["beta2"]
-    scale = precision(hess, group["weight_decay"])
+    ess, weight_decay, b = group["ess"], group["weight_decay"], 1 - group["beta2"]
+    scale = torch.add(hess, weight_decay)
     if hess_approx == "price":
         gap = torch.addcmul(hess, scale, statistic, value=-ess)  # h − f
     else:
         gap = torch.add(hess, statistic, alpha=-ess)
     hess.add_(gap, alpha=-b)
     hess.addcdiv_(gap.square_(), scale, value=b * b / 2)
+    hess.clamp_min_((2**-20 - 1) * weight_decay)  # for rounding, after many halvings in a row
 
 
 def update_mean_(
@@ -54,13 +50,14 @@ def update_mean_(
 ) -> None:
     """m ← m − η·clip((g/(1 − β₁ᵗ) + δm)/(h + δ), ±radius), with the new g, h and t, in place.
 
-    η = lr·(h₀ + δ), so that lr means what it means for SGD while h is near h₀, or η = lr.
+    η = lr·(h₀ + δ), so that lr means what it means for SGD while h is near h₀, or η = lr. The
+    correction of the bias, 1 − β₁ᵗ, is multiplied through, which saves a pass over memory.
     """
     weight_decay, radius = group["weight_decay"], group["clip_radius"]
     bias = 1 - group["beta1"] ** group["step"] if debias else 1.0
-    direction = torch.div(momentum, bias).add_(mean, alpha=weight_decay)
-    direction.div_(precision(hess, weight_decay))
+    direction = torch.add(momentum, mean, alpha=weight_decay * bias)
+    direction.div_(torch.add(hess, weight_decay))
     if math.isfinite(radius):
-        direction.clamp_(-radius, radius)
+        direction.clamp_(-radius * bias, radius * bias)
     rate = group["lr"] * (group["hess_init"] + weight_decay) if rescale_lr else group["lr"]
-    mean.sub_(direction, alpha=rate)
+    mean.sub_(direction, alpha=rate / bias)

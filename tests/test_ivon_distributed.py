@@ -1,4 +1,4 @@
-"""Two gloo processes: one noise and averaged gradients, or noise of their own and one all-reduce."""
+"""Two gloo processes: one noise and averaged gradients, or own noise and one all-reduce a step."""
 
 from __future__ import annotations
 

@@ -69,6 +69,7 @@ class Bucket:
         self.narrow = Flat(params, self.dtype) if narrow else None
         self._gradient: Flat | None = None
         self.seen: set[int] = set()  # parameters with a gradient in this window
+        self.sampled: list[int] = []  # parameters that are not at the mean
 
     def _restored(self, name: str, state: Any, initial: Any = 0.0) -> Flat:
         """A vector of the state: what `state[p][name]` holds or else `initial`; then its views."""
@@ -130,7 +131,7 @@ class Bucket:
 
     def perturb(self) -> None:
         """Parameters ← m + noise. They must be at m."""
-        live = self.trainable()
+        live = self.sampled = self.trainable()
         if not live:
             return
         params = [self.params[i] for i in live]
@@ -141,8 +142,9 @@ class Bucket:
             torch._foreach_copy_(params, rounded.pick(live))
 
     def restore(self) -> None:
-        """Parameters ← m, in place."""
-        self._write_mean(self.trainable())
+        """Parameters ← m, in place, all that were perturbed (one may be frozen by now)."""
+        self._write_mean(self.sampled)
+        self.sampled = []
 
     def _write_mean(self, indices: list[int]) -> None:
         source = self.mean if self.narrow is None else self._rounded(self.mean.vector)

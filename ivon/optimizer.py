@@ -258,7 +258,7 @@ class IVON(Optimizer):
         if self._auto is not None:
             self._auto.to_mean()
         if train:
-            self._open_sample()
+            self._open_sample(generator)
         before = [(p, p.grad) for p in self._known] if train else []
         complete = False
         kept = self._auto.noise() if self._auto is not None else []
@@ -294,10 +294,10 @@ class IVON(Optimizer):
             bucket.draw(generator or self.generator, self.param_groups[bucket.group])
 
     @torch.no_grad()
-    def _open_sample(self) -> None:
+    def _open_sample(self, generator: torch.Generator | None = None) -> None:
         """Decides whether a sample goes on with the window or begins one."""
         processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        if processes > 1 and not self.sync and self.generator is None:
+        if processes > 1 and not self.sync and (generator or self.generator) is None:
             raise RuntimeError(
                 f"{processes} processes would draw different noise and drift apart: give every one "
                 "IVON(generator=torch.Generator().manual_seed(s)) with the same s and let DDP "

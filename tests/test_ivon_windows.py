@@ -269,6 +269,19 @@ def test_exceptions_leave_the_mean(dtype: torch.dtype, train: bool) -> None:
     assert [p.data_ptr() for p in model.parameters()] == pointers
 
 
+def test_freezing_within_a_sample_leaves_the_mean() -> None:
+    model, optimizer = built()
+    mean = weights(model)
+    with optimizer.sampled_params(train=True):
+        loss_of(model).backward()
+        model.requires_grad_(False)
+        model[2].requires_grad_(True)
+    assert torch.equal(weights(model), mean)
+    optimizer.step()
+    model[0].requires_grad_(True)
+    assert torch.equal(weights(model)[:42], mean[:42]) and not torch.equal(weights(model), mean)
+
+
 def test_sample_without_gradient_is_refused_and_leaves_no_trace() -> None:
     model, optimizer = built()
     mean = weights(model)

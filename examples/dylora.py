@@ -55,7 +55,12 @@ class RankPredictor:
         return [f"r{b}" for b in self.options.ranks(final)]
 
     def outputs(self, model: nn.Module, arguments: dict[str, Any], views: list[str]) -> list[Any]:
-        """One pass over the batch repeated for every rank; then each rank's logits and loss."""
+        """One pass over the batch repeated for every rank; then each rank's logits and loss.
+
+        A model that cannot be stacked has one pass for every rank.
+        """
+        if not loralib.stackable(model):
+            return [self._at(model, arguments, int(view[1:])) for view in views]
         labels = arguments.get("labels")
         inputs = {name: value for name, value in arguments.items() if name != "labels"}
         with loralib.rank_stack(model, [int(view[1:]) for view in views]):
@@ -65,6 +70,11 @@ class RankPredictor:
             losses = [classification_loss(part, labels, model.config) for part in logits]
         pairs = zip(logits, losses, strict=True)
         return [SequenceClassifierOutput(loss=loss, logits=part) for part, loss in pairs]
+
+    @staticmethod
+    def _at(model: nn.Module, arguments: dict[str, Any], rank: int) -> Any:
+        with loralib.at_rank(model, rank):
+            return model(**arguments)
 
 
 def repeated(arguments: dict[str, Any], copies: int) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from .dylora import (
     get_rank,
     rank_stack,
     set_rank,
+    stackable,
 )
 from .layers import Conv1d, Conv2d, Conv3d, ConvLoRA, Embedding, Linear, MergedLinear
 from .utils import lora_state_dict, mark_only_lora_as_trainable
@@ -43,4 +44,5 @@ __all__ = [
     "mark_only_lora_as_trainable",
     "rank_stack",
     "set_rank",
+    "stackable",
 ]

@@ -244,6 +244,21 @@ def at_rank(model: nn.Module, rank: int) -> Iterator[None]:
         _set_rows(layers, before)
 
 
+def stackable(model: nn.Module) -> bool:
+    """Whether nested layers read nothing but rows of the batch, as `rank_stack` has to assume.
+
+    A module that also feeds one of its layers with rows that all sequences share (DeBERTa's
+    attention with its relative positions) has its name in `shared_row_layers`.
+    """
+    layers = nested_layers(model)
+    shared = [
+        getattr(module, name)
+        for module in model.modules()
+        for name in getattr(module, "shared_row_layers", ())
+    ]
+    return not any(layer is other for layer in layers for other in shared)
+
+
 @contextlib.contextmanager
 def rank_stack(model: nn.Module, ranks: Sequence[int], tokens: int | None = None) -> Iterator[None]:
     """Within the context a batch that holds the same rows K times is computed at K ranks at once.
@@ -259,11 +274,17 @@ def rank_stack(model: nn.Module, ranks: Sequence[int], tokens: int | None = None
         tokens: t or n·L, the tokens of one part; only for encoders that append filler rows.
 
     Raises:
-        ValueError: a rank outside of 1 … R, a layer in training mode or merged.
+        ValueError: a rank outside of 1 … R, a layer in training mode or merged, a model that is
+            not `stackable`.
     """
     layers = nested_layers(model)
     if not ranks:
         raise ValueError("rank_stack: no ranks given")
+    if not stackable(model):
+        raise ValueError(
+            f"rank_stack: a nested layer of {type(model).__name__} also reads rows that belong to "
+            "no part of the batch (relative positions): compute one rank after the other, at_rank"
+        )
     for layer in layers:
         if layer.training or layer.merged:
             state = "in training mode" if layer.training else "merged"

@@ -588,6 +588,34 @@ def test_counts_of_deberta_v3_base() -> None:
     assert sum(name.endswith("base_layer") for name, _ in adapted.named_modules()) == 73
 
 
+def test_ranks_are_stacked_only_where_they_can_be() -> None:
+    """Relative positions belong to no part of a batch, and their projections differ by rank."""
+    import loralib as lora
+
+    nested = {"apply_lora": True, "lora_type": "dylora", "lora_r": 4}
+    for modules, possible in (
+        (("value_proj", "dense"), True),
+        (("query_proj", "value_proj"), False),
+        (("key_proj",), False),
+    ):
+        model = model_of("ForSequenceClassification", lora_modules=modules, **nested)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter)
+        assert lora.stackable(model) == possible
+        if not possible:
+            with pytest.raises(ValueError, match="rank_stack: .* relative positions.* at_rank"):
+                lora.rank_stack(model, [1, 4]).__enter__()
+            continue
+        with lora.rank_stack(model, [1, 4]):
+            stacked = model(IDS.repeat(2, 1)).logits.chunk(2)
+        for rank, logits in zip((1, 4), stacked, strict=True):
+            with lora.at_rank(model, rank):
+                torch.testing.assert_close(logits, model(IDS).logits, rtol=1e-4, atol=1e-5)
+    not_shared = {"share_att_key": False, "lora_modules": ("query_proj", "key_proj")}
+    assert lora.stackable(model_of("ForSequenceClassification", **not_shared, **nested))
+
+
 def test_adapters_on_shared_projections_train(tmp_path: Path) -> None:
     """The adapted key_proj also projects relative positions; a reloaded adapter says the same."""
     from peft_custom import LoraConfig, PeftModel, get_peft_model

@@ -135,10 +135,13 @@ class DisentangledSelfAttention(nn.Module):
         self.share_att_key = config.share_att_key
         self.c2p = config.relative_attention and "c2p" in terms
         self.p2c = config.relative_attention and "p2c" in terms
-        if self.c2p and not self.share_att_key:
-            self.pos_key_proj = nn.Linear(size, size)
-        if self.p2c and not self.share_att_key:
-            self.pos_query_proj = nn.Linear(size, size)
+        pos_key, pos_query = "key_proj", "query_proj"
+        if not self.share_att_key:
+            pos_key, pos_query = "pos_key_proj", "pos_query_proj"
+            self.pos_key_proj = nn.Linear(size, size) if self.c2p else None
+            self.pos_query_proj = nn.Linear(size, size) if self.p2c else None
+        # what evaluates several models in one batch must know (see `loralib.stackable`)
+        self.shared_row_layers = (pos_key,) * self.c2p + (pos_query,) * self.p2c
         self.terms = 1 + len(terms)  # counted with and without relative attention
         self.scale = 1.0 / math.sqrt(size // self.num_heads * self.terms)
         self.pos_dropout = Dropout(config.hidden_dropout_prob)

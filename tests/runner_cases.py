@@ -15,6 +15,8 @@ from examples.run_glue import work
 from transformers_patched import (
     BertConfig,
     BertForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
 )
@@ -53,6 +55,19 @@ def tiny_roberta(folder: Path, num_labels: int = 2) -> RobertaForSequenceClassif
     model = RobertaForSequenceClassification(config)
     model.roberta.save_pretrained(folder)
     return model
+
+
+def tiny_deberta(folder: Path) -> Path:
+    """A random DeBERTa-v3 of 2 layers, without head and pooler, behind tiny_bert's tokenizer."""
+    tiny_bert(folder)
+    (folder / "model.safetensors").unlink()
+    words = len((folder / "vocab.txt").read_text("utf-8").splitlines())
+    attention = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "share_att_key": True}
+    attention |= {"position_buckets": 8, "norm_rel_ebd": "layer_norm"}
+    more = {"position_biased_input": False, "type_vocab_size": 0}
+    config = DebertaV2Config(vocab_size=words, **SIZES, **attention, **more)
+    DebertaV2ForSequenceClassification(config).deberta.save_pretrained(folder)
+    return folder
 
 
 def sentence(rng: random.Random) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runner_cases import evaluated, lines, pair_task, results, tiny_bert
+from runner_cases import evaluated, lines, pair_task, results, tiny_bert, tiny_deberta
 from safetensors.torch import load_file
 
 from examples import program
@@ -98,6 +98,28 @@ def test_the_saved_adapter_gives_the_reported_metrics(home, trained, kind):
     # fewer weights are other draws, so an average over draws is not the same to the last digit
     prefix = "eval_mean_" if kind == "vilora" else "eval_"
     wanted = {k: v for k, v in results(trained[kind]).items() if k.startswith(prefix)}
+    assert wanted and {k: found[k] for k in wanted} == pytest.approx(wanted, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["lora", "adalora", "vilora"])
+def test_a_pooler_that_no_checkpoint_has_is_trained_and_saved(home, tmp_path, kind):
+    """DeBERTa's: adapted instead, it would stay random, and nobody would know it again."""
+    tiny_deberta(tmp_path / "deberta")
+    more = ["--model_name_or_path", str(tmp_path / "deberta"), "--packing"]
+    more += ["--lora_modules", "query_proj,key_proj,value_proj,dense"]
+    base = words(home, tmp_path / "run", *KINDS.get(kind, ["--method", "lora"]), *more)
+    if kind == "lora":
+        start = base.index(SCHEDULE[0])
+        del base[start : start + len(SCHEDULE)]
+    assert program.run_main(work, base) == 0
+    adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    inside = [name for name in adapter if "pooler" in name]
+    assert [name.rpartition(".")[2] for name in inside] == ["bias", "weight"]
+    adapted = [name for name in adapter if name.removesuffix(".weight").endswith(".lora_A")]
+    assert len(adapted) == MODULES
+    found = evaluated([*base, "--lora_path", str(tmp_path / "run")])
+    prefix = "eval_mean_" if kind == "vilora" else "eval_"
+    wanted = {k: v for k, v in results(tmp_path / "run").items() if k.startswith(prefix)}
     assert wanted and {k: found[k] for k in wanted} == pytest.approx(wanted, abs=1e-5)
 
 

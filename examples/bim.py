@@ -23,7 +23,7 @@ MODULES = (
 
 def bim_lora(source: ModelSource, options: BimLoraOptions) -> Adapted:
     """Block-masked increments, started from `options.lora_path` where given."""
-    from examples.adapters import Adapted, continue_from, random_parts
+    from examples.adapters import Adapted, continue_from, random_parts, read_adapter
     from peft_custom import BimLoraConfig, get_peft_model
 
     base = source.load(frozen=True)
@@ -50,7 +50,10 @@ def bim_lora(source: ModelSource, options: BimLoraOptions) -> Adapted:
     if options.lora_path is not None:
         agree = {"r": ("lora_r", options.lora_r), "lora_alpha": ("lora_alpha", alpha)}
         agree["block_size"] = ("block_size", options.block_size)
-        said = continue_from(model, Path(options.lora_path).expanduser(), agree)
+        path = Path(options.lora_path).expanduser()
+        said = continue_from(model, path, agree)
+        if any(name.endswith(".block_scores") for name in read_adapter(path)[0]):
+            model.base_model.initialised.add("default")
         if said and source.speak:
             print(said)
 

@@ -1,0 +1,182 @@
+"""One BIM-LoRA training step beside plain LoRA's, and beside one that forms the masked increment.
+
+    python -m benchmarks.bim_step --dtype float32 --block 16
+    python -m benchmarks.bim_step --dtype bfloat16 --block 4 --dropout 0.1
+
+RoBERTa-base shapes with random weights, r 16 on all six linear maps of every layer, AdamW, batches
+of `--batch` sequences of MRPC's lengths (25 to 89), packed. All models are in one process and take
+turns, step by step; seconds are CPU time on a CPU (two cores are rarely idle) and device time on a
+GPU. Prints the ratio of every model's step to plain LoRA's (median over the rounds), the same for
+one evaluation pass, merged too, and the peak memory that a step adds.
+
+    LoRA        y = x Wᵀ + s (x Aᵀ) Bᵀ
+    BIM-LoRA    as this project computes it
+    formed      ΔW = s·repeat(m)∘(B A) by autograd, then x Wᵀ + x ΔWᵀ, as the method was published
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import transformers_patched as patched
+from peft_custom import BimLoraConfig, LoraConfig, get_peft_model
+from peft_custom.tuners.bim_lora import BIMLoRALinear
+
+SHORTEST, LONGEST = 25, 90
+
+
+def base(o: argparse.Namespace) -> nn.Module:
+    torch.manual_seed(0)
+    config = patched.RobertaConfig(
+        vocab_size=1000, hidden_size=768, num_hidden_layers=o.layers, num_attention_heads=12,
+        intermediate_size=3072, max_position_embeddings=514, type_vocab_size=1, pad_token_id=1,
+    )  # fmt: skip
+    model = patched.RobertaForSequenceClassification(config)
+    if o.dtype == "bfloat16":
+        model.to(torch.bfloat16)
+        model.classifier.float()
+    return model.to(o.device)
+
+
+def formed(layer: BIMLoRALinear) -> Callable[..., torch.Tensor]:
+    """The straightforward forward pass: the mask is repeated and ΔW formed."""
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        f, weight = layer.factors(), layer.base_layer.weight
+        m = torch.sigmoid(f.block_scores / f.temperature)
+        m = m.repeat_interleave(f.block, 0).repeat_interleave(f.block, 1)
+        delta = f.scaling * m[: layer.out_features, : layer.in_features] * (f.lora_B @ f.lora_A)
+        seen = F.dropout(x, f.dropout, layer.training)
+        return F.linear(x, weight, layer.base_layer.bias) + F.linear(seen, delta.to(x.dtype))
+
+    return forward
+
+
+def models(o: argparse.Namespace) -> dict[str, nn.Module]:
+    shared = {
+        "task_type": "SEQ_CLS", "r": o.r, "lora_alpha": 16, "lora_dropout": o.dropout,
+        "target_modules": "all-linear",
+    }  # fmt: skip
+    lora = get_peft_model(base(o), LoraConfig(**shared))
+    bim = get_peft_model(base(o), BimLoraConfig(**shared, block_size=o.block, mask_init="constant"))
+    naive = copy.deepcopy(bim)
+    for layer in naive.modules():
+        if isinstance(layer, BIMLoRALinear):
+            layer.forward = formed(layer)
+    return {"LoRA": lora, "BIM-LoRA": bim, "formed": naive}
+
+
+def batch(o: argparse.Namespace, turn: int) -> dict[str, torch.Tensor | int]:
+    draw = torch.Generator().manual_seed(turn)
+    lengths = torch.randint(SHORTEST, LONGEST, (o.batch,), generator=draw)
+    tokens = int(lengths.sum())
+    return {
+        "input_ids": torch.randint(5, 1000, (tokens,), generator=draw).to(o.device),
+        "cu_seqlens": F.pad(lengths.cumsum(0), (1, 0)).int().to(o.device),
+        "max_seqlen": int(lengths.max()),
+        "labels": (torch.arange(o.batch) % 2).to(o.device),
+    }
+
+
+def seconds(o: argparse.Namespace, action: Callable[[], None]) -> float:
+    if o.device == "cpu":
+        start = time.process_time()
+        action()
+        return time.process_time() - start
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    action()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def compare(o: argparse.Namespace) -> dict[str, float]:
+    sides = models(o)
+    optimizers = {
+        name: torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], 1e-4, fused=True)
+        for name, m in sides.items()
+    }
+
+    def step(name: str, given: dict) -> None:
+        sides[name](**given).loss.backward()
+        optimizers[name].step()
+        optimizers[name].zero_grad()
+
+    def evaluate(name: str, given: dict) -> None:
+        with torch.no_grad():
+            sides[name](**given)
+
+    result: dict[str, float] = {}
+    ratios: dict[str, list[float]] = {name: [] for name in sides}
+    spent: dict[str, list[float]] = {name: [] for name in sides}
+    peaks = {}
+    for model in sides.values():
+        model.train()
+    for turn in range(o.rounds + 2):  # the first two warm up
+        given = batch(o, turn)
+        found = {}
+        for name in sides:
+            if o.device != "cpu":
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+            found[name] = seconds(o, lambda name=name: step(name, given))  # noqa: B023
+            if o.device != "cpu":
+                peaks[name] = torch.cuda.max_memory_allocated() - before
+        if turn > 1:
+            for name in sides:
+                ratios[name].append(found[name] / found["LoRA"])
+                spent[name].append(found[name])
+    result["lora_ms"] = round(1e3 * statistics.median(spent["LoRA"]), 2)
+    for name in ("BIM-LoRA", "formed"):
+        result[f"step: {name}"] = round(statistics.median(ratios[name]), 3)
+        if peaks:
+            result[f"peak added: {name}"] = round(peaks[name] / peaks["LoRA"], 3)
+
+    for model in sides.values():
+        model.eval()
+    plain = copy.deepcopy(sides["LoRA"]).merge_and_unload()
+    sides = {"LoRA": plain, "BIM-LoRA": sides["BIM-LoRA"], "formed": sides["formed"]}
+    merged = copy.deepcopy(sides["BIM-LoRA"]).merge_and_unload() if o.dtype == "float32" else None
+    sides |= {"merged": merged} if merged is not None else {}
+    ratios = {name: [] for name in sides}
+    for turn in range(o.rounds + 2):
+        given = batch(o, turn)
+        found = {n: seconds(o, lambda n=n: evaluate(n, given)) for n in sides}  # noqa: B023
+        if turn > 1:
+            for name in sides:
+                ratios[name].append(found[name] / found["LoRA"])
+    for name in sides:
+        if name != "LoRA":
+            result[f"evaluation over a plain model: {name}"] = round(
+                statistics.median(ratios[name]), 3
+            )
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--block", type=int, default=16)
+    parser.add_argument("--r", type=int, default=16)
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    o = parser.parse_args()
+    print(json.dumps({**vars(o), **compare(o)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

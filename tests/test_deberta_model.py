@@ -72,8 +72,11 @@ def peer(head: str, seed: int, **sizes) -> nn.Module:
     config = hf.DebertaV2Config(**{**SMALL, **sizes, "num_labels": labels})
     model = getattr(hf, f"DebertaV2{head}")(config).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0.0, 0.7 / config.hidden_size**0.5)
+        for name, parameter in model.named_parameters():
+            if "LayerNorm.weight" in name:  # of size 1, so that positions and attention count
+                parameter.normal_(1.0, 0.2)
+            else:
+                parameter.normal_(0.0, 1.0 / config.hidden_size**0.5)
     return model
 
 

@@ -118,6 +118,10 @@ class PosteriorPredictor:
         self.optimizer, self.samples, self.seed = optimizer, samples, seed
         self.inner: Predictor = PlainPredictor()
 
+    @property
+    def stacked(self) -> bool:
+        return getattr(self.inner, "stacked", False)
+
     def views(self, final: bool) -> list[str]:
         views = self.inner.views(final)
         return [*views, "mean"] if final and "" in views else views

@@ -119,7 +119,18 @@ def collection(o: argparse.Namespace, where: list[str]) -> None:
         if not path.exists():
             words = [*BIM, "--task_name", "mrpc", "--seed", str(seed), "--max_train_steps", "1"]
             words += ["--collection_steps", str(steps), "--features_path", str(path)]
-            run_glue([*where, *SETTINGS, *words, "--max_eval_samples", "64", *o.more], kept / "run")
+            run_glue(
+                [
+                    *where,
+                    *SETTINGS,
+                    *words,
+                    "--max_eval_samples",
+                    "64",
+                    "--overwrite_output_dir",
+                    *o.more,
+                ],
+                kept / "run",
+            )
             shutil.rmtree(kept / "run")
         return path
 

@@ -41,10 +41,10 @@ def offsets(sequences: int, shortest: int, longest: int) -> Tensor:
 
 def contenders(cu_seqlens: Tensor, longest: int, query: Tensor, p: float) -> dict[str, Contender]:
     """The three ways as functions of packed q, k, v (T, heads, d)."""
-    chosen = layouts.SHORTEST_IN_GROUP
+    chosen = layouts._cut
     plans = {}
-    for name, fraction in (("one group", 0.0), ("groups", chosen)):
-        layouts.SHORTEST_IN_GROUP = fraction
+    for name, cut in (("one group", lambda order, *_: [order]), ("groups", chosen)):
+        layouts._cut = cut
         plans[name] = Layout.packed(cu_seqlens, longest).head_plan(query)
     layout = Layout.packed(cu_seqlens, longest)
 

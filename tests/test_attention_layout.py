@@ -83,3 +83,17 @@ def test_wrong_types_and_shapes_are_refused_in_words() -> None:
         Layout.padded(torch.zeros(2, 3), 2, 3, "cpu")
     with pytest.raises(ValueError, match="padded layout"):
         Layout.padded(None, 2, 3, "cpu").check_tokens(torch.zeros(3, 2, 1), "query")
+
+
+def test_rounded_lengths_come_in_few_shapes() -> None:
+    seen, asked = set(), 0
+    for seed in range(100):
+        generator = torch.Generator().manual_seed(seed)
+        lengths = torch.randint(25, 90, (16,), generator=generator)
+        cu_seqlens = torch.cat([torch.zeros(1), lengths.cumsum(0)]).int()
+        plan = Layout.packed(cu_seqlens, 90).head_plan(torch.zeros(1, 2, 4, dtype=torch.bfloat16))
+        assert sum(group.count for group in plan.groups) == 16 * 2
+        shapes = {(group.count, group.length) for group in plan.groups}
+        seen |= shapes
+        asked += len(shapes)
+    assert len(seen) <= 20 < asked / 10

@@ -224,12 +224,7 @@ def test_rounding_up_costs_a_sixteenth_at_most_and_leaves_few_shapes() -> None:
 @pytest.mark.parametrize("name", ["Bert", "Roberta"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_classifier_computes_its_last_layer_for_first_tokens_only(name, packed) -> None:
-    config = getattr(tp, f"{name}Config")(
-        vocab_size=31, hidden_size=12, num_hidden_layers=2, num_attention_heads=3,
-        intermediate_size=20, max_position_embeddings=16, initializer_range=0.3,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = getattr(tp, f"{name}ForSequenceClassification")(config).double().eval()
+    model = model_of(name, "ForSequenceClassification").double()
     ids = torch.randint(2, 31, (7,))
     call = {"input_ids": ids[None]}
     if packed:

@@ -11,6 +11,7 @@ exactly once, so no gradient is ever added up.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +20,14 @@ from torch.autograd.function import once_differentiable
 # The lowest number added to the score of a padding key. It is finite, so that a row without any key
 # has a softmax; and representable in bf16, whose range is that of fp32.
 LOWEST = torch.finfo(torch.bfloat16).min
-# Sequences at least this fraction as long as the longest of their group share its matrix products.
-SHORTEST_IN_GROUP = 0.85
 # Rounding up keeps the shapes of matrix products few, see `Layout.fill`: (the smallest step, the
 # share of the number that a step may be).
 ROW_STEP = 32, 1 / 16
-LENGTH_STEP = 4, 1 / 8
+LENGTH_STEP = 16, 1 / 8
 NO_STEP = 1, 0.0
+# Where lengths are not rounded, sequences at least this fraction as long as the longest of their
+# group share its matrix products.
+SHORTEST_IN_GROUP = 0.85
 
 
 class Layout:
@@ -416,7 +418,7 @@ def _plan_packed(cu_seqlens: Tensor, heads: int, step: tuple[int, float]) -> Hea
     forth, real = [], []
     row = score = 0
     head = torch.arange(heads)[:, None]  # (h, 1)
-    for members in _cut(order, lengths):
+    for members in _cut(order, lengths, step):
         length = round_up(lengths[members[0]], step)
         starts = torch.tensor([offsets[i] for i in members])[:, None, None]
         sizes = torch.tensor([lengths[i] for i in members])[:, None, None]
@@ -438,14 +440,27 @@ def _plan_packed(cu_seqlens: Tensor, heads: int, step: tuple[int, float]) -> Hea
     return HeadPlan(heads, groups, there, back, holes if holes.numel() else None)
 
 
-def _cut(order: list[int], lengths: list[int]) -> list[list[int]]:
-    """Groups sequences, longest first; one below SHORTEST_IN_GROUP of the longest opens another."""
+def _cut(order: list[int], lengths: list[int], step: tuple[int, float]) -> list[list[int]]:
+    """Groups sequences, which are given longest first.
+
+    With NO_STEP similar lengths share a group. Else one rounded length does, in groups of 1, 2, 4,
+    ... members: every shape has been met after a few batches. A bf16 product of a new shape costs
+    a CPU 0.7 ms and 0.8 MB, where computing it takes 0.02 to 0.1 ms.
+    """
     groups: list[list[int]] = []
-    for i in order:
-        if groups and lengths[i] >= SHORTEST_IN_GROUP * lengths[groups[-1][0]]:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
+    if step == NO_STEP:
+        for i in order:
+            if groups and lengths[i] >= SHORTEST_IN_GROUP * lengths[groups[-1][0]]:
+                groups[-1].append(i)
+            else:
+                groups.append([i])
+        return groups
+    for _, same in groupby(order, key=lambda i: round_up(lengths[i], step)):
+        members = list(same)
+        while members:
+            size = 1 << (len(members).bit_length() - 1)
+            groups.append(members[:size])
+            members = members[size:]
     return groups
 
 

@@ -62,8 +62,9 @@ class _LowRankLinear(torch.autograd.Function):
         ∂L/∂A   = dᵀ (K ∘ x)                                    (n r, in)
         ∂L/∂x   = g W + K ∘ (d A)                               (N, in)    into one buffer
 
-    With rows (i, b), A_j and B_j stand for A_j[:b] and B_j[:, :b] above (nested ranks, DyLoRA). The
-    gradients have the parameters' shapes, 0 outside the rows i … b.
+    With rows (i, b), A_j and B_j stand for A_j[:b] and B_j[:, :b] above (nested ranks, DyLoRA): the
+    other columns of h and d are 0, and so are the gradients' rows outside of i … b. The products
+    keep the shapes of rank r, so that every b shares the kernels that a CPU compiles for a shape.
 
     Kept for backward: x, h and the bytes of K. W is looked up, never copied. Without W (None) the
     update alone is computed; ∂L/∂W and ∂L/∂b are formed only for those who unfreeze them.
@@ -84,24 +85,25 @@ class _LowRankLinear(torch.autograd.Function):
         rows: Rows | None,
     ) -> Tensor:
         tokens = x.reshape(-1, x.shape[-1])  # (N, in)
-        m = B.shape[0] // len(starts)
-        ctx.rows = _, r = (0, B.shape[1]) if rows is None else rows
+        r, m = B.shape[1], B.shape[0] // len(starts)
         mask, t = None, scaling
         if p > 0.0:
             mask, t = draw_mask(tokens, p), scaling * scale_in_force(p, x.device)
         seen = tokens if mask is None else masked(tokens, mask)
-        h = (seen @ leading(A, B, r)[0].to(x.dtype).T).mul_(t)  # (N, n r)
+        h = (seen @ A.to(x.dtype).T).mul_(t)  # (N, n r)
+        if rows is not None and rows[1] < r:
+            h.unflatten(1, (-1, r))[..., rows[1] :] = 0
         if weight is None:
-            out = h @ B[:, :r].to(x.dtype).T  # (N, out)
+            out = h @ B.to(x.dtype).T  # (N, out)
         else:
             W = weight.to(x.dtype)
             b = None if bias is None else bias.to(x.dtype)
             out = F.linear(tokens, W.T if fan_in_fan_out else W, b)  # (N, out)
             for j, start in enumerate(starts):
-                B_j = B[j * m : (j + 1) * m, :r].to(x.dtype)  # (m, r)
+                B_j = B[j * m : (j + 1) * m].to(x.dtype)  # (m, r)
                 out[:, start : start + m].addmm_(h[:, j * r : (j + 1) * r], B_j.T)
         ctx.save_for_backward(x, weight, bias, A, B, h, mask)
-        ctx.t, ctx.starts, ctx.fan_in_fan_out = t, starts, fan_in_fan_out
+        ctx.t, ctx.starts, ctx.fan_in_fan_out, ctx.rows = t, starts, fan_in_fan_out, rows
         return out.view(*x.shape[:-1], out.shape[-1])
 
     @staticmethod
@@ -109,32 +111,32 @@ class _LowRankLinear(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, A, B, h, mask = ctx.saved_tensors
         need_x, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
-        starts, (i, r), m = ctx.starts, ctx.rows, B.shape[0] // len(ctx.starts)
-        A_r, B_r = leading(A, B, r)
+        starts, r, m = ctx.starts, B.shape[1], B.shape[0] // len(ctx.starts)
+        i, b = (0, r) if ctx.rows is None else ctx.rows
         dx = dW = db = dA = dB = None
         with _without_autocast(x):
             tokens, g = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
             parts = [g[:, start : start + m] for start in starts]  # n of (N, m)
             if need_B:
-                dB = torch.empty_like(B) if (i, r) == (0, B.shape[1]) else torch.zeros_like(B)
+                dB = torch.empty_like(B)
                 for j, g_j in enumerate(parts):
                     # hᵀ g rather than gᵀ h: on a CPU several times faster
-                    dB_j = h[:, j * r + i : (j + 1) * r].T @ g_j  # (r - i, m)
-                    dB[j * m : (j + 1) * m, i:r] = dB_j.T
+                    dB[j * m : (j + 1) * m] = (h[:, j * r : (j + 1) * r].T @ g_j).T
+                if i:
+                    dB[:, :i] = 0
             if need_A or need_x:
-                B_low = B_r.to(x.dtype)
+                B_low = B.to(x.dtype)
                 products = [g_j @ B_low[j * m : (j + 1) * m] for j, g_j in enumerate(parts)]
                 d = products[0] if len(starts) == 1 else torch.cat(products, dim=1)  # (N, n r)
                 d = d.mul_(ctx.t)
+                if b < r:
+                    d.unflatten(1, (-1, r))[..., b:] = 0
             if need_A:
-                live = d.unflatten(1, (-1, r))[..., i:].flatten(1)  # (N, n (r - i))
-                dA = (live.T @ (tokens if mask is None else masked(tokens, mask))).to(A.dtype)
-                if dA.shape != A.shape:
-                    part, dA = dA, torch.zeros_like(A)
-                    blocks = dA.unflatten(0, (len(starts), -1))  # (n, R, in)
-                    blocks[:, i:r] = part.view(len(starts), r - i, -1)
+                dA = (d.T @ (tokens if mask is None else masked(tokens, mask))).to(A.dtype)
+                if i:
+                    dA.unflatten(0, (-1, r))[:, :i] = 0
             if need_x:
-                dx = _input_gradient(g, d, weight, A_r.to(x.dtype), mask, ctx.fan_in_fan_out)
+                dx = _input_gradient(g, d, weight, A.to(x.dtype), mask, ctx.fan_in_fan_out)
                 dx = dx.view(x.shape)
             if need_weight:
                 dW = (tokens.T @ g if ctx.fan_in_fan_out else g.T @ tokens).to(weight.dtype)
@@ -273,7 +275,7 @@ def lora_stacked(
     rows, R, n = x.reshape(-1, x.shape[-1]), B.shape[1], sum(enabled)
     m = B.shape[0] // n
     h = (rows @ A.to(x.dtype).T).unflatten(1, (n, R))  # (N, n, R)
-    h = (h * shares[:, None]).to(x.dtype)  # the shares in fp32: 1/3 is none of bf16's numbers
+    h = h.mul_(shares[:, None])  # whose fp32 rounds once: 1/3 is none of bf16's numbers
     low = B.to(x.dtype)
     if weight is None:
         out = (h[:, 0] @ low.T) * scaling
@@ -305,16 +307,16 @@ def lora_embedding(
     keyword arguments are those of the lookup in the base table; they act on the lookup in Aᵀ.
     There is no `sparse`: torch has no sparse gradient for A, whose columns are what is looked up.
     """
-    options = (padding_idx, max_norm, norm_type, scale_grad_by_freq)
+    found = F.embedding(ids, A.T, padding_idx, max_norm, norm_type, scale_grad_by_freq)  # (..., r)
     if shares is not None:
-        found = F.embedding(ids, A.T, *options)  # (..., r)
-        return ((found * shares.view(found.shape)) @ B.T) * scaling
-    i, b = (0, B.shape[1]) if rows is None else rows
-    live_A, live_B = (A, B) if b - i == B.shape[1] else (A[i:b], B[:, i:b])
-    found = F.embedding(ids, live_A.T, *options) @ live_B.T  # (..., dim)
+        found = found * shares.view(found.shape)
+    if rows is None:
+        return (found @ B.T) * scaling
+    i, b = rows
+    out = found[..., i:b] @ B[:, i:b].T
     if i:  # these act, but as constants
-        found = found + F.embedding(ids, A[:i].detach().T, *options) @ B[:, :i].detach().T
-    return found * scaling
+        out = out + found[..., :i].detach() @ B[:, :i].detach().T
+    return out * scaling
 
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...distributed import reduce_mean
 from .config import AdaLoraConfig
 from .criteria import CRITERIA, inputs
-from .triplets import Triplets
+from .triplets import Stack, Triplets
 
 HISTORY = 256  # at most about so many entries, however often ranks are cut
 
@@ -92,46 +92,50 @@ class RankAllocator:
         self.smooths = not {"smoothed", "variation"}.isdisjoint(self.needs)
         self.budget = schedule.initial
         self.finalised = False
-        E = triplets.E[0]
-        flat = {"dtype": E.dtype, "device": E.device}
-        self.values = torch.empty(triplets.numel, **flat)  # scratch, as is the next
-        self.scratch = torch.empty(triplets.numel, **flat)
+        E = triplets.E.parameters[0]
+        float_like = {"dtype": E.dtype, "device": E.device}
+        self._scratch = torch.empty(2, triplets.largest, **float_like)
         averages = triplets.numel if self.smooths else 0
-        self.smoothed = torch.zeros(averages, **flat)  # Ī
-        self.variation = torch.zeros(averages, **flat)  # Ū
-        self.scores = torch.zeros(sum(triplets.ranks), **flat)  # S at the last cut
+        self.smoothed = torch.zeros(averages, **float_like)  # Ī
+        self.variation = torch.zeros(averages, **float_like)  # Ū
+        self.scores = torch.zeros(sum(triplets.ranks), **float_like)  # S at the last cut
         self.matrix = torch.arange(len(triplets.ranks), device=E.device).repeat_interleave(
             torch.tensor(triplets.ranks, device=E.device)
         )  # of each triplet
         self._history: list[tuple[int, int, Tensor]] = []  # (step, budget, ranks)
 
     # --- scores ---------------------------------------------------------------------------------
-    @torch.no_grad()
-    def read_values(self) -> Tensor:
-        """The flat vector `values` of the weights as they are now."""
-        return self.triplets.gather(lambda p: p, self.values)
+    def read(self, stack: Stack) -> tuple[Tensor, Tensor]:
+        """A stack's values and gradients as they are now; good until the next is read."""
+        return stack.gather_values(self._scratch[0]), stack.gather_gradients(self._scratch[1])
 
     @torch.no_grad()
-    def observe(self) -> None:
-        """Takes |w·∂L/∂w| of `values` and of the gradients into the moving averages."""
+    def observe(self, stack: Stack, values: Tensor, gradients: Tensor) -> None:
+        """Takes I = |w·∂L/∂w| into the moving averages; `gradients` is written to."""
         beta1, beta2 = self.betas
-        I = self.triplets.gather(lambda p: p.grad, self.scratch).mul_(self.values).abs_()  # noqa: E741
-        self.smoothed.lerp_(I, 1.0 - beta1)
-        self.variation.lerp_(I.sub_(self.smoothed).abs_(), 1.0 - beta2)
+        smoothed, variation = stack.of(self.smoothed), stack.of(self.variation)
+        products = gradients.mul_(values).abs_()  # I
+        smoothed.lerp_(products, 1.0 - beta1)
+        variation.lerp_(products.sub_(smoothed).abs_(), 1.0 - beta2)
 
-    def _posterior_std(self, parameter: Tensor) -> Tensor:
-        return self.optimizer.posterior_std(parameter)
+    def _seen(self, stack: Stack, name: str) -> Tensor:
+        """What a criterion calls `name`, for one stack."""
+        if name == "mu":
+            return stack.gather_values(self._scratch[0])
+        if name == "sigma":
+            stds = [self.optimizer.posterior_std(p) for p in stack.parameters]
+            return stack.gather(stds, self._scratch[1])
+        return stack.of(getattr(self, name))
 
     @torch.no_grad()
     def rescored(self) -> Tensor:
         """S (Σr,) of all triplets, the same on every process."""
-        given = {"smoothed": self.smoothed, "variation": self.variation}
-        if "mu" in self.needs:
-            given["mu"] = self.read_values()
         if "sigma" in self.needs:
             check_posterior(self.optimizer, self.criterion)
-            given["sigma"] = self.triplets.gather(self._posterior_std, self.scratch)
-        scores = self.score(**{name: given[name] for name in self.needs})
+        scores = (
+            self.score(**{name: self._seen(stack, name) for name in self.needs})
+            for stack in self.triplets.stacks
+        )
         [self.scores] = reduce_mean([self.triplets.pool(scores)])
         return self.scores
 
@@ -145,7 +149,7 @@ class RankAllocator:
     def allocate(self, t: int) -> None:
         """What follows step t: nothing, a cut, the last cut, or holding what was cut at zero."""
         if self.finalised:
-            torch._foreach_mul_(self.triplets.E, self._masks())
+            torch._foreach_mul_(self.triplets.E.parameters, self._masks())
             return
         final = t >= self.schedule.last
         self.budget, cut = self.schedule.budget(t)
@@ -157,7 +161,7 @@ class RankAllocator:
         stale = final and not self.rescore and not self.smooths and len(self._history) > 0
         keep = top(self.scores if stale else self.rescored(), self.budget)
         masks = self.triplets.split(keep.to(self.scores.dtype))
-        torch._foreach_mul_(self.triplets.E, masks)
+        torch._foreach_mul_(self.triplets.E.parameters, masks)
         if final:
             torch._foreach_copy_(self._masks(), masks)
             self.finalised = True

@@ -50,24 +50,24 @@ class AdaLoraHooks(TrainingHooks):
 
     def before_step(self) -> None:
         """Adds the regulariser's gradient, then takes the sensitivity of the sum."""
-        allocator = self.allocator
-        sees = self.timing == "before" and allocator.sees(self.t)
-        for parameter in self.triplets.parameters():
-            if parameter.grad is None:  # the loss did not depend on it
-                parameter.grad = torch.zeros_like(parameter)
-        if self.weight > 0 or sees:
-            allocator.read_values()
-        if self.weight > 0:
-            buffers = allocator.values, allocator.scratch
-            self.regulariser = add_gradient(self.triplets, self.weight, *buffers)
-        if sees:
-            allocator.observe()
+        sees = self.timing == "before" and self.allocator.sees(self.t)
+        stacks = self.triplets.stacks if sees or self.weight > 0 else []
+        factor = self.weight / self.triplets.matrices
+        norms = []
+        for stack in stacks:
+            values, gradients = self.allocator.read(stack)
+            if self.weight > 0 and stack is not self.triplets.E:
+                norms.append(add_gradient(stack, factor, values, gradients))
+            if sees:
+                self.allocator.observe(stack, values, gradients)
+        if norms:
+            self.regulariser = torch.cat(norms).sum() * factor
 
     def after_step(self) -> None:
         """Takes the sensitivity where it is wanted at the updated weights, then cuts."""
         if self.timing == "after" and self.allocator.sees(self.t):
-            self.allocator.read_values()
-            self.allocator.observe()
+            for stack in self.triplets.stacks:
+                self.allocator.observe(stack, *self.allocator.read(stack))
         self.allocator.allocate(self.t)
 
     def losses(self) -> dict[str, float]:

@@ -97,14 +97,11 @@ class AdaLoraModel(BaseTuner):
             config.target_modules = list(DEFAULT_TARGETS.get(str(kind), ())) or None
         chosen = super()._resolve(config)
         named = any("pooler" in entry for entry in targets.as_list(config.target_modules))
-        if not config.train_pooler or named:
-            return chosen
-        poolers = {
-            name[: name.rindex("pooler") + len("pooler")]
-            for name, _ in chosen
-            if "pooler" in name.split(".")
-        }
-        if not poolers:
+        poolers = {n[: n.rindex("pooler") + 6] for n, _ in chosen if "pooler" in n.split(".")}
+        drawn = getattr(self.model, "newly_initialised", None)
+        if drawn is not None:
+            poolers = {p for p in poolers if any(name.startswith(f"{p}.") for name in drawn)}
+        if not poolers or named or not config.train_pooler:
             return chosen
         config.modules_to_save = [*targets.as_list(config.modules_to_save), *sorted(poolers)]
         return super()._resolve(config)
@@ -193,8 +190,8 @@ class AdaLoraModel(BaseTuner):
                     "update_and_allocate needs the gradients of the step: call it after "
                     "optimizer.step() and before optimizer.zero_grad()"
                 )
-            allocator.read_values()
-            allocator.observe()
+            for stack in hooks.triplets.stacks:
+                allocator.observe(stack, *allocator.read(stack))
         allocator.allocate(global_step)
         mark_schedule(self, hooks.finished)
 

@@ -12,52 +12,39 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .triplets import Triplets
+from .triplets import Stack, Triplets
 
 
-def _norms(gram: Tensor) -> Tensor:
-    """Turns Gram matrices (n, r, r) into their differences from I, in place; Frobenius norms."""
+def _deviation(stack: Stack, X: Tensor) -> tuple[Tensor, Tensor]:
+    """Gram matrices − I, (n, r, r), of rows or of columns, and their Frobenius norms (n,)."""
+    gram = torch.bmm(X, X.mT) if stack.axis == 2 else torch.bmm(X.mT, X)
     gram.diagonal(dim1=1, dim2=2).sub_(1.0)
-    return torch.linalg.vector_norm(gram, dim=(1, 2))  # (n,)
+    return gram, torch.linalg.vector_norm(gram, dim=(1, 2))
 
 
 @torch.no_grad()
-def add_gradient(triplets: Triplets, weight: float, values: Tensor, scratch: Tensor) -> Tensor:
-    """Adds R's gradient to that of every A and B and returns R, both on the device.
+def add_gradient(stack: Stack, factor: float, values: Tensor, gradients: Tensor) -> Tensor:
+    """Adds the gradient of factor · Σ norms to a stack's gradients.
 
     Args:
-        triplets: whose parameters have gradients.
-        weight: γ.
-        values: flat vector of the parameters' values.
-        scratch: flat vector to write to.
+        stack: one of the stacks of A or B.
+        factor: γ/2n.
+        values: the parameters (n, rows, columns).
+        gradients: their gradients, gathered; added to, as are the gradients proper.
 
     Returns:
-        R as a scalar tensor.
+        The norms, (n,).
     """
-    matrices = sum(stack.shape[0] for stack in (*triplets.A, *triplets.B))
-    factor = weight / matrices
-    gradients: list[Tensor] = []
-    additions: list[Tensor] = []
-    norms: list[Tensor] = []
-    for stacks, rows in ((triplets.A, True), (triplets.B, False)):
-        for stack in stacks:
-            X, step = stack.of(values), stack.of(scratch)
-            gram = torch.bmm(X, X.mT) if rows else torch.bmm(X.mT, X)  # (n, r, r)
-            norm = _norms(gram)
-            slope = gram.mul_((2.0 * factor / norm.clamp(min=1e-30))[:, None, None])
-            torch.bmm(slope, X, out=step) if rows else torch.bmm(X, slope, out=step)
-            norms.append(norm)
-            gradients += [p.grad for p in stack.parameters]
-            additions += step.unbind()
-    torch._foreach_add_(gradients, additions)
-    return torch.cat(norms).sum() * factor
+    deviation, norms = _deviation(stack, values)
+    deviation.mul_((2.0 * factor / norms.clamp(min=1e-30))[:, None, None])
+    pair = (deviation, values) if stack.axis == 2 else (values, deviation)
+    stack.put_gradients(gradients.baddbmm_(*pair))
+    return norms
 
 
 def penalty(triplets: Triplets, weight: float) -> Tensor:
     """R as a scalar tensor with a graph, for loops that add it to their loss themselves."""
-    norms = []
-    for stacks, rows in ((triplets.A, True), (triplets.B, False)):
-        for stack in stacks:
-            X = torch.stack(stack.parameters)
-            norms.append(_norms(torch.bmm(X, X.mT) if rows else torch.bmm(X.mT, X)))
+    norms = [
+        _deviation(stack, torch.stack(stack.parameters))[1] for stack in (*triplets.A, *triplets.B)
+    ]
     return torch.cat(norms).mean() * weight

@@ -1,0 +1,244 @@
+"""What adaptive ranks cost per step: AdaLoRA here beside PEFT 0.11.1, and beside plain LoRA.
+
+    python -m benchmarks.adalora_cost                     # PEFT 0.11.1 expected in .peers/peft011
+    python -m benchmarks.adalora_cost --part step         # AdaLoRA's step over LoRA's, ours
+
+Part `adapt`: the adapters of a RoBERTa-base (72 matrices: 48 of 768×768, 12 of 3072×768, 12 of
+768×3072, rank 12), no model around them. Per step the regulariser with its gradient, the
+sensitivity's averages and a cut. Each side in a process of its own, taking turns, in CPU time;
+PEFT's as `tests/golden/make_peft011.py` installs it. Then the number of tensor operators of ours,
+views left out, for 72 and for 36 matrices, and those that wait for the device.
+
+Part `step`: one training step of a RoBERTa-base-size classifier with AdaLoRA (a cut at every step)
+and with LoRA on the same six linear maps of every layer, same rank; they take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+import types
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.adapter_step import TARGETS, Counter, step
+
+ROOT = Path(__file__).resolve().parent.parent
+OLD = ROOT / ".peers" / "peft011"
+SYNCS = ("_local_scalar_dense", "nonzero", "is_nonzero", "item", "equal", "unique")
+RANK = 12
+
+
+class Maps(nn.Module):
+    """The linear maps of a RoBERTa-base's layers, without a forward pass."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.config = types.SimpleNamespace(model_type="maps", to_dict=lambda: {})
+        shapes = [(768, 768)] * 4 + [(768, 3072), (3072, 768)]
+        self.maps = nn.ModuleList(nn.Linear(*shape) for _ in range(layers) for shape in shapes)
+
+    def forward(self) -> Any:
+        return types.SimpleNamespace(loss=torch.zeros((), requires_grad=True) * 1.0)
+
+
+def adapted(library: types.ModuleType, layers: int) -> nn.Module:
+    """The maps with fresh adapters that have gradients."""
+    torch.manual_seed(0)
+    config = library.AdaLoraConfig(
+        target_modules=[f"maps.{i}" for i in range(6 * layers)],
+        init_r=RANK, target_r=RANK // 2, tinit=0, tfinal=1, deltaT=1, total_step=100_000,
+        task_type="FEATURE_EXTRACTION",
+    )  # fmt: skip
+    model = library.get_peft_model(Maps(layers), config).train()
+    for p in model.parameters():
+        if p.requires_grad:
+            p.grad = 1e-3 * torch.randn_like(p)
+    return model
+
+
+def ours(layers: int = 12) -> Callable[[], None]:
+    """One step's hooks."""
+    import peft_custom
+
+    model = adapted(peft_custom, layers)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    hooks = peft_custom.attach(model, optimizer, total_steps=100_000)
+
+    def once() -> None:
+        hooks.before_step()
+        hooks.after_step()
+
+    once.model = model  # type: ignore[attr-defined]  # keeps what the hooks refer to alive
+    return once
+
+
+def theirs(layers: int = 12) -> Callable[[], None]:
+    """The regulariser in PEFT's forward, its backward pass, and the allocation."""
+    import peft
+
+    tuner = adapted(peft, layers).base_model
+    t = iter(range(1, 100_000))
+
+    def once() -> None:
+        tuner().loss.backward()
+        tuner.update_and_allocate(next(t))
+
+    return once
+
+
+def timed(once: Callable[[], None], n: int) -> float:
+    """CPU milliseconds of a call, mean of n."""
+    start = time.process_time()
+    for _ in range(n):
+        once()
+    return 1e3 * (time.process_time() - start) / n
+
+
+def work(side: str, n: int) -> None:
+    """A side's process: measures whenever a line arrives."""
+    once = {"ours": ours, "PEFT 0.11.1": theirs}[side]()
+    timed(once, 3)
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        print(timed(once, n), flush=True)
+
+
+def start(side: str, n: int) -> subprocess.Popen[str]:
+    path = os.pathsep.join([str(OLD), str(ROOT)] if side != "ours" else [str(ROOT)])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.adalora_cost", "--worker", side, "--steps", str(n)],
+        env={**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert process.stdout is not None
+    while process.stdout.readline() != "ready\n":
+        if process.poll() is not None:
+            sys.exit(f"the process of {side} ended early")
+    return process
+
+
+def compare_adapting(o: argparse.Namespace) -> None:
+    sides = ["ours", *(["PEFT 0.11.1"] if OLD.is_dir() else [])]
+    processes = {side: start(side, o.steps) for side in sides}
+    times: dict[str, list[float]] = {side: [] for side in sides}
+    for _ in range(o.rounds):
+        for side, process in processes.items():
+            assert process.stdin is not None and process.stdout is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+            times[side].append(float(process.stdout.readline()))
+    for process in processes.values():
+        process.stdin.close()  # type: ignore[union-attr]
+        process.wait()
+    print(f"regulariser + sensitivity + cut, {torch.get_num_threads()} thread(s), CPU ms per step")
+    for side, values in times.items():
+        print(f"  {side:12} fastest {min(values):7.2f}   median {statistics.median(values):7.2f}")
+    if len(sides) > 1:
+        a, b = (statistics.median(times[side]) for side in sides)
+        print(f"  ratio {b / a:.2f} (medians), {min(times[sides[1]]) / min(times['ours']):.2f}")
+    for layers in (12, 6):
+        names = operators(ours(layers))
+        waits = [name for name in names if any(s in name for s in SYNCS)]
+        print(f"  operators of ours, {6 * layers} matrices: {len(names)}; waiting: {len(waits)}")
+
+
+class Names(Counter):
+    """The operators that do something, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def operators(once: Callable[[], None]) -> list[str]:
+    """Names of the operators of one call."""
+    once()
+    with Names() as names:
+        once()
+    return names.names
+
+
+def compare_steps(o: argparse.Namespace) -> None:
+    import transformers
+
+    import peft_custom
+
+    def build(config: Any) -> nn.Module:
+        torch.manual_seed(0)
+        shape = transformers.RobertaConfig(
+            vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, pad_token_id=1,
+            num_hidden_layers=o.layers, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        )  # fmt: skip
+        base = transformers.RobertaForSequenceClassification(shape)
+        return peft_custom.get_peft_model(base, config).train()
+
+    shared = {"task_type": "SEQ_CLS", "target_modules": TARGETS, "lora_alpha": 16}
+    sides = {
+        "LoRA": build(peft_custom.LoraConfig(r=RANK, **shared)),
+        "AdaLoRA": build(peft_custom.AdaLoraConfig(init_r=RANK, target_r=6, tfinal=1, **shared)),
+    }
+    optimizers = {
+        name: torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], 1e-4, fused=True)
+        for name, m in sides.items()
+    }
+    for name, model in sides.items():
+        peft_custom.attach(model, optimizers[name], total_steps=100_000)
+    torch.manual_seed(1)
+    batch = {
+        "input_ids": torch.randint(5, 50265, (o.batch, o.length)),
+        "attention_mask": torch.ones(o.batch, o.length, dtype=torch.long),
+        "labels": torch.randint(0, 2, (o.batch,)),
+    }
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(o.rounds + 1):
+        for name in list(sides)[:: 1 if turn % 2 else -1]:
+            ms = timed(lambda name=name: step(sides[name], batch, optimizers[name]), 1)
+            if turn:  # the first round warms up
+                times[name].append(ms)
+    print(f"\na training step, {o.layers} layers, {o.batch} × {o.length} tokens, r {RANK}, CPU ms")
+    for name, values in times.items():
+        print(f"  {name:12} fastest {min(values):7.1f}   median {statistics.median(values):7.1f}")
+    pairs = [b / a for a, b in zip(times["LoRA"], times["AdaLoRA"], strict=True)]
+    fastest = min(times["AdaLoRA"]) / min(times["LoRA"])
+    print(f"  ratio {statistics.median(pairs):.3f} (median of pairs), {fastest:.3f} (fastest)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--part", choices=["adapt", "step"])
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=20, help="steps per turn of part adapt")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    o = parser.parse_args()
+    warnings.simplefilter("ignore")
+    if o.worker:
+        work(o.worker, o.steps)
+        return
+    if o.part != "step":
+        compare_adapting(o)
+    if o.part != "adapt":
+        compare_steps(o)
+
+
+if __name__ == "__main__":
+    main()

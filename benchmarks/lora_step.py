@@ -1,19 +1,23 @@
 """One LoRA training step, this project beside the newest Transformers + PEFT, in one process tree.
 
     python -m benchmarks.lora_step --size roberta-base --batch 16 --dtype bfloat16
+    python -m benchmarks.lora_step --all
 
 Work: sequence classification, LoRA r 8 on query and value, the models' default dropout 0.1, AdamW,
 batches of `--batch` sequences whose lengths are uniform on 25..89 (MRPC's), random weights. Each
 side runs in a worker process of its own; the workers take turns, round by round, so that both meet
 the same machine. The peer has its best attention ("sdpa"), dynamic padding and, for bfloat16,
-autocast over fp32 weights; ours packs the tokens and, for bfloat16, keeps the frozen weights in it.
-Prints real (non-padding) tokens per second of the fastest round and of the median round, the peak
-resident memory of each worker, and the ratios.
+autocast over fp32 weights; ours packs the tokens, keeps as many compiled kernels as the runner
+does, and for bfloat16 keeps the frozen weights in it. Prints a row of a Markdown table: real
+(non-padding) tokens per second and peak resident memory of both sides, medians over the rounds,
+and the ratios. `--all` prints the table of both sizes, dtypes and batches. On a machine with other
+work set OMP_NUM_THREADS=1 and `--clock cpu`: seconds are then those that the process computed.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -32,6 +36,7 @@ SIZES = {
     },
 }  # fmt: skip
 SHORTEST, LONGEST = 25, 90
+WARM_UP = 2  # rounds
 LEARNING_RATE = 1e-3
 
 
@@ -109,6 +114,9 @@ def work(o: argparse.Namespace) -> None:
     """A worker: for every line on standard input, takes a turn of training steps and answers."""
     import resource
 
+    if o.side == "ours":
+        import examples.program  # noqa: F401  limits the kernels kept, as in every run
+
     import torch
 
     torch.manual_seed(o.seed)
@@ -123,10 +131,11 @@ def work(o: argparse.Namespace) -> None:
     autocast = torch.autocast(
         device, torch.bfloat16, enabled=o.side == "peer" and o.dtype == "bfloat16"
     )
+    clock = time.process_time if o.clock == "cpu" else time.perf_counter
     for turn, _ in enumerate(sys.stdin):
         work_list = batches(o, turn)
         tokens = sum(len(row) for batch in work_list for row in batch)
-        started = time.perf_counter()
+        started = clock()
         for batch in work_list:
             given = {k: v.to(device) if torch.is_tensor(v) else v for k, v in inputs(batch).items()}
             with autocast:
@@ -137,59 +146,84 @@ def work(o: argparse.Namespace) -> None:
             optimizer.zero_grad()
         if device == "cuda":
             torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
+        seconds = clock() - started
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         if device == "cuda":
             peak = torch.cuda.max_memory_allocated() / 2**30
         print(json.dumps({"tokens_per_second": tokens / seconds, "peak_gib": peak}), flush=True)
 
 
+def measure(o: argparse.Namespace) -> dict:
+    """Lets both sides take turns; medians over the rounds."""
+    command = [sys.executable, "-m", "benchmarks.lora_step"]
+    for name in ("size", "batch", "dtype", "targets", "steps", "seed", "clock"):
+        command += [f"--{name}", str(getattr(o, name))]
+    workers = {
+        side: subprocess.Popen(
+            [*command, *["--compile"] * o.compile, "--side", side],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for side in ("ours", "peer")
+    }
+    speeds: dict[str, list[float]] = {side: [] for side in workers}
+    peak = {}
+    for turn in range(WARM_UP + o.rounds):
+        for side, worker in workers.items():
+            print("go", file=worker.stdin, flush=True)
+            answer = json.loads(worker.stdout.readline())
+            peak[side] = answer["peak_gib"]
+            if turn >= WARM_UP:
+                speeds[side].append(answer["tokens_per_second"])
+    for worker in workers.values():
+        worker.stdin.close()
+        worker.wait()
+    return {
+        "tokens": {side: statistics.median(found) for side, found in speeds.items()},
+        "faster": statistics.median(
+            a / b for a, b in zip(speeds["ours"], speeds["peer"], strict=True)
+        ),
+        "peak": peak,
+    }
+
+
+def print_row(o: argparse.Namespace) -> None:
+    found = measure(o)
+    tokens, peak = found["tokens"], found["peak"]
+    print(
+        f"| {o.size} | {o.batch} | {o.dtype} | {tokens['ours']:,.0f} | {tokens['peer']:,.0f} "
+        f"| {found['faster']:.2f}× | {peak['ours']:.2f} / {peak['peer']:.2f} "
+        f"| {peak['ours'] / peak['peer']:.2f}× |",
+        flush=True,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--all", action="store_true", help="both sizes, dtypes and batches")
     parser.add_argument("--size", choices=SIZES, default="roberta-base")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--targets", default="query,value")
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=6, help="training steps per round")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--side", choices=("ours", "peer"), help=argparse.SUPPRESS)
     o = parser.parse_args()
     if o.side:
         work(o)
         return
-    command = [sys.executable, "-m", "benchmarks.lora_step", *sys.argv[1:]]
-    workers = {
-        side: subprocess.Popen(
-            [*command, "--side", side], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        for side in ("ours", "peer")
-    }
-    speeds: dict[str, list[float]] = {side: [] for side in workers}
-    peak = {}
-    for turn in range(o.rounds + 2):  # the first two warm up
-        for side, worker in workers.items():
-            print("go", file=worker.stdin, flush=True)
-            answer = json.loads(worker.stdout.readline())
-            peak[side] = answer["peak_gib"]
-            if turn > 1:
-                speeds[side].append(answer["tokens_per_second"])
-    for worker in workers.values():
-        worker.stdin.close()
-        worker.wait()
-    result = {"size": o.size, "batch": o.batch, "dtype": o.dtype, "targets": o.targets}
-    for side, found in speeds.items():
-        result[side] = {
-            "best_tokens_per_second": round(max(found)),
-            "median_tokens_per_second": round(statistics.median(found)),
-            "peak_gib": round(peak[side], 3),
-        }
-    result["speed_ratio"] = round(
-        statistics.median(a / b for a, b in zip(speeds["ours"], speeds["peer"], strict=True)), 3
-    )
-    result["memory_ratio"] = round(peak["ours"] / peak["peer"], 3)
-    print(json.dumps(result))
+    print("| model size | batch | dtype | ours | peer | speed | memory ours / peer, GiB | memory |")
+    print("|---|---|---|---|---|---|---|---|", flush=True)
+    if not o.all:
+        print_row(o)
+        return
+    for size, dtype, batch in itertools.product(SIZES, ("bfloat16", "float32"), (16, 32)):
+        case = {"size": size, "dtype": dtype, "batch": batch}
+        print_row(argparse.Namespace(**{**vars(o), **case}))
 
 
 if __name__ == "__main__":

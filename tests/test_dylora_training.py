@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 import loralib
 import transformers_patched as patched
+from ivon import IVON
 from peft_custom import (
     DyLoraConfig,
     PeftModel,
@@ -174,6 +175,21 @@ def test_rows_that_a_step_leaves_out_stay(make: Any, mode: str, kind: str) -> No
                 elif " " not in name:
                     assert not torch.equal(value[j - 1], old[j - 1]), (name, j, b)
     assert len(seen) > 2
+
+
+def test_sampled_weights_leave_them_too() -> None:
+    model = injected(dylora_mode="frozen")
+    optimizer = IVON(trainable(model), lr=0.05, ess=100.0)
+    attach(model, optimizer, STEPS, seed=SEED)
+    for step in range(STEPS):
+        b, before = loralib.get_rank(model), snapshot(model, optimizer)
+        with optimizer.sampled_params(train=True):
+            loss_of(model, step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for name, value in snapshot(model, optimizer).items():
+            moved = (value != before[name]).any(dim=1).tolist()
+            assert moved == [j == b for j in range(1, R + 1)], name
 
 
 def test_a_row_that_no_step_trains_never_moves() -> None:

@@ -6,7 +6,7 @@ of the optimiser that has a factor's shape (Adam's moments, SGD's momentum). Ten
 are stacked, so that a step costs a few operations however many layers there are.
 
 What an optimiser counts for the whole tensor (Adam's step, for its bias correction) goes on, and
-states of other shapes (Adafactor's) are its own affair.
+states of other shapes (Adafactor's, IVON's flat ones) are its own affair.
 """
 
 from __future__ import annotations

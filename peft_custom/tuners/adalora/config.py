@@ -37,9 +37,8 @@ class AdaLoraConfig(LoraConfig):
         rescore_at_end: the last cut goes by scores of its own step; False: by those of the step
             before (PEFT), or for posterior criteria of the last cut (the ViLoRA fork).
         train_pooler: a module called `pooler` that `target_modules` reaches without naming it is
-            trained in full and saved with the head, unless the model knows that it has it from a
-            checkpoint (`newly_initialised`). Adapted instead (False, as PEFT does), it would keep
-            a random weight that no file holds where there is none in the checkpoint (DeBERTa-v3).
+            trained in full and saved with the head. Adapted instead (False, as PEFT does), it would
+            keep a random weight that no file holds where the checkpoint has none (DeBERTa-v3).
         finished: the ranks are final (in files; kept by the library).
     """
 

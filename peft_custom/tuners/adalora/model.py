@@ -98,9 +98,6 @@ class AdaLoraModel(BaseTuner):
         chosen = super()._resolve(config)
         named = any("pooler" in entry for entry in targets.as_list(config.target_modules))
         poolers = {n[: n.rindex("pooler") + 6] for n, _ in chosen if "pooler" in n.split(".")}
-        drawn = getattr(self.model, "newly_initialised", None)
-        if drawn is not None:
-            poolers = {p for p in poolers if any(name.startswith(f"{p}.") for name in drawn)}
         if not poolers or named or not config.train_pooler:
             return chosen
         config.modules_to_save = [*targets.as_list(config.modules_to_save), *sorted(poolers)]

@@ -10,7 +10,8 @@ LoRA's in the same round (CPU time on a CPU, which neighbours disturb less, else
     normal, frozen    DyLoRA by its options, ranks uniform on 1 … 8
     at R              DyLoRA that always draws R
     dense             frozen, but the optimiser may move rows that a step does not train
-    eval              8 ranks in one stacked pass, and one after the other, in multiples of one rank
+    eval              8 ranks of every row, in multiples of one rank: stacked in passes of as many
+                      rows as the one rank's (as the runner does it), stacked in one pass, in turn
 """
 
 from __future__ import annotations
@@ -96,9 +97,13 @@ def trained(o: argparse.Namespace, model: nn.Module, data: list[dict]) -> Callab
 
 
 def evaluated(o: argparse.Namespace, work_list: list[list]) -> dict[str, Callable[[], None]]:
-    """Functions that predict every batch at one rank, at 8 in one pass, at 8 in turn."""
+    """Functions that predict every batch at one rank, and at 8 in the three ways."""
     model = build(o, {}).eval()
-    one, stacked = ([packed(b, copies, o.device) for b in work_list] for copies in (1, R))
+    one, large = ([packed(b, copies, o.device) for b in work_list] for copies in (1, R))
+    share = max(1, o.batch // R)
+    small = [
+        packed(b[at : at + share], R, o.device) for b in work_list for at in range(0, len(b), share)
+    ]
 
     @torch.inference_mode()
     def single(rank: int = R) -> None:
@@ -107,14 +112,15 @@ def evaluated(o: argparse.Namespace, work_list: list[list]) -> dict[str, Callabl
                 model(**given)
 
     @torch.inference_mode()
-    def together() -> None:
+    def stacked(data: list[dict]) -> None:
         with model.rank_stack(range(1, R + 1)):
-            for given in stacked:
+            for given in data:
                 model(**given)
 
     return {
         "one": single,
-        "stacked": together,
+        "stacked": lambda: stacked(small),
+        "in one pass": lambda: stacked(large),
         "in turn": lambda: [single(rank) for rank in range(1, R + 1)],
     }
 

@@ -489,10 +489,14 @@ class IVON(Optimizer):
 
         All parameters' are computed once after a step, and given out as views: do not write.
         """
-        self._ready()
-        if param not in self._known:
-            raise ValueError(f"no parameter of this optimiser (its shape is {tuple(param.shape)})")
-        bucket, index = self._known[param]
+        bucket, index = self._known.get(param, (None, 0))
+        if bucket is None or bucket not in self._stds or param.device != bucket.device:
+            self._ready()  # looks at every parameter: not for every one that is asked about
+            if param not in self._known:
+                raise ValueError(
+                    f"no parameter of this optimiser (its shape is {tuple(param.shape)})"
+                )
+            bucket, index = self._known[param]
         group = self.param_groups[bucket.group]
         key = self._steps, group["ess"], group["weight_decay"]
         if bucket not in self._stds or self._stds[bucket][0] != key:

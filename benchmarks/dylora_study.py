@@ -34,7 +34,7 @@ R, ALPHA = 8, 16
 RANKS, SEPARATE = range(1, R + 1), (1, 2, 4, 8)
 SETTINGS = (
     "--learning_rate 1e-3 --per_device_train_batch_size 32 --weight_decay 0 --warmup_ratio 0.06 "
-    f"--max_length 128 --packing --base_dtype bfloat16 --lora_alpha {ALPHA} "
+    f"--max_length 128 --packing --group_by_length --base_dtype bfloat16 --lora_alpha {ALPHA} "
     "--load_best_model_at_end false --save_strategy no"
 ).split()
 RUNS = {

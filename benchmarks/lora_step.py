@@ -7,11 +7,11 @@ Work: sequence classification, LoRA r 8 on query and value, the models' default 
 batches of `--batch` sequences whose lengths are uniform on 25..89 (MRPC's), random weights. Each
 side runs in a worker process of its own; the workers take turns, round by round, so that both meet
 the same machine. The peer has its best attention ("sdpa"), dynamic padding and, for bfloat16,
-autocast over fp32 weights; ours packs the tokens, keeps as many compiled kernels as the runner
-does, and for bfloat16 keeps the frozen weights in it. Prints a row of a Markdown table: real
-(non-padding) tokens per second and peak resident memory of both sides, medians over the rounds,
-and the ratios. `--all` prints the table of both sizes, dtypes and batches. On a machine with other
-work set OMP_NUM_THREADS=1 and `--clock cpu`: seconds are then those that the process computed.
+autocast over fp32 weights; ours packs the tokens, keeps in memory what the runner keeps, and for
+bfloat16 keeps the frozen weights in it. Prints a row of a Markdown table: real (non-padding) tokens
+per second and peak resident memory of both sides, medians over the rounds, and the ratios. `--all`
+prints the table of both sizes, dtypes and batches. On a machine with other work set
+OMP_NUM_THREADS=1 and `--clock cpu`: seconds are then those that the process computed.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def work(o: argparse.Namespace) -> None:
     import resource
 
     if o.side == "ours":
-        import examples.program  # noqa: F401  limits the kernels kept, as in every run
+        import examples.program  # noqa: F401  what is kept in memory, as in every run
 
     import torch
 

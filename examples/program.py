@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from examples import config
+from examples import config, memory
 from examples.config import OptionError
 from examples.methods import METHODS, OPTIMIZERS, Entry, MethodOptions, RunFacts
 from examples.options import TRACKERS, TrainingOptions
@@ -29,10 +29,8 @@ if TYPE_CHECKING:
     from examples.evaluation import EvaluationSet, Predictor
     from examples.trainer import Trainer
 
-# Kernels that a CPU compiles for one shape (bf16 products, GELU) are kept for reuse, at a megabyte
-# or more each: room for 256 of them, where the libraries' own limit would fill gigabytes.
-for _cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
-    os.environ.setdefault(_cache, "256")
+memory.keep_compiled_kernels()  # before torch is imported
+memory.keep_freed_memory()
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ class Data:
             program.rows_at_once(self.training, processes),
             accumulation=program.accumulation(self.training, processes),
             seed=self.training.seed,
-            order="bucket" if self.options.group_by_length else "random",
+            order=self.options.order,
             max_tokens=self.options.max_tokens,
             **self.share,
         )

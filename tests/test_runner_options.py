@@ -82,6 +82,20 @@ def test_saving_every_n_steps_or_by_epoch():
 
 
 @pytest.mark.parametrize(
+    ("words", "order"),
+    [
+        ([], "bucket"),
+        (["--packing"], "random"),
+        (["--packing", "--group_by_length"], "bucket"),
+        (["--no_group_by_length"], "random"),
+        (["--group_by_length", "none"], "bucket"),
+    ],
+)
+def test_rows_of_like_length_meet_where_padding_would_cost(words: list[str], order: str) -> None:
+    assert parse(*words)[DataOptions].order == order
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--learning_rat", "1"], "no option --learning_rat; did you mean --learning_rate"),

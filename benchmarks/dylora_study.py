@@ -42,6 +42,7 @@ RUNS = {
     "dylora_frozen": ["--method", "dylora", "--lora_r", str(R), "--dylora_mode", "frozen"],
     **{f"lora_{b}": ["--method", "lora", "--lora_r", str(b)] for b in (8, 1, 2, 4)},
 }
+TITLE = {"mrpc": "MRPC", "cola": "CoLA"}
 CURVES = {
     "normal": "DyLoRA",
     "frozen": "DyLoRA, frozen",
@@ -190,19 +191,21 @@ def plot(rows: list[Row], path: Path) -> None:
     )
     colours = ("tab:blue", "tab:cyan", "tab:red", "tab:orange", "0.25")
     for axes, task in zip(every[0], tasks, strict=True):
-        for (curve, by_rank), colour in zip(curves(rows, task).items(), colours, strict=False):
+        shown = zip(curves(rows, task).items(), colours, strict=False)
+        for place, ((curve, by_rank), colour) in enumerate(shown):
             ranks = sorted(by_rank)
+            beside = [b + 0.08 * (place - 2) for b in ranks]  # intervals would hide each other
             means = [statistics.mean(by_rank[b]) for b in ranks]
             halves = [half_interval(by_rank[b]) for b in ranks]
             line = "s--" if curve == "separate" else "o-"
             axes.errorbar(
-                ranks, means, halves, fmt=line, ms=4, lw=1.3, capsize=2, color=colour,
+                beside, means, halves, fmt=line, ms=4, lw=1.3, capsize=2, color=colour,
                 label=CURVES[curve],
             )  # fmt: skip
         axes.set_xlabel("rank b")
         axes.set_xticks(RANKS)
         axes.set_ylabel(METRIC[task].replace("_", " "))
-        axes.set_title(task, fontsize="medium")
+        axes.set_title(TITLE.get(task, task), fontsize="medium")
         axes.grid(alpha=0.25)
     handles, labels = every[0][0].get_legend_handles_labels()
     figure.legend(

@@ -132,7 +132,7 @@ def test_mnli_has_two_development_sets_and_two_submissions(home, tmp_path):
     ],
 )
 def test_ways_to_batch_compute_the_same(home, tmp_path, words):
-    quiet = ["--max_train_steps", "5"]
+    quiet = ["--max_train_steps", "5", "--group_by_length"]
     no_dropout = tiny_bert(
         tmp_path / "bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
     )

@@ -22,7 +22,7 @@ def keep_freed_memory() -> bool:
     """Lets glibc keep large freed blocks for the next step instead of returning them to the system.
 
     Every activation is above the size at which glibc maps fresh pages and returns them when freed;
-    the kernel then zeroes them anew at every step, which is 3 to 9 % of a step on a CPU.
+    the kernel then zeroes them anew at every step, which is 1 to 9 % of a step on a CPU.
     Thresholds that are set in the environment stay.
 
     Returns:

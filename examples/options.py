@@ -71,7 +71,7 @@ class DataOptions:
         """How training rows meet: "bucket" or "random".
 
         Where length goes with the label, batches of like length are alike (on STS-B their mean
-        labels vary 1.6 times as much as those of random batches), so padding is what pays for it.
+        labels vary 1.6 times as much as those of random batches): less padding is worth that.
         """
         by_length = not self.packing if self.group_by_length is None else self.group_by_length
         return "bucket" if by_length else "random"

@@ -58,7 +58,7 @@ def table(rows: list[dict]) -> str:
         last = {side: [] for side in ("ours", "peer")}
         seconds = {side: [] for side in ("ours", "peer")}
         for row in rows:
-            if row["task"] == task:
+            if row["task"] == task and row["side"] in last:
                 last[row["side"]].append(row["history"][-1][METRIC[task]])
                 seconds[row["side"]].append(row["train_seconds"])
         if not last["ours"] or not last["peer"]:

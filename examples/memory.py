@@ -21,8 +21,8 @@ def keep_compiled_kernels() -> None:
 def keep_freed_memory() -> bool:
     """Lets glibc keep large freed blocks for the next step instead of returning them to the system.
 
-    It returns blocks of 32 MB and more when they are freed, and the free end of its heap; the kernel
-    then zeroes their pages anew. Keeping them saves up to 5 % of a step (benchmarks/README.md).
+    It returns freed blocks of 32 MB and more, and the free end of its heap; the kernel then zeroes
+    their pages anew. Keeping them saves up to 5 % of a step (benchmarks/README.md).
     Thresholds that are set in the environment stay.
 
     Returns:

@@ -7,7 +7,12 @@ RoBERTa-base shapes with random weights, r 16 on all six linear maps of every la
 of `--batch` sequences of MRPC's lengths (25 to 89), packed. All models are in one process and take
 turns, step by step; seconds are CPU time on a CPU (two cores are rarely idle) and device time on a
 GPU. Prints the ratio of every model's step to plain LoRA's (median over the rounds), the same for
-one evaluation pass, merged too, and the peak memory that a step adds.
+one evaluation pass, merged too, and on a GPU the peak memory that a step adds.
+
+    python -m benchmarks.bim_step --memory
+
+trains each model alone in a process of its own instead, and prints the processes' peak resident
+memory. As in the runner, glibc keeps large freed blocks.
 
     LoRA        y = x Wᵀ + s (x Aᵀ) Bᵀ
     BIM-LoRA    as this project computes it
@@ -19,7 +24,10 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 
@@ -28,6 +36,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import transformers_patched as patched
+from examples.memory import keep_freed_memory
 from peft_custom import BimLoraConfig, LoraConfig, get_peft_model
 from peft_custom.tuners.bim_lora import BIMLoRALinear
 
@@ -62,17 +71,29 @@ def formed(layer: BIMLoRALinear) -> Callable[..., torch.Tensor]:
 
 
 def models(o: argparse.Namespace) -> dict[str, nn.Module]:
+    """The contestants, or the one of `--side`."""
     shared = {
         "task_type": "SEQ_CLS", "r": o.r, "lora_alpha": 16, "lora_dropout": o.dropout,
         "target_modules": "all-linear",
     }  # fmt: skip
-    lora = get_peft_model(base(o), LoraConfig(**shared))
-    bim = get_peft_model(base(o), BimLoraConfig(**shared, block_size=o.block, mask_init="constant"))
-    naive = copy.deepcopy(bim)
-    for layer in naive.modules():
-        if isinstance(layer, BIMLoRALinear):
-            layer.forward = formed(layer)
-    return {"LoRA": lora, "BIM-LoRA": bim, "formed": naive}
+
+    def bim() -> nn.Module:
+        config = BimLoraConfig(**shared, block_size=o.block, mask_init="constant")
+        return get_peft_model(base(o), config)
+
+    def naive() -> nn.Module:
+        model = bim()
+        for layer in model.modules():
+            if isinstance(layer, BIMLoRALinear):
+                layer.forward = formed(layer)
+        return model
+
+    makers = {
+        "LoRA": lambda: get_peft_model(base(o), LoraConfig(**shared)),
+        "BIM-LoRA": bim,
+        "formed": naive,
+    }
+    return {name: make() for name, make in makers.items() if o.side in (None, name)}
 
 
 def batch(o: argparse.Namespace, turn: int) -> dict[str, torch.Tensor | int]:
@@ -99,17 +120,42 @@ def seconds(o: argparse.Namespace, action: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
+def stepper(model: nn.Module) -> Callable[[dict], None]:
+    """One training step on a batch."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, 1e-4, fused=True)
+    model.train()
+
+    def step(given: dict) -> None:
+        model(**given).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def peak_memory(o: argparse.Namespace) -> dict[str, float]:
+    """Each model's peak resident memory in GiB, and its ratio to LoRA's."""
+    found: dict[str, float] = {}
+    for side in ("LoRA", "BIM-LoRA", "formed"):
+        command = [sys.executable, "-m", "benchmarks.bim_step", *sys.argv[1:], "--side", side]
+        found[side] = float(subprocess.run(command, check=True, capture_output=True).stdout)
+    ratios = {f"memory: {s}": round(found[s] / found["LoRA"], 3) for s in found if s != "LoRA"}
+    return {"lora_gib": round(found["LoRA"], 3), **ratios}
+
+
+def serve(o: argparse.Namespace) -> None:
+    """Trains one model and prints its process's peak memory in GiB."""
+    (model,) = models(o).values()
+    step = stepper(model)
+    for turn in range(o.rounds + 2):
+        step(batch(o, turn))
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+
+
 def compare(o: argparse.Namespace) -> dict[str, float]:
     sides = models(o)
-    optimizers = {
-        name: torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], 1e-4, fused=True)
-        for name, m in sides.items()
-    }
-
-    def step(name: str, given: dict) -> None:
-        sides[name](**given).loss.backward()
-        optimizers[name].step()
-        optimizers[name].zero_grad()
+    steps = {name: stepper(model) for name, model in sides.items()}
 
     def evaluate(name: str, given: dict) -> None:
         with torch.no_grad():
@@ -119,8 +165,6 @@ def compare(o: argparse.Namespace) -> dict[str, float]:
     ratios: dict[str, list[float]] = {name: [] for name in sides}
     spent: dict[str, list[float]] = {name: [] for name in sides}
     peaks = {}
-    for model in sides.values():
-        model.train()
     for turn in range(o.rounds + 2):  # the first two warm up
         given = batch(o, turn)
         found = {}
@@ -128,7 +172,7 @@ def compare(o: argparse.Namespace) -> dict[str, float]:
             if o.device != "cpu":
                 torch.cuda.reset_peak_memory_stats()
                 before = torch.cuda.memory_allocated()
-            found[name] = seconds(o, lambda name=name: step(name, given))  # noqa: B023
+            found[name] = seconds(o, lambda name=name: steps[name](given))  # noqa: B023
             if o.device != "cpu":
                 peaks[name] = torch.cuda.max_memory_allocated() - before
         if turn > 1:
@@ -174,8 +218,16 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--memory", action="store_true", help="peak resident memory (CPU)")
+    parser.add_argument("--side", help=argparse.SUPPRESS)
     o = parser.parse_args()
-    print(json.dumps({**vars(o), **compare(o)}), flush=True)
+    keep_freed_memory()
+    if o.side:
+        serve(o)
+        return
+    result = peak_memory(o) if o.memory else compare(o)
+    options = {k: v for k, v in vars(o).items() if k not in ("memory", "side")}
+    print(json.dumps({**options, **result}), flush=True)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
 
-from benchmarks.study import METRIC, mean_and_interval, once, read, run_glue
+from benchmarks.study import METRIC, call, mean_and_interval, once, read, run_glue
 
 SETTINGS = {"lr": 1e-3, "batch": 32, "r": 8, "alpha": 16, "warmup_ratio": 0.06, "max_length": 128}
 
@@ -44,7 +43,7 @@ def peer(o: argparse.Namespace, task: str, seed: int, folder: Path) -> dict:
     ]  # fmt: skip
     for name, value in SETTINGS.items():
         command += [f"--{name}", str(value)]
-    subprocess.run(command, check=True)
+    call(command)
     return json.loads((folder / "peer.json").read_text())
 
 

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 import math
-import resource
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,9 @@ METRIC = {"mrpc": "f1", "cola": "matthews_correlation", "stsb": "pearson", "sst2
 STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided 95 %, by number of seeds
 
 Row = dict[str, Any]
+
+_spent = threading.local()  # CPU seconds of the processes that the present run started
+_writing = threading.Lock()
 
 
 def read(path: Path) -> list[Row]:
@@ -39,29 +44,53 @@ def once(path: Path, key: Row, run: Callable[[Path], Row]) -> Row:
     for row in read(path):
         if key.items() <= row.items():
             return row
-    started, cpu = time.perf_counter(), _cpu_seconds()
+    started, _spent.cpu = time.perf_counter(), 0.0
     with tempfile.TemporaryDirectory() as folder:
         result = run(Path(folder))
     seconds = {
         "process_seconds": round(time.perf_counter() - started, 2),
-        "cpu_seconds": round(_cpu_seconds() - cpu, 2),
+        "cpu_seconds": round(_spent.cpu, 2),
     }
     row = {**key, **result, **seconds}
-    with open(path, "a", encoding="utf-8") as file:
+    with _writing, open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
     return row
 
 
-def _cpu_seconds() -> float:
-    """Of the processes that were started here and have ended."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+def in_lanes(lanes: int, runs: Iterable[Callable[[], object]]) -> None:
+    """Does all `runs`, `lanes` of them at a time; the first error ends it after what is running.
+
+    Several lanes want one thread a process (OMP_NUM_THREADS=1), which costs less than many threads
+    on one small model.
+    """
+    with ThreadPoolExecutor(lanes) as pool:
+        waiting = [pool.submit(run) for run in runs]
+        try:
+            for future in waiting:
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def call(command: Sequence[str]) -> None:
+    """Runs a process; its CPU seconds count for the run.
+
+    Raises:
+        subprocess.CalledProcessError: it failed.
+    """
+    process = subprocess.Popen(command)
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    _spent.cpu += used.ru_utime + used.ru_stime
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
 
 
 def run_glue(words: Sequence[str], folder: Path) -> Row:
     """Runs `examples.run_glue` into `folder`; its history of evaluations and its figures."""
     command = [sys.executable, "-m", "examples.run_glue", *words, "--output_dir", str(folder)]
-    subprocess.run(command, check=True)
+    call(command)
     result = json.loads((folder / "all_results.json").read_text())
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return {

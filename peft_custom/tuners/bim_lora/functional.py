@@ -123,19 +123,26 @@ class _Blocks:
         self.B = _padded(B.to(dtype), self.p * block, self.r).view(self.p, block, self.r)
 
     def cut(self, t: Tensor, count: int) -> Tensor:
-        """(N, features) as (count, N, b), a view where no block is cut off."""
+        """(N, features) as (count, N, b); copied once, as batched products would for each use."""
         t = _padded(t, t.shape[0], count * self.block)
-        return t.view(t.shape[0], count, self.block).transpose(0, 1)
+        return t.view(t.shape[0], count, self.block).transpose(0, 1).contiguous()
 
     def mix(self, m: Tensor, t: Tensor) -> Tensor:
         """m (a, c) times t (c, N, r) over blocks: (a, N, r)."""
         return (m @ t.reshape(t.shape[0], -1)).view(m.shape[0], *t.shape[1:])
 
 
-def _joined(t: Tensor, features: int) -> Tensor:
-    """(count, N, b) as (N, features)."""
-    count, n, block = t.shape
-    return t.transpose(0, 1).reshape(n, count * block)[:, :features]
+def _add_blocks(out: Tensor | None, left: Tensor, right: Tensor, features: int) -> Tensor:
+    """out + the blocks left (count, N, r) times right (count, r, b), side by side: (N, features).
+
+    Into `out` itself, through a view where no block is cut off; None counts as zero.
+    """
+    (count, n, _), block = left.shape, right.shape[-1]
+    if out is not None and features == count * block:
+        out.view(n, count, block).transpose(0, 1).baddbmm_(left, right)
+        return out
+    joined = torch.bmm(left, right).transpose(0, 1).reshape(n, count * block)[:, :features]
+    return joined if out is None else out.add_(joined)
 
 
 class _BlockMaskedLinear(torch.autograd.Function):
@@ -166,12 +173,12 @@ class _BlockMaskedLinear(torch.autograd.Function):
             W = effective_weight(weight, A, B, m, t, block, transposed)
             out = F.linear(tokens, W.T if transposed else W, bias)
         else:
-            seen = tokens if keep is None else masked(tokens, keep)
-            out = _update(seen, A, B, m * t, block, form)
+            seen, out = tokens if keep is None else masked(tokens, keep), None
             if weight is not None:
                 W = weight.to(x.dtype)
                 b = None if bias is None else bias.to(x.dtype)
-                out += F.linear(tokens, W.T if transposed else W, b)
+                out = F.linear(tokens, W.T if transposed else W, b)
+            out = _add_update(out, seen, A, B, m * t, block, form)
         ctx.save_for_backward(x, weight, bias, A, B, Z, temperature, keep)
         ctx.scaling, ctx.t, ctx.block = scaling, t, block
         ctx.transposed, ctx.form = transposed, form
@@ -187,21 +194,23 @@ class _BlockMaskedLinear(torch.autograd.Function):
             tokens, g = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
             seen = tokens if keep is None else masked(tokens, keep)
             m = soft_mask(Z, temperature)
-            if any(need_parameters) or (need_x and not ctx.form.fused):
-                find = _factored_gradients if ctx.form.factored else _dense_gradients
-                back = need_x and not ctx.form.fused
-                dA, dB, dm, dx = find(seen, g, A, B, m, ctx.t, ctx.block, back)
-                dZ = dm.mul_(m).mul_(1.0 - m).div_(temperature)
             if need_x:
                 W = weight
                 if ctx.form.fused:
                     W = effective_weight(W, A, B, m, ctx.t, ctx.block, ctx.transposed)
-                if dx is not None and keep is not None:
-                    dx = masked(dx, keep)
                 if W is not None:
                     W = W.to(g.dtype)
-                    W = W.T if ctx.transposed else W
-                    dx = g @ W if dx is None else dx.addmm_(g, W)
+                    dx = g @ (W.T if ctx.transposed else W)
+            back = need_x and not ctx.form.fused
+            if back or any(need_parameters):
+                find = _factored_gradients if ctx.form.factored else _dense_gradients
+                into = dx if keep is None else None  # what passes the dropout is masked by itself
+                dA, dB, dm, update = find(seen, g, A, B, m, ctx.t, ctx.block, back, into)
+                dZ = dm.mul_(m).mul_(1.0 - m).div_(temperature)
+                if back:
+                    update = update if keep is None else masked(update, keep)
+                    dx = update if dx is None or dx is update else dx.add_(update)
+            if need_x:
                 dx = dx.view(x.shape)
             if need_weight:
                 dW = (tokens.T @ g if ctx.transposed else g.T @ tokens).to(weight.dtype)
@@ -210,20 +219,27 @@ class _BlockMaskedLinear(torch.autograd.Function):
         return dx, dW, db, dA, dB, dZ, None, None, None, None, None, None
 
 
-def _update(seen: Tensor, A: Tensor, B: Tensor, m: Tensor, block: int, form: Form) -> Tensor:
-    """seen (E(m) ∘ B A)ᵀ, (N, out) in the dtype of `seen`; m already holds the scale."""
+def _add_update(
+    out: Tensor | None, seen: Tensor, A: Tensor, B: Tensor, m: Tensor, block: int, form: Form
+) -> Tensor:
+    """out + seen (E(m) ∘ B A)ᵀ, (N, out) in the dtype of `seen`; m already holds the scale.
+
+    Into `out` itself; None counts as zero.
+    """
     if not form.factored:
-        return seen @ _increment(A, B, m, block, False).to(seen.dtype).T
+        delta = _increment(A, B, m, block, False).to(seen.dtype)
+        return seen @ delta.T if out is None else out.addmm_(seen, delta.T)
     f = _Blocks(A, B, m, block, seen.dtype)
     U = torch.bmm(f.cut(seen, f.q), f.A)  # (q, N, r)
     V = f.mix(f.m, U)  # (p, N, r)
-    return _joined(torch.bmm(V, f.B.transpose(1, 2)), B.shape[0])
+    return _add_blocks(out, V, f.B.transpose(1, 2), B.shape[0])
 
 
 def _factored_gradients(
-    seen: Tensor, g: Tensor, A: Tensor, B: Tensor, m: Tensor, t: float, block: int, back: bool
-) -> tuple[Tensor | None, ...]:
-    """dA, dB, dm, and where `back` the update's part of ∂L/∂seen."""
+    seen: Tensor, g: Tensor, A: Tensor, B: Tensor, m: Tensor, t: float, block: int, back: bool,
+    into: Tensor | None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """dA, dB, dm, and where `back` the update's part of ∂L/∂seen, added into `into` if given."""
     f = _Blocks(A, B, m * t, block, seen.dtype)
     x_blocks, g_blocks = f.cut(seen, f.q), f.cut(g, f.p)
     U = torch.bmm(x_blocks, f.A)  # (q, N, r)
@@ -234,14 +250,15 @@ def _factored_gradients(
     dA = torch.bmm(dU.transpose(1, 2), x_blocks)  # (q, r, b)
     dA = dA.transpose(0, 1).reshape(f.r, -1)[:, : A.shape[1]].to(A.dtype)
     dB = dB.view(-1, f.r)[: B.shape[0]].to(B.dtype)
-    dx = _joined(torch.bmm(dU, f.A.transpose(1, 2)), A.shape[1]) if back else None
+    dx = _add_blocks(into, dU, f.A.transpose(1, 2), A.shape[1]) if back else None
     return dA, dB, dm, dx
 
 
 def _dense_gradients(
-    seen: Tensor, g: Tensor, A: Tensor, B: Tensor, m: Tensor, t: float, block: int, back: bool
-) -> tuple[Tensor | None, ...]:
-    """dA, dB, dm, and where `back` the update's part of ∂L/∂seen."""
+    seen: Tensor, g: Tensor, A: Tensor, B: Tensor, m: Tensor, t: float, block: int, back: bool,
+    into: Tensor | None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """dA, dB, dm, and where `back` the update's part of ∂L/∂seen, added into `into` if given."""
     p, q = m.shape
     G = _padded((g.T @ seen).to(A.dtype), p * block, q * block)
     A_full = _padded(A, A.shape[0], q * block)
@@ -256,7 +273,7 @@ def _dense_gradients(
         return dA, dB, dm, None
     blocks.mul_(scaled)
     delta = product[: B.shape[0], : A.shape[1]].to(g.dtype)
-    return dA, dB, dm, g @ delta
+    return dA, dB, dm, g @ delta if into is None else into.addmm_(g, delta)
 
 
 def block_masked_linear(

@@ -8,13 +8,15 @@
 
 Every run is a process of its own and one line of `--out`; a run that has its line is not repeated.
 Unknown options go to `examples.run_glue`. All figures are those of the last weights on the
-development set. `tune` chooses each method's rate by 3 epochs of one seed; the others need it.
+development set. `--lanes 2` does two runs at a time (with OMP_NUM_THREADS=1).
 
+    tune        each method's rate, once: MRPC, 3 epochs of one seed; the others need it
     main        BIM-LoRA of rank 8 (blocks of 16 × 16), LoRA of rank 8, and LoRA of rank 9, which
                 trains as many parameters as BIM-LoRA does (380,160 against 379,968 and the head);
                 s = 1 for all, the head at the same rate, the same schedule
-    ablation    where the mask starts: the network's scores, the heuristic it learns, random scores
-                of the same distribution, one constant of the same mean; and the mask frozen
+    ablation    where the mask starts: the network's scores (which `main` has), the heuristic it
+                learns, random scores of the same distribution, one constant of the same mean; and
+                the mask frozen
     collection  how far the ranking of blocks from few batches agrees with that from many others
 """
 
@@ -25,12 +27,23 @@ import itertools
 import json
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-from benchmarks.study import METRIC, Row, half_interval, mean_and_interval, once, read, run_glue
+from benchmarks.study import (
+    METRIC,
+    Row,
+    half_interval,
+    in_lanes,
+    mean_and_interval,
+    once,
+    read,
+    run_glue,
+)
 
 EPOCHS = {"mrpc": 6, "cola": 8}
-RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+TUNED_ON = "mrpc"
+RATES = {"bim_lora": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3), "lora_8": (5e-4, 1e-3, 2e-3, 4e-3)}
 SETTINGS = (
     "--per_device_train_batch_size 32 --weight_decay 0 --warmup_ratio 0.06 --max_length 128 "
     "--packing --lora_modules all-linear --adam_beta2 0.98 --load_best_model_at_end false "
@@ -43,8 +56,9 @@ METHODS = {
     "lora_9": "--method lora --lora_r 9 --lora_alpha 9".split(),
 }
 MEAN_LOGIT = -0.73  # of the network's first masks, whose mean is 0.325
+FULL = "(a) network"
 ABLATION = {
-    "(a) network": [],
+    FULL: [],  # is the method itself: its runs are those of `main`
     "(b) features": ["--mask_init", "features"],
     "(c) constant": ["--mask_init", "constant", "--initial_block_score", str(MEAN_LOGIT)],
     "(d) random": ["--mask_init", "random"],
@@ -66,44 +80,49 @@ def jobs(part: str, rows: list[Row], seeds: list[int], tasks: list[str]) -> Iter
         return key, [*words, "--num_train_epochs", str(epochs)]
 
     if part == "tune":
-        for task, method, rate in itertools.product(tasks, ("bim_lora", "lora_8"), RATES):
-            yield make(task, method, 100, 3, rate)
+        for method, rates in RATES.items():
+            for rate in rates:
+                yield make(TUNED_ON, method, 100, 3, rate)
     elif part == "main":
         for seed, task, method in itertools.product(seeds, tasks, METHODS):
-            yield make(task, method, seed, EPOCHS[task], tuned(rows, task, method))
+            yield make(task, method, seed, EPOCHS[task], tuned(rows, method))
     elif part == "ablation" and "mrpc" in tasks:
-        rate = tuned(rows, "mrpc", "bim_lora")
+        rate = tuned(rows, "bim_lora")
         for seed, start in itertools.product(seeds, ABLATION):
-            yield make("mrpc", "bim_lora", seed, EPOCHS["mrpc"], rate, start=start)
+            if start != FULL:
+                yield make("mrpc", "bim_lora", seed, EPOCHS["mrpc"], rate, start=start)
 
 
-def tuned(rows: list[Row], task: str, method: str) -> float:
+def tuned(rows: list[Row], method: str) -> float:
     """The rate whose last weights were best; LoRA's is that of rank 8."""
     method = "bim_lora" if method == "bim_lora" else "lora_8"
     tried = {
-        row["rate"]: row["final"][METRIC[task]]
+        row["rate"]: row["final"][METRIC[TUNED_ON]]
         for row in rows
-        if (row["part"], row["task"], row["method"]) == ("tune", task, method)
+        if (row["part"], row["method"]) == ("tune", method)
     }
-    if len(tried) < len(RATES):
-        raise SystemExit(f"--part tune has not all runs of {method} on {task} yet: do it first")
+    if len(tried) < len(RATES[method]):
+        raise SystemExit(f"--part tune has not all runs of {method} yet: do it first")
     return max(tried, key=lambda value: tried[value])
 
 
 def go(o: argparse.Namespace) -> None:
     where = ["--model_name_or_path", o.model, "--data_dir", o.data_dir]
+
+    def do(key: Row, words: list[str]) -> None:
+        def run(folder: Path) -> Row:
+            return run_glue([*where, *SETTINGS, *words, *o.more], folder / "run")
+
+        row = once(o.out, key, run)
+        shown = round(row["final"][METRIC[row["task"]]], 4)
+        print(json.dumps({**key, METRIC[row["task"]]: shown}), flush=True)
+
     for part in o.part:
         if part == "collection":
             collection(o, where)
             continue
-        for key, words in jobs(part, read(o.out), o.seeds, o.tasks):
-
-            def run(folder: Path, words=words) -> Row:
-                return run_glue([*where, *SETTINGS, *words, *o.more], folder / "run")
-
-            row = once(o.out, key, run)
-            shown = round(row["final"][METRIC[row["task"]]], 4)
-            print(json.dumps({**key, METRIC[row["task"]]: shown}), flush=True)
+        every = jobs(part, read(o.out), o.seeds, o.tasks)
+        in_lanes(o.lanes, [partial(do, key, words) for key, words in every])
 
 
 # -- few batches or many ---------------------------------------------------------------------------
@@ -184,13 +203,13 @@ def table(rows: list[Row]) -> str:
         wanted = {"part": part, "task": task, **key}
         return {r["seed"]: r["final"][METRIC[task]] for r in rows if wanted.items() <= r.items()}
 
+    every = sorted({rate for rates in RATES.values() for rate in rates})
     tune = [
-        [t, m, *(f"{max(v.values()):.4f}" if (v := last("tune", t, method=m, rate=x)) else "–"
-                 for x in RATES)]
-        for t, m in itertools.product(EPOCHS, ("bim_lora", "lora_8"))
-        if last("tune", t, method=m)
+        [m, *(f"{max(v.values()):.4f}" if (v := last("tune", TUNED_ON, method=m, rate=x)) else "–"
+              for x in every)]
+        for m in RATES
     ]  # fmt: skip
-    add("Learning rates, 3 epochs, one seed", ["task", "method", *map(str, RATES)], tune)
+    add(f"Learning rates, {TUNED_ON}, 3 epochs", ["method", *map(str, every)], tune)
     main = []
     for task, method in itertools.product(EPOCHS, METHODS):
         values, ours = last("main", task, method=method), last("main", task, method="bim_lora")
@@ -214,10 +233,10 @@ def table(rows: list[Row]) -> str:
         ["task", "metric", "method", "rate", "trained", "result", "BIM-LoRA minus it", "seconds"],
         main,
     )
-    full = last("ablation", "mrpc", start="(a) network")
+    full = last("main", "mrpc", method="bim_lora")
     ablation = []
     for start in ABLATION:
-        values = last("ablation", "mrpc", start=start)
+        values = full if start == FULL else last("ablation", "mrpc", start=start)
         gap = [values[seed] - full[seed] for seed in sorted(values.keys() & full.keys())]
         if values:
             difference = f"{sum(gap) / len(gap):+.4f} ± {half_interval(gap):.4f}" if gap else ""
@@ -248,6 +267,7 @@ def main() -> None:
     parser.add_argument("--part", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--seeds", type=lambda t: [int(s) for s in t.split(",")], default=[0, 1, 2])
     parser.add_argument("--tasks", type=lambda t: t.split(","), default=list(EPOCHS))
+    parser.add_argument("--lanes", type=int, default=1, help="runs at a time")
     parser.add_argument("--table", action="store_true")
     o, o.more = parser.parse_known_args()
     if not o.table:

@@ -2,6 +2,7 @@
 
     python -m benchmarks.adaptive_study --model DIR --data_dir DIR/glue --out FILE.jsonl
     python -m benchmarks.adaptive_study --out FILE.jsonl --table
+    python -m benchmarks.adaptive_study --out FILE.jsonl --plot FILE.png
 
 Parts, in this order unless `--part` names some:
 
@@ -32,7 +33,16 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.posterior_figures import adapter_figures, agreement
-from benchmarks.study import METRIC, Row, in_lanes, mean_and_interval, once, read, run_glue
+from benchmarks.study import (
+    METRIC,
+    Row,
+    dots,
+    in_lanes,
+    mean_and_interval,
+    once,
+    read,
+    run_glue,
+)
 
 EPOCHS = {"mrpc": 5, "cola": 8}
 TUNED_ON = "cola"  # whose 804 steps of 3 epochs lie between the 575 and 2,144 of `main`
@@ -68,6 +78,7 @@ SIGMA = {
     "h₀ 0.001, β₂ 0.999": (0.001, 0.999),
     "h₀ 0.001, β₂ 0.99": (0.001, 0.99),
 }
+CAPTION = {"criteria": "IVON as published", "moved": "with h₀ 0.001, β₂ 0.99"}
 MOVED = "h₀ 0.001, β₂ 0.99"
 PAIRS = (("SNR", "mean"), ("SNR", "sigma"), ("mean", "sigma"), ("SNR_mean_abs", "mean"))
 ROWS = {"mrpc": 3668, "cola": 8551}
@@ -253,6 +264,48 @@ def spreads(groups: dict[tuple, list[Row]]) -> Iterator[str]:
         )  # fmt: skip
 
 
+def plot(rows: list[Row], path: Path) -> None:
+    """The methods on both tasks; the criteria under two settings of IVON; what σ did."""
+    from examples.plots import canvas
+
+    pyplot = canvas()
+    figure, axes = pyplot.subplots(2, 2, figsize=(11, 8), layout="constrained")
+
+    def values(part: str, task: str, **key: object) -> list[float]:
+        wanted = {"part": part, "task": task, **key}
+        return [row["final"][METRIC[task]] for row in rows if wanted.items() <= row.items()]
+
+    for own, (task, epochs) in zip(axes[0], EPOCHS.items(), strict=True):
+        dots(own, {method: values("main", task, method=method) for method in METHODS})
+        own.set_title(f"{task}, {epochs} epochs, mean rank 4", fontsize="medium")
+        own.set_ylabel(METRIC[task].replace("_", " "))
+    left, right = axes[1]
+    for part, colour, shift in (("criteria", "tab:blue", -0.15), ("moved", "tab:red", 0.15)):
+        dots(left, {name: values(part, "cola", vilora_criterion=name) for name in CRITERIA},
+             colour, shift)  # fmt: skip
+        left.plot([], [], "o", color=colour, label=CAPTION[part])
+    left.legend(fontsize="small", frameon=False)
+    left.set_title("ViLoRA's criterion, cola, 5 epochs", fontsize="medium")
+    left.set_ylabel(METRIC["cola"].replace("_", " "))
+    posteriors = {
+        row["setting"]: row["posterior"]
+        for row in rows
+        if row["part"] == "sigma" and row["seed"] == 0
+    }
+    names = [name for name in SIGMA if name in posteriors]
+    heights = [posteriors[name]["sigma"]["all"]["variation"] for name in names]
+    right.bar(range(len(names)), heights, color="0.6")
+    right.set_yscale("log")
+    right.set_xticks(range(len(names)), names, rotation=25, ha="right", fontsize="small")
+    for place, name in enumerate(names):
+        rho = posteriors[name]["spearman"]["SNR"]["mean"]
+        right.annotate(f"ρ {rho:.2f}", (place, heights[place]), ha="center", va="bottom")
+    right.set_title("IVON's setting: spread of σ; ρ of |μ|/σ with |μ|", fontsize="medium")
+    right.set_ylabel("s.d. / mean of σ over all weights")
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="folder of the pretrained model (MiniLM)")
@@ -264,7 +317,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="one line per run")
     parser.add_argument("--lanes", type=int, default=1, help="runs at a time")
     parser.add_argument("--table", action="store_true", help="print the tables and stop")
+    parser.add_argument("--plot", type=Path, help="draw into this PNG and stop")
     o, o.more = parser.parse_known_args()
+    if o.plot is not None:
+        plot(read(o.out), o.plot)
+        return
     if not o.table:
         go(o)
     print(table(read(o.out)))

@@ -5,6 +5,7 @@
     … --part ablation
     … --part collection
     python -m benchmarks.bim_study --out FILE.jsonl --table
+    python -m benchmarks.bim_study --out FILE.jsonl --plot FILE.png
 
 Every run is a process of its own and one line of `--out`; a run that has its line is not repeated.
 Unknown options go to `examples.run_glue`. All figures are those of the last weights on the
@@ -26,6 +27,7 @@ import argparse
 import itertools
 import json
 import shutil
+import statistics
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -33,6 +35,7 @@ from pathlib import Path
 from benchmarks.study import (
     METRIC,
     Row,
+    dots,
     half_interval,
     in_lanes,
     mean_and_interval,
@@ -67,6 +70,12 @@ ABLATION = {
         "--mask_init", "constant", "--initial_block_score", str(MEAN_LOGIT), "--train_mask", "false"
     ],
 }  # fmt: skip
+FEATURES = {
+    "grad_mean": "F1, mean gradient",
+    "grad_var": "F2, its variance",
+    "act_var": "F3, variance of activations",
+    "label": "the network's label",
+}
 STEPS, MANY = (2, 5, 10, 20, 35, 70, 150, 300), 300
 
 
@@ -256,6 +265,43 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def plot(rows: list[Row], path: Path) -> None:
+    """The methods on both tasks, the ablation, and the ranking of blocks by number of batches."""
+    from examples.plots import canvas
+
+    pyplot = canvas()
+    figure, axes = pyplot.subplots(2, 2, figsize=(11, 8), layout="constrained")
+
+    def values(part: str, task: str, **key: str) -> list[float]:
+        wanted = {"part": part, "task": task, **key}
+        return [row["final"][METRIC[task]] for row in rows if wanted.items() <= row.items()]
+
+    for own, (task, epochs) in zip(axes[0], EPOCHS.items(), strict=True):
+        dots(own, {method: values("main", task, method=method) for method in METHODS})
+        own.set_title(f"{task}, {epochs} epochs", fontsize="medium")
+        own.set_ylabel(METRIC[task].replace("_", " "))
+    left, right = axes[1]
+    full = {FULL: values("main", "mrpc", method="bim_lora")}
+    dots(left, full | {s: values("ablation", "mrpc", start=s) for s in ABLATION if s != FULL})
+    left.set_title("where the mask starts (mrpc)", fontsize="medium")
+    left.set_ylabel("f1")
+    found = [row for row in rows if row["part"] == "collection"]
+    for name, label in FEATURES.items():
+        steps = sorted({row["steps"] for row in found})
+        means = [
+            statistics.mean(row[name] for row in found if row["steps"] == count) for count in steps
+        ]
+        right.plot(steps, means, "o-", ms=4, label=label)
+    right.set_xscale("log")
+    right.set_xlabel("batches")
+    right.set_ylabel(f"Spearman's ρ with {MANY} other batches")
+    right.set_title("how soon the ranking of blocks is known", fontsize="medium")
+    right.legend(fontsize="small", frameon=False)
+    right.grid(alpha=0.25)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -268,8 +314,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=lambda t: [int(s) for s in t.split(",")], default=[0, 1, 2])
     parser.add_argument("--tasks", type=lambda t: t.split(","), default=list(EPOCHS))
     parser.add_argument("--lanes", type=int, default=1, help="runs at a time")
-    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--table", action="store_true", help="print the tables and stop")
+    parser.add_argument("--plot", type=Path, help="draw into this PNG and stop")
     o, o.more = parser.parse_known_args()
+    if o.plot is not None:
+        plot(read(o.out), o.plot)
+        return
     if not o.table:
         if not o.model or not o.data_dir:
             parser.error("--model and --data_dir are needed")

@@ -117,3 +117,23 @@ def mean_and_interval(values: Sequence[float], digits: int = 4) -> str:
     if len(values) < 2:
         return f"{values[0]:.{digits}f}"
     return f"{statistics.mean(values):.{digits}f} ± {half_interval(values):.{digits}f}"
+
+
+def dots(
+    axes: Any, groups: dict[str, Sequence[float]], colour: str = "tab:blue", shift: float = 0.0
+) -> None:
+    """Draws every group's values as dots, its mean and 95 % interval beside them.
+
+    Args:
+        groups: label -> one value per seed; empty ones leave a gap.
+        shift: moves the dots along the axis, for several calls on the same labels.
+    """
+    for place, values in enumerate(groups.values()):
+        if values:
+            axes.plot([place + shift] * len(values), values, "o", ms=4, color=colour, alpha=0.6)
+            mean = statistics.mean(values)
+            axes.errorbar(
+                place + shift + 0.14, mean, half_interval(values), fmt="_", capsize=3, color=colour
+            )
+    axes.set_xticks(range(len(groups)), list(groups), rotation=25, ha="right", fontsize="small")
+    axes.grid(alpha=0.25, axis="y")

@@ -49,7 +49,7 @@ TUNED_ON = "cola"  # whose 804 steps of 3 epochs lie between the 575 and 2,144 o
 SETTINGS = (
     "--per_device_train_batch_size 32 --weight_decay 0 --max_grad_norm 0 --warmup_ratio 0.06 "
     "--max_length 128 --packing --load_best_model_at_end false --save_strategy no --calibration "
-    "--eval_strategy steps --eval_steps 1000000"  # at the end alone
+    "--eval_strategy no"  # but at the end
 ).split()
 LORA = "--base_dtype bfloat16 --lora_modules query,key,value,output.dense,intermediate.dense"
 SVD = f"{LORA} --adalora_tinit 0.15 --adalora_tfinal 0.4 --adalora_delta_t 10"

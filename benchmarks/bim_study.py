@@ -50,7 +50,7 @@ RATES = {"bim_lora": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3), "lora_8": (5e-4, 1e-3, 2e-3
 SETTINGS = (
     "--per_device_train_batch_size 32 --weight_decay 0 --warmup_ratio 0.06 --max_length 128 "
     "--packing --lora_modules all-linear --adam_beta2 0.98 --load_best_model_at_end false "
-    "--save_strategy no"
+    "--save_strategy no --eval_strategy no"  # but at the end
 ).split()
 BIM = "--method bim_lora --lora_r 8 --lora_alpha 8 --block_size 16 --head_lr_ratio 1".split()
 METHODS = {

@@ -92,9 +92,8 @@ def run_glue(words: Sequence[str], folder: Path) -> Row:
     command = [sys.executable, "-m", "examples.run_glue", *words, "--output_dir", str(folder)]
     call(command)
     result = json.loads((folder / "all_results.json").read_text())
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return {
-        "history": [_metrics(row) for row in lines],
+        "history": [_metrics(row) for row in read(folder / "metrics.jsonl")],
         "final": _metrics(result),
         "train_seconds": result["train_seconds"],
         "trainable": result["trainable_parameters"],

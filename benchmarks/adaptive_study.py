@@ -37,8 +37,10 @@ from benchmarks.study import (
     METRIC,
     Row,
     dots,
+    draw_methods,
     in_lanes,
     mean_and_interval,
+    metrics_of,
     once,
     read,
     run_glue,
@@ -270,19 +272,11 @@ def plot(rows: list[Row], path: Path) -> None:
 
     pyplot = canvas()
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 8), layout="constrained")
-
-    def values(part: str, task: str, **key: object) -> list[float]:
-        wanted = {"part": part, "task": task, **key}
-        return [row["final"][METRIC[task]] for row in rows if wanted.items() <= row.items()]
-
-    for own, (task, epochs) in zip(axes[0], EPOCHS.items(), strict=True):
-        dots(own, {method: values("main", task, method=method) for method in METHODS})
-        own.set_title(f"{task}, {epochs} epochs, mean rank 4", fontsize="medium")
-        own.set_ylabel(METRIC[task].replace("_", " "))
+    draw_methods(axes[0], rows, EPOCHS, METHODS)
     left, right = axes[1]
     for part, colour, shift in (("criteria", "tab:blue", -0.15), ("moved", "tab:red", 0.15)):
-        dots(left, {name: values(part, "cola", vilora_criterion=name) for name in CRITERIA},
-             colour, shift)  # fmt: skip
+        found = {name: metrics_of(rows, part, "cola", vilora_criterion=name) for name in CRITERIA}
+        dots(left, found, colour, shift)
         left.plot([], [], "o", color=colour, label=CAPTION[part])
     left.legend(fontsize="small", frameon=False)
     left.set_title("ViLoRA's criterion, cola, 5 epochs", fontsize="medium")

@@ -36,9 +36,11 @@ from benchmarks.study import (
     METRIC,
     Row,
     dots,
+    draw_methods,
     half_interval,
     in_lanes,
     mean_and_interval,
+    metrics_of,
     once,
     read,
     run_glue,
@@ -271,18 +273,13 @@ def plot(rows: list[Row], path: Path) -> None:
 
     pyplot = canvas()
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 8), layout="constrained")
-
-    def values(part: str, task: str, **key: str) -> list[float]:
-        wanted = {"part": part, "task": task, **key}
-        return [row["final"][METRIC[task]] for row in rows if wanted.items() <= row.items()]
-
-    for own, (task, epochs) in zip(axes[0], EPOCHS.items(), strict=True):
-        dots(own, {method: values("main", task, method=method) for method in METHODS})
-        own.set_title(f"{task}, {epochs} epochs", fontsize="medium")
-        own.set_ylabel(METRIC[task].replace("_", " "))
+    draw_methods(axes[0], rows, EPOCHS, METHODS)
     left, right = axes[1]
-    full = {FULL: values("main", "mrpc", method="bim_lora")}
-    dots(left, full | {s: values("ablation", "mrpc", start=s) for s in ABLATION if s != FULL})
+    full = {FULL: metrics_of(rows, "main", "mrpc", method="bim_lora")}
+    dots(
+        left,
+        full | {s: metrics_of(rows, "ablation", "mrpc", start=s) for s in ABLATION if s != FULL},
+    )
     left.set_title("where the mask starts (mrpc)", fontsize="medium")
     left.set_ylabel("f1")
     found = [row for row in rows if row["part"] == "collection"]

@@ -118,6 +118,20 @@ def mean_and_interval(values: Sequence[float], digits: int = 4) -> str:
     return f"{statistics.mean(values):.{digits}f} ± {half_interval(values):.{digits}f}"
 
 
+def metrics_of(rows: Sequence[Row], part: str, task: str, **key: object) -> list[float]:
+    """The task's metric of the runs that have `key`, one per seed."""
+    wanted = {"part": part, "task": task, **key}
+    return [row["final"][METRIC[task]] for row in rows if wanted.items() <= row.items()]
+
+
+def draw_methods(axes: Any, rows: Sequence[Row], epochs: dict[str, int], methods: Any) -> None:
+    """Part `main`: every task into its own axes, its methods side by side."""
+    for own, (task, count) in zip(axes, epochs.items(), strict=True):
+        dots(own, {method: metrics_of(rows, "main", task, method=method) for method in methods})
+        own.set_title(f"{task}, {count} epochs", fontsize="medium")
+        own.set_ylabel(METRIC[task].replace("_", " "))
+
+
 def dots(
     axes: Any, groups: dict[str, Sequence[float]], colour: str = "tab:blue", shift: float = 0.0
 ) -> None:

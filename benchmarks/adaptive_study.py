@@ -230,12 +230,14 @@ def table(rows: list[Row]) -> str:
     text = []
     for part, own in grouped(rows, "part").items():
         text += ["", f"## {part[0]}", ""]
+        own.sort(key=lambda row: (row["task"], list(METHODS).index(row["method"]), row["rate"]))
         if part[0] == "tune":
             lines = [[*map(str, key), *figures(group)[1:2]] for key, group in
                      grouped(own, "task", "method", "rate").items()]  # fmt: skip
             text.append(markdown(["task", "method", "rate", "metric"], lines))
             continue
         names = ("task", "epochs", "rank", "method", "vilora_criterion", "setting")
+        names = [name for name in names if len({row.get(name) for row in own}) > 1]
         groups = grouped(own, *names)
         lines = [[*map(str, key), *figures(group)] for key, group in groups.items()]
         text += [markdown([*names, *HEADS], lines), "", *spreads(groups)]

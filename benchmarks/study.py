@@ -135,7 +135,7 @@ def draw_methods(axes: Any, rows: Sequence[Row], epochs: dict[str, int], methods
 def dots(
     axes: Any, groups: dict[str, Sequence[float]], colour: str = "tab:blue", shift: float = 0.0
 ) -> None:
-    """Draws every group's values as dots, its mean and 95 % interval beside them.
+    """Draws every group's values as dots, beside them the mean and, of three or more, its interval.
 
     Args:
         groups: label -> one value per seed; empty ones leave a gap.
@@ -145,8 +145,7 @@ def dots(
         if values:
             axes.plot([place + shift] * len(values), values, "o", ms=4, color=colour, alpha=0.6)
             mean = statistics.mean(values)
-            axes.errorbar(
-                place + shift + 0.14, mean, half_interval(values), fmt="_", capsize=3, color=colour
-            )
+            half = half_interval(values) if len(values) > 2 else 0.0  # of two it hides the rest
+            axes.errorbar(place + shift + 0.14, mean, half, fmt="_", capsize=3, color=colour)
     axes.set_xticks(range(len(groups)), list(groups), rotation=25, ha="right", fontsize="small")
     axes.grid(alpha=0.25, axis="y")

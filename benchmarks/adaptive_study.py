@@ -80,8 +80,8 @@ SIGMA = {
     "h₀ 0.001, β₂ 0.999": (0.001, 0.999),
     "h₀ 0.001, β₂ 0.99": (0.001, 0.99),
 }
-CAPTION = {"criteria": "IVON as published", "moved": "with h₀ 0.001, β₂ 0.99"}
 MOVED = "h₀ 0.001, β₂ 0.99"
+CAPTION = {"criteria": "IVON as published", "moved": f"with {MOVED}"}
 PAIRS = (("SNR", "mean"), ("SNR", "sigma"), ("mean", "sigma"), ("SNR_mean_abs", "mean"))
 ROWS = {"mrpc": 3668, "cola": 8551}
 

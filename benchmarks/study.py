@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,14 @@ STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided 95 %, by numb
 
 Row = dict[str, Any]
 
-_spent = threading.local()  # CPU seconds of the processes that the present run started
+
+class _Spent(threading.local):
+    """CPU seconds of the processes that the present run of this lane started."""
+
+    cpu = 0.0
+
+
+_spent = _Spent()
 _writing = threading.Lock()
 
 
@@ -66,7 +73,7 @@ def in_lanes(lanes: int, runs: Iterable[Callable[[], object]]) -> None:
     with ThreadPoolExecutor(lanes) as pool:
         waiting = [pool.submit(run) for run in runs]
         try:
-            for future in waiting:
+            for future in as_completed(waiting):
                 future.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)

@@ -216,3 +216,17 @@ def test_packed_and_padded_agree_with_the_formula_on_a_gpu(dtype: torch.dtype, p
     assert (torch.stack(draws).mean(0) - expected).abs().max() < tolerance
     if p > 0.0:
         assert not torch.equal(draws[0], draws[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [5, 31, 32, 40])
+def test_gradient_of_softmax_on_either_side_of_a_vector(dtype: torch.dtype, length: int) -> None:
+    torch.manual_seed(0)
+    P = torch.randn(3, length, length).softmax(-1).to(dtype)
+    G = torch.randn(3, length, length).to(dtype)
+    found = module._softmax_gradient(G, P)
+    p, g = P.double(), G.double()
+    expected = p * (g - (p * g).sum(-1, keepdim=True))
+    assert found.dtype == dtype
+    rounding = torch.finfo(dtype).eps
+    torch.testing.assert_close(found.double(), expected, rtol=rounding, atol=rounding)

@@ -42,6 +42,7 @@ from benchmarks.study import (
     mean_and_interval,
     metrics_of,
     once,
+    paired_difference,
     read,
     run_glue,
 )
@@ -197,22 +198,32 @@ def markdown(heads: list[str], lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in every)
 
 
-def figures(rows: list[Row]) -> list[str]:
-    """Metric, NLL, calibration error, entropy, CPU seconds of the runs of one configuration."""
+def figures(rows: list[Row], reference: list[Row] = ()) -> list[str]:
+    """Metric, its distance from that of `reference`, NLL, calibration error, entropy, CPU seconds
+    of the runs of one configuration."""
 
     def mean(name: str) -> str:
         return mean_and_interval([row["final"][name] for row in rows if name in row["final"]])
 
     metric = METRIC[rows[0]["task"]]
     at_mean = f"mean_{metric}" in rows[0]["final"]
-    cells = [mean(metric), mean(f"mean_{metric}") if at_mean else ""]
+    by_seed = [{row["seed"]: row["final"][metric] for row in some} for some in (rows, reference)]
+    gap = "" if rows is reference else paired_difference(*by_seed)
+    cells = [mean(metric), gap, mean(f"mean_{metric}") if at_mean else ""]
     cells += [mean(name) for name in ("nll", "ece", "entropy")]
     cells.append(mean("mean_nll") if at_mean else "")
     seconds = statistics.mean(row["cpu_seconds"] for row in rows)
     return [str(len(rows)), *cells, f"{seconds:.0f}"]
 
 
-HEADS = ["seeds", "metric", "at the mean", "NLL", "ECE", "entropy", "NLL at the mean", "CPU s"]
+HEADS = ["seeds", "metric", "minus reference", "at the mean", "NLL", "ECE", "entropy",
+         "NLL at the mean", "CPU s"]  # fmt: skip
+
+
+def compared_with(group: list[Row], groups: dict[tuple, list[Row]]) -> list[Row]:
+    """The reference of a configuration: AdaLoRA with AdamW on the same task, else the first."""
+    same = [rows for rows in groups.values() if rows[0]["task"] == group[0]["task"]]
+    return next((rows for rows in same if rows[0]["method"] == "adalora"), same[0])
 
 
 def grouped(rows: list[Row], *names: str) -> dict[tuple, list[Row]]:
@@ -236,7 +247,8 @@ def table(rows: list[Row]) -> str:
         names = ("task", "epochs", "rank", "method", "vilora_criterion", "setting")
         names = [name for name in names if len({row.get(name) for row in own}) > 1]
         groups = grouped(own, *names)
-        lines = [[*map(str, key), *figures(group)] for key, group in groups.items()]
+        lines = [[*map(str, key), *figures(group, compared_with(group, groups))]
+                 for key, group in groups.items()]  # fmt: skip
         text += [markdown([*names, *HEADS], lines), "", *spreads(groups)]
     return "\n".join(text)
 

@@ -37,11 +37,11 @@ from benchmarks.study import (
     Row,
     dots,
     draw_methods,
-    half_interval,
     in_lanes,
     mean_and_interval,
     metrics_of,
     once,
+    paired_difference,
     read,
     run_glue,
 )
@@ -224,19 +224,16 @@ def table(rows: list[Row]) -> str:
     main = []
     for task, method in itertools.product(EPOCHS, METHODS):
         values, ours = last("main", task, method=method), last("main", task, method="bim_lora")
-        both = sorted(values.keys() & ours.keys())
         if not values:
             continue
         chosen = [
             row for row in rows if (row["part"], row.get("method")) == ("main", method)
             and row["task"] == task
         ]  # fmt: skip
-        gap = [ours[seed] - values[seed] for seed in both]
         main.append([
             task, METRIC[task], method, f"{chosen[0]['rate']:g}", f"{chosen[0]['trainable']:,}",
             mean_and_interval(list(values.values())),
-            "" if method == "bim_lora" or not gap
-            else f"{sum(gap) / len(gap):+.4f} ± {half_interval(gap):.4f}",
+            "" if method == "bim_lora" else paired_difference(ours, values),
             f"{sum(r['train_seconds'] for r in chosen) / len(chosen):.0f}",
         ])  # fmt: skip
     add(
@@ -248,11 +245,10 @@ def table(rows: list[Row]) -> str:
     ablation = []
     for start in ABLATION:
         values = full if start == FULL else last("ablation", "mrpc", start=start)
-        gap = [values[seed] - full[seed] for seed in sorted(values.keys() & full.keys())]
         if values:
-            difference = f"{sum(gap) / len(gap):+.4f} ± {half_interval(gap):.4f}" if gap else ""
             shown = mean_and_interval(list(values.values()))
-            ablation.append([start, str(len(values)), shown, difference])
+            gap = "" if start == FULL else paired_difference(values, full)
+            ablation.append([start, str(len(values)), shown, gap])
     add("Where the mask starts (MRPC, F1)", ["start", "seeds", "F1", "minus (a)"], ablation)
     names = [f"{n}{w}" for n in ("grad_mean", "grad_var", "act_var", "label")
              for w in ("", "_within")]  # fmt: skip

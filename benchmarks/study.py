@@ -125,6 +125,19 @@ def mean_and_interval(values: Sequence[float], digits: int = 4) -> str:
     return f"{statistics.mean(values):.{digits}f} ± {half_interval(values):.{digits}f}"
 
 
+def paired_difference(values: dict[int, float], reference: dict[int, float]) -> str:
+    """Mean and 95 % interval of values − reference over the seeds both have; "" without any.
+
+    Runs of one seed share the order of their rows and the head they start from, so the interval
+    of differences is often narrower than those of the two means suggest.
+    """
+    gaps = [values[seed] - reference[seed] for seed in sorted(values.keys() & reference.keys())]
+    if not gaps:
+        return ""
+    interval = f" ± {half_interval(gaps):.4f}" if len(gaps) > 1 else ""
+    return f"{statistics.mean(gaps):+.4f}{interval}"
+
+
 def metrics_of(rows: Sequence[Row], part: str, task: str, **key: object) -> list[float]:
     """The task's metric of the runs that have `key`, one per seed."""
     wanted = {"part": part, "task": task, **key}

@@ -60,11 +60,14 @@ def _posterior(folder: Path) -> Row:
         "kept_like_mean": {
             name: len(kept & best["mean"]) / len(kept) for name, kept in best.items()
         },
-        "precision_of_modules": [
-            float(torch.cat([(1 / sigma[f"{m}.{kind}"]).flatten() for kind in FACTORS]).mean())
-            for m in modules
-        ],
+        "precision_of_modules": [_precision(sigma, module) for module in modules],
     }
+
+
+def _precision(sigma: dict[str, Tensor], module: str) -> float | None:
+    """The mean 1/σ of a module's weights; None where no triplet is left."""
+    own = torch.cat([(1 / sigma[f"{module}.{kind}"]).flatten() for kind in FACTORS])
+    return float(own.mean()) if len(own) else None
 
 
 def _spread(sigmas: Sequence[Tensor]) -> Row:
@@ -106,10 +109,11 @@ def _alike(a: Tensor, b: Tensor) -> float:
 
 
 def agreement(posteriors: Sequence[Row]) -> float:
-    """Spearman's correlation, between the first two seeds, of the modules' mean 1/σ.
+    """Spearman's correlation, between the first two seeds, of the mean 1/σ of modules both have.
 
     Triplets of two seeds have nothing in common but their modules: where σ follows the data the
     modules' precisions agree, where it follows IVON's noise they do not.
     """
-    first, second = (torch.tensor(p["precision_of_modules"]) for p in posteriors[:2])
-    return _alike(first, second)
+    pairs = zip(*(p["precision_of_modules"] for p in posteriors[:2]), strict=True)
+    both = torch.tensor([pair for pair in pairs if None not in pair])
+    return _alike(both[:, 0], both[:, 1])

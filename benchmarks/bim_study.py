@@ -11,7 +11,7 @@ Every run is a process of its own and one line of `--out`; a run that has its li
 Unknown options go to `examples.run_glue`. All figures are those of the last weights on the
 development set. `--lanes 2` does two runs at a time (with OMP_NUM_THREADS=1).
 
-    tune        each method's rate, once: MRPC, 3 epochs of one seed; the others need it
+    tune        each method's rate, on each task: 3 epochs of one seed; the others need it
     main        BIM-LoRA of rank 8 (blocks of 16 × 16), LoRA of rank 8, and LoRA of rank 9, which
                 trains as many parameters as BIM-LoRA does (380,160 against 379,968 and the head);
                 s = 1 for all, the head at the same rate, the same schedule
@@ -47,7 +47,6 @@ from benchmarks.study import (
 )
 
 EPOCHS = {"mrpc": 6, "cola": 8}
-TUNED_ON = "mrpc"
 RATES = {"bim_lora": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3), "lora_8": (5e-4, 1e-3, 2e-3, 4e-3)}
 SETTINGS = (
     "--per_device_train_batch_size 32 --weight_decay 0 --warmup_ratio 0.06 --max_length 128 "
@@ -91,29 +90,29 @@ def jobs(part: str, rows: list[Row], seeds: list[int], tasks: list[str]) -> Iter
         return key, [*words, "--num_train_epochs", str(epochs)]
 
     if part == "tune":
-        for method, rates in RATES.items():
+        for task, (method, rates) in itertools.product(tasks, RATES.items()):
             for rate in rates:
-                yield make(TUNED_ON, method, 100, 3, rate)
+                yield make(task, method, 100, 3, rate)
     elif part == "main":
         for seed, task, method in itertools.product(seeds, tasks, METHODS):
-            yield make(task, method, seed, EPOCHS[task], tuned(rows, method))
+            yield make(task, method, seed, EPOCHS[task], tuned(rows, task, method))
     elif part == "ablation" and "mrpc" in tasks:
-        rate = tuned(rows, "bim_lora")
+        rate = tuned(rows, "mrpc", "bim_lora")
         for seed, start in itertools.product(seeds, ABLATION):
             if start != FULL:
                 yield make("mrpc", "bim_lora", seed, EPOCHS["mrpc"], rate, start=start)
 
 
-def tuned(rows: list[Row], method: str) -> float:
-    """The rate whose last weights were best; LoRA's is that of rank 8."""
+def tuned(rows: list[Row], task: str, method: str) -> float:
+    """The rate whose last weights were best on the task; LoRA's is that of rank 8."""
     method = "bim_lora" if method == "bim_lora" else "lora_8"
     tried = {
-        row["rate"]: row["final"][METRIC[TUNED_ON]]
+        row["rate"]: row["final"][METRIC[task]]
         for row in rows
-        if (row["part"], row["method"]) == ("tune", method)
+        if (row["part"], row.get("method"), row["task"]) == ("tune", method, task)
     }
     if len(tried) < len(RATES[method]):
-        raise SystemExit(f"--part tune has not all runs of {method} yet: do it first")
+        raise SystemExit(f"--part tune has not all runs of {method} on {task} yet: do it first")
     return max(tried, key=lambda value: tried[value])
 
 
@@ -216,11 +215,11 @@ def table(rows: list[Row]) -> str:
 
     every = sorted({rate for rates in RATES.values() for rate in rates})
     tune = [
-        [m, *(f"{max(v.values()):.4f}" if (v := last("tune", TUNED_ON, method=m, rate=x)) else "–"
-              for x in every)]
-        for m in RATES
+        [t, m, *(f"{max(v.values()):.4f}" if (v := last("tune", t, method=m, rate=x)) else "–"
+                 for x in every)]
+        for t, m in itertools.product(EPOCHS, RATES)
     ]  # fmt: skip
-    add(f"Learning rates, {TUNED_ON}, 3 epochs", ["method", *map(str, every)], tune)
+    add("Learning rates, 3 epochs", ["task", "method", *map(str, every)], tune)
     main = []
     for task, method in itertools.product(EPOCHS, METHODS):
         values, ours = last("main", task, method=method), last("main", task, method="bim_lora")

@@ -27,7 +27,7 @@ import argparse
 import itertools
 import json
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -198,7 +198,7 @@ def markdown(heads: list[str], lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in every)
 
 
-def figures(rows: list[Row], reference: list[Row] = ()) -> list[str]:
+def figures(rows: list[Row], reference: Sequence[Row] = ()) -> list[str]:
     """Metric, its distance from that of `reference`, NLL, calibration error, entropy, CPU seconds
     of the runs of one configuration."""
 
@@ -216,8 +216,7 @@ def figures(rows: list[Row], reference: list[Row] = ()) -> list[str]:
     return [str(len(rows)), *cells, f"{seconds:.0f}"]
 
 
-HEADS = ["seeds", "metric", "minus reference", "at the mean", "NLL", "ECE", "entropy",
-         "NLL at the mean", "CPU s"]  # fmt: skip
+HEADS = ["at the mean", "NLL", "ECE", "entropy", "NLL at the mean", "CPU s"]
 
 
 def compared_with(group: list[Row], groups: dict[tuple, list[Row]]) -> list[Row]:
@@ -249,7 +248,10 @@ def table(rows: list[Row]) -> str:
         groups = grouped(own, *names)
         lines = [[*map(str, key), *figures(group, compared_with(group, groups))]
                  for key, group in groups.items()]  # fmt: skip
-        text += [markdown([*names, *HEADS], lines), "", *spreads(groups)]
+        first = compared_with(own, groups)[0]
+        name = next(first[name] for name in reversed(names) if name in first)
+        heads = [*names, "seeds", "metric", f"minus {name}", *HEADS]
+        text += [markdown(heads, lines), "", *spreads(groups)]
     return "\n".join(text)
 
 

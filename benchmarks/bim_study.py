@@ -116,6 +116,17 @@ def tuned(rows: list[Row], task: str, method: str) -> float:
     return max(tried, key=lambda value: tried[value])
 
 
+def current(rows: list[Row]) -> tuple[list[Row], list[Row]]:
+    """Rows without the runs of other parts at a rate that is not the tuned one; and those."""
+    kept, other = [], []
+    for row in rows:
+        old = row["part"] in ("main", "ablation") and row["rate"] != tuned(
+            rows, row["task"], row["method"]
+        )
+        (other if old else kept).append(row)
+    return kept, other
+
+
 def go(o: argparse.Namespace) -> None:
     where = ["--model_name_or_path", o.model, "--data_dir", o.data_dir]
 
@@ -202,6 +213,7 @@ def spearman(a, b) -> float:
 
 def table(rows: list[Row]) -> str:
     """Rates, main comparison, ablation and collection, as far as they have run."""
+    rows, other = current(rows)
     lines: list[str] = []
 
     def add(title: str, heads: list[str], cells: list[list[str]]) -> None:
@@ -240,6 +252,12 @@ def table(rows: list[Row]) -> str:
         ["task", "metric", "method", "rate", "trained", "result", "BIM-LoRA minus it", "seconds"],
         main,
     )
+    untuned: dict[tuple, list[float]] = {}
+    for row in other:
+        key = row["task"], row["method"], f"{row['rate']:g}"
+        untuned.setdefault(key, []).append(row["final"][METRIC[row["task"]]])
+    cells = [[*key, mean_and_interval(values)] for key, values in untuned.items()]
+    add("The same at other rates", ["task", "method", "rate", "result"], cells)
     full = last("main", "mrpc", method="bim_lora")
     ablation = []
     for start in ABLATION:
@@ -266,6 +284,7 @@ def plot(rows: list[Row], path: Path) -> None:
     """The methods on both tasks, the ablation, and the ranking of blocks by number of batches."""
     from examples.plots import canvas
 
+    rows, _ = current(rows)
     pyplot = canvas()
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 8), layout="constrained")
     draw_methods(axes[0], rows, EPOCHS, METHODS)

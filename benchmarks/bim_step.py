@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import transformers_patched as patched
-from examples.memory import keep_freed_memory
+from examples.training.memory import keep_freed_memory
 from peft_custom import BimLoraConfig, LoraConfig, get_peft_model
 from peft_custom.tuners.bim_lora import BIMLoRALinear
 

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
-import examples.program  # noqa: F401  keeps in memory what a run keeps
+import examples.program.main  # noqa: F401  keeps in memory what a run keeps
 import transformers_patched as patched
 from benchmarks.lora_step import SIZES, batches
 from peft_custom import DyLoraConfig, LoraConfig, attach, get_peft_model

@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.study import METRIC, Row, half_interval, mean_and_interval, once, read, run_glue
-from examples import methods
-from examples.config import option
+from examples.cli.fields import option
+from examples.methods import registry as methods
 
 R, ALPHA = 8, 16
 RANKS, SEPARATE = range(1, R + 1), (1, 2, 4, 8)
@@ -84,7 +84,7 @@ class CutPredictor:
 
 
 def cut(source: Any, options: CutOptions) -> Any:
-    from examples.adapters import lora
+    from examples.methods.common import lora
 
     adapted = lora(source, options)
     adapted.predictor = CutPredictor(adapted.model)
@@ -102,7 +102,7 @@ methods.method("cut", CutOptions, f"{cut.__module__}:cut", "LoRA cut down, for a
 
 def cut_metrics(words: Sequence[str], run: Path) -> Row:
     """The metrics of a LoRA run's adapter cut to every rank, named `r1_f1` and `kept1_f1`."""
-    from examples import program
+    from examples.program import main as program
     from examples.run_glue import work
 
     file = run.parent / "cut.json"
@@ -182,7 +182,7 @@ def table(rows: list[Row]) -> str:
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    from examples.plots import canvas
+    from examples.plots.curves import canvas
 
     pyplot = canvas()
     tasks = list(dict.fromkeys(row["task"] for row in rows))

@@ -115,7 +115,7 @@ def work(o: argparse.Namespace) -> None:
     import resource
 
     if o.side == "ours":
-        import examples.program  # noqa: F401  what is kept in memory, as in every run
+        import examples.program.main  # noqa: F401  what is kept in memory, as in every run
 
     import torch
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from examples.data.readers import read_split
 from examples.data.tasks import get_task
-from examples.metrics import compute
+from examples.evaluation.glue import compute
 
 
 def encode(tokenizer, task, data_dir: str, split: str, max_length: int, pad: str):

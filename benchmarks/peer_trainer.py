@@ -24,7 +24,7 @@ from transformers import (
 
 from examples.data.readers import read_split
 from examples.data.tasks import get_task
-from examples.metrics import compute
+from examples.evaluation.glue import compute
 
 
 def main() -> None:

@@ -1,1 +1,1 @@
-"""Programs: one runner and one trainer for every method and task."""
+"""The application: programs at the top (`run_glue`, …), what they stand on in packages below."""

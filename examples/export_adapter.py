@@ -14,13 +14,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from examples import program
-from examples.checkpoints import RunError
-from examples.config import OptionError
-from examples.methods import DyLoraOptions
-from examples.options import DataOptions, ModelOptions, TrainingOptions
+from examples.cli.fields import OptionError
+from examples.cli.groups import DataOptions, ModelOptions, TrainingOptions
+from examples.methods.registry import DyLoraOptions
+from examples.program import main as program
 from examples.run_glue import OWNERS, SUMMARY, Data, model_source
-from examples.runfolder import CONFIG
+from examples.training.checkpoints import RunError
+from examples.training.run_folder import CONFIG
 
 
 def export(run: Path, rank: int, out: Path, merged: bool, base: str | None = None) -> None:
@@ -43,7 +43,7 @@ def export(run: Path, rank: int, out: Path, merged: bool, base: str | None = Non
         raise OptionError(f"--rank {rank}: {run} has the ranks 1 to {own.lora_r}")
     if out.exists():
         raise RunError(f"--out {out} exists: choose another folder")
-    from examples.dylora import dylora
+    from examples.methods.dylora import dylora
     from peft_custom.hooks import mark_schedule
     from transformers_patched import AutoTokenizer
 

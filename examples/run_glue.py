@@ -12,9 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from examples import program
-from examples.config import OptionError
-from examples.options import DataOptions, ModelOptions, TrainingOptions
+from examples.cli.fields import OptionError
+from examples.cli.groups import DataOptions, ModelOptions, TrainingOptions
+from examples.program import main as program
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from examples.data.encode import EncodedSplit
     from examples.data.readers import Rows
     from examples.data.tasks import Task
-    from examples.evaluation import EvaluationSet
+    from examples.evaluation.prediction import EvaluationSet
 
 SUMMARY = "Fine-tunes a pretrained model on a GLUE task, or on sentence files of your own."
 OWNERS = {"model": ModelOptions, "data": DataOptions, "training": TrainingOptions}
@@ -118,8 +118,8 @@ class Data:
     def evaluation_set(self, name: str, split: EncodedSplit) -> EvaluationSet:
         """A split to predict; scored where it has labels."""
         from examples.data.batches import evaluation_batches
-        from examples.evaluation import EvaluationSet
-        from examples.metrics import calibration, compute
+        from examples.evaluation.glue import calibration, compute
+        from examples.evaluation.prediction import EvaluationSet
 
         def batches(copies: int) -> list[Batch]:
             most = self.training.per_device_eval_batch_size
@@ -153,7 +153,7 @@ def smoothed_loss(share: float) -> Any:
 
 def write_submission(path: Path, task: Task, ids: Sequence[Any], logits: np.ndarray) -> None:
     """A file of the GLUE server: `index<tab>prediction`."""
-    from examples.metrics import predict
+    from examples.evaluation.glue import predict
 
     lines = ["index\tprediction"]
     for index, value in zip(ids, predict(task, logits).tolist(), strict=True):
@@ -200,7 +200,7 @@ def work(argv: Sequence[str]) -> int:
 
 def model_source(options: ModelOptions, task: Task) -> Any:
     """Where a run of `task` gets its model from."""
-    from examples.adapters import ModelSource
+    from examples.methods.common import ModelSource
 
     arguments: dict[str, Any] = {
         "revision": options.revision,
@@ -259,7 +259,7 @@ def _do(run: program.Run, data: Data, evaluated: dict[str, str], accelerator: Ac
 
 def _predict(run: program.Run, data: Data, split: str, rows: Rows, encoded: EncodedSplit) -> None:
     """Writes the predictions of a test split, each view's into a folder of its own."""
-    from examples.evaluation import predict
+    from examples.evaluation.prediction import predict
 
     found = data.evaluation_set(split, encoded)
     trainer = run.trainer

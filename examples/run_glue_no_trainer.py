@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from examples.program import run_main
+from examples.program.main import run_main
 from examples.run_glue import work
 
 if __name__ == "__main__":

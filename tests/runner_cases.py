@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from examples import program
 from examples.data.tables import write_table
+from examples.program import main as program
 from examples.run_glue import work
 from transformers_patched import (
     BertConfig,

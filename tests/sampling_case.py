@@ -13,8 +13,9 @@ from types import SimpleNamespace
 
 import torch
 
-from examples import methods, program
-from examples.config import option
+from examples.cli.fields import option
+from examples.methods import registry as methods
+from examples.program import main as program
 from examples.run_glue import work
 
 

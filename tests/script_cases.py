@@ -8,8 +8,8 @@ from pathlib import Path
 
 from conftest import ROOT
 
-from examples import program
-from examples.options import TrainingOptions
+from examples.cli.groups import TrainingOptions
+from examples.program import main as program
 from examples.run_glue import OWNERS, SUMMARY
 
 # Writes what it was called as, where, and with which words, one per line.

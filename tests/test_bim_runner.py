@@ -9,8 +9,8 @@ import torch
 from runner_cases import lines, pair_task, results, tiny_bert
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
-from examples import program
 from examples.config import OptionError, get_default_config
+from examples.program import main as program
 from examples.run_glue import work
 from peft_custom.tuners.bim_lora import BIMLoRALinear, MaskAllocator, get_bim_lora_model
 

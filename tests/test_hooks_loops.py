@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 from toy_tuner import ToyConfig
 
+from examples.cli.groups import TrainingOptions
 from examples.data.batches import Batch, Window
-from examples.options import TrainingOptions
-from examples.runfolder import RunFolder
-from examples.trainer import Trainer
+from examples.training.run_folder import RunFolder
+from examples.training.trainer import Trainer
 from peft_custom import PeftModel, attach, attached_hooks, get_peft_model
 from peft_custom.hook_files import load_hooks_state, save_hooks_state
 from peft_custom.hooks import schedule_finished

@@ -12,7 +12,7 @@ import pytest
 glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
 FREED = """
 import os
-import examples.memory as memory
+import examples.training.memory as memory
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGESIZE")
@@ -50,7 +50,7 @@ def test_thresholds_of_the_environment_stay() -> None:
 
 def test_room_for_compiled_kernels_unless_it_is_set() -> None:
     code = (
-        "import os, examples.program;"
+        "import os, examples.program.main;"
         "print(os.environ['LRU_CACHE_CAPACITY'], os.environ['ONEDNN_PRIMITIVE_CACHE_CAPACITY'])"
     )
     assert run(code, LRU_CACHE_CAPACITY="7", ONEDNN_PRIMITIVE_CACHE_CAPACITY="8") == ["7", "8"]

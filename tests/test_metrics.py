@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from examples import metrics
 from examples.data.tasks import get_task
+from examples.evaluation import glue as metrics
 
 sklearn = pytest.importorskip("sklearn.metrics")
 pytestmark = pytest.mark.filterwarnings("ignore:A single label was found")

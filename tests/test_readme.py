@@ -38,7 +38,8 @@ def shell(command: str, cwd: Path, **variables: str) -> str:
 
 def parsed(command: str) -> None:
     """The options of a run_glue command exist and have possible values."""
-    from examples import program, run_glue
+    from examples import run_glue
+    from examples.program import main as program
 
     words = shlex.split(command)
     options = words[words.index("examples.run_glue") + 1 :]

@@ -11,7 +11,7 @@ import torch
 from runner_cases import evaluated, lines, pair_task, results, tiny_bert, tiny_deberta
 from safetensors.torch import load_file
 
-from examples import program
+from examples.program import main as program
 from examples.run_glue import OWNERS, SUMMARY, work
 from peft_custom import CRITERIA
 

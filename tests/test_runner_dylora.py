@@ -11,9 +11,11 @@ from runner_cases import lines, pair_task, results, tiny_bert
 from safetensors.torch import load_file
 
 import loralib
-from examples import evaluation, export_adapter, program
-from examples.dylora import chosen_ranks, repeated
-from examples.methods import DyLoraOptions
+from examples import export_adapter
+from examples.evaluation import prediction as evaluation
+from examples.methods.dylora import chosen_ranks, repeated
+from examples.methods.registry import DyLoraOptions
+from examples.program import main as program
 from examples.run_glue import work
 
 FAST = (
@@ -122,7 +124,7 @@ def test_a_stacked_pass_is_one_pass_per_rank(home, runs, tmp_path, monkeypatch, 
             return kept(model, data, accelerator, evaluation.PlainPredictor(), final)
 
     monkeypatch.setattr(evaluation, "predict", at_rank_2)
-    monkeypatch.setattr("examples.dylora.RankReport.__call__", lambda *given: {})
+    monkeypatch.setattr("examples.methods.dylora.RankReport.__call__", lambda *given: {})
     plain = figures(monkeypatch, home, tmp_path / "none", *words, *batches)
     assert plain["eval_loss"] == pytest.approx(stacked["eval_r2_loss"], abs=1e-6)
     assert plain["eval_f1"] == stacked["eval_r2_f1"]

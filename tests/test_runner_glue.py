@@ -11,7 +11,7 @@ import torch
 from runner_cases import lines, pair_task, results, tiny_bert, tiny_roberta
 from safetensors.torch import load_file, save_file
 
-from examples import program
+from examples.program import main as program
 from examples.run_glue import work
 from transformers_patched import AutoModelForSequenceClassification, AutoTokenizer, CheckpointError
 
@@ -204,8 +204,8 @@ def test_microsofts_checkpoint_continues_in_both_wirings(tmp_path):
     """Tensors under RoBERTa's names, head of three labels: the factors are taken, the head not."""
     from pathlib import Path
 
-    from examples.adapters import ModelSource, _named, lora
-    from examples.methods import LoraOptions
+    from examples.methods.common import ModelSource, _named, lora
+    from examples.methods.registry import LoraOptions
 
     tiny_roberta(tmp_path / "roberta")
     state = {}
@@ -305,7 +305,7 @@ def test_predictions_do_not_depend_on_batches(home, tmp_path):
 
 def test_a_head_with_its_labels_in_another_order_is_put_in_ours(tmp_path):
     """As in published MNLI checkpoints, whose classes stand the other way round."""
-    from examples.adapters import FullOptions, ModelSource, full
+    from examples.methods.common import FullOptions, ModelSource, full
 
     names = {0: "CONTRADICTION", 1: "NEUTRAL", 2: "ENTAILMENT"}
     model = tiny_roberta(tmp_path / "roberta", num_labels=3)
@@ -336,7 +336,7 @@ def test_mixed_precision_trains(home, tmp_path):
     ],
 )
 def test_whether_compiling_pays(plain, compiled, steps, word):
-    from examples.compiling import verdict
+    from examples.training.compiling import verdict
 
     assert word in verdict(plain, compiled, 20.0, steps)
 

@@ -16,10 +16,10 @@ from runner_cases import evaluated, lines, pair_task, results, tiny_bert
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from examples import program
-from examples.bayes import HESSIAN, PosteriorPredictor, average
-from examples.checkpoints import STATE, read_state
+from examples.optimizers.ivon import HESSIAN, PosteriorPredictor, average
+from examples.program import main as program
 from examples.run_glue import OWNERS, SUMMARY, work
+from examples.training.checkpoints import STATE, read_state
 from ivon import IVON
 
 OPTIONS = (

@@ -8,9 +8,10 @@ import sys
 
 import pytest
 
-from examples import config, program
-from examples.config import OptionError
-from examples.options import DataOptions, ModelOptions, TrainingOptions
+from examples.cli import fields as config
+from examples.cli.fields import OptionError
+from examples.cli.groups import DataOptions, ModelOptions, TrainingOptions
+from examples.program import main as program
 from examples.run_glue import OWNERS, SUMMARY
 
 NEEDED = ["--task_name", "mrpc", "--model_name_or_path", "m", "--output_dir", "o"]

@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 import sampling_case
 import torch
+from conftest import ROOT
 from runner_cases import lines, pair_task, results, tiny_bert
 from safetensors.torch import load_file
 
-from examples import methods, program, trainer
-from examples.evaluation import at_view, worth_showing
+from examples.evaluation.prediction import at_view, worth_showing
+from examples.methods import registry as methods
+from examples.program import main as program
 from examples.run_glue import work
-from examples.sampling import over_samples
+from examples.training import trainer
+from examples.training.sampling import over_samples
 
 OPTIONS = (
     "--base_dtype float32 --learning_rate 0.1 --num_train_epochs 2 --max_length 40 --no_cache "
@@ -183,7 +186,7 @@ def test_two_processes_equal_one(home, tmp_path):
     small = ["--per_device_train_batch_size", "3", "--per_device_eval_batch_size", "5"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node", "2", str(Path(sampling_case.__file__))]
-    root = str(Path(program.__file__).parent.parent)
+    root = str(ROOT)
     done = subprocess.run(
         [*command, *words(home, tmp_path / "two", *noise, *small)],
         capture_output=True,
@@ -205,7 +208,7 @@ def test_two_processes_equal_one(home, tmp_path):
 
 
 def test_calibration_of_four_rows_by_hand():
-    from examples.metrics import calibration
+    from examples.evaluation.glue import calibration
 
     p = np.array([[0.9, 0.1], [0.92, 0.08], [0.3, 0.7], [0.5, 0.5]])
     found = calibration(np.log(p) + 3.0, np.array([0, 1, 1, 0]))
@@ -218,7 +221,7 @@ def test_calibration_of_four_rows_by_hand():
 def test_calibration_equals_public_code():
     sklearn = pytest.importorskip("sklearn.metrics")
     stats = pytest.importorskip("scipy.stats")
-    from examples.metrics import calibration
+    from examples.evaluation.glue import calibration
 
     rng = np.random.default_rng(0)
     logits, labels = 3 * rng.standard_normal((200, 5)), rng.integers(0, 5, 200)
@@ -237,7 +240,7 @@ def test_calibration_equals_public_code():
 
 
 def test_certain_predictions_have_finite_figures():
-    from examples.metrics import calibration
+    from examples.evaluation.glue import calibration
 
     found = calibration(np.array([[0.0, -np.inf], [-np.inf, 0.0]]), np.array([0, 1]))
     assert found == {"nll": 0.0, "ece": 0.0, "entropy": 0.0}

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 from script_cases import Dry, parsed, rows_per_step
 
-from examples.options import DataOptions, ModelOptions, TrainingOptions
+from examples.cli.groups import DataOptions, ModelOptions, TrainingOptions
 
 # task: rows, tokens, epochs, steps per epoch, eval_steps, α, γ, tinit, tfinal, ΔT
 TASKS = {

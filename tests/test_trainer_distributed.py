@@ -13,7 +13,7 @@ import torch
 from runner_cases import lines, pair_task, results, tiny_bert
 from safetensors.torch import load_file
 
-from examples import program
+from examples.program import main as program
 from examples.run_glue import work
 
 OPTIONS = (

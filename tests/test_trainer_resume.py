@@ -14,9 +14,10 @@ import pytest
 import torch
 from runner_cases import lines, pair_task, results, tiny_bert
 
-from examples import checkpoints, program
-from examples.checkpoints import RunError, read_state
+from examples.program import main as program
 from examples.run_glue import work
+from examples.training import checkpoints
+from examples.training.checkpoints import RunError, read_state
 from peft_custom.state_files import write_tree
 
 ROWS = {"train": 60, "validation": 20}
@@ -133,7 +134,7 @@ def test_a_damaged_checkpoint_is_named(home, whole, tmp_path, capsys):
 
 FULL_DISK = """
 import resource, sys
-from examples import program
+from examples.program import main as program
 from examples.run_glue import work
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))  # no file may grow larger
 sys.exit(program.run_main(work, sys.argv[1:]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from examples.schedules import SCHEDULES, clr, schedule
+from examples.training.schedules import SCHEDULES, clr, schedule
 
 
 def test_linear_with_warm_up_has_the_published_values():

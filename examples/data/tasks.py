@@ -17,7 +17,7 @@ class Task:
         name: as in `--task_name`.
         text: the text columns, one or two, by their hub names.
         labels: label names in index order; empty for regression.
-        metrics: names for `examples.metrics`, in the order they are reported.
+        metrics: names for `examples.evaluation.glue`, in the order they are reported.
         main_metric: the one that chooses the best checkpoint (larger is better).
         label_range: lowest and highest label of a regression task, None where unbounded.
         aliases: column -> its names in the official files.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import MISSING, dataclass
 
-from examples.config import OptionError, option
-from examples.schedules import SCHEDULES
+from examples.cli.fields import OptionError, option
+from examples.training.schedules import SCHEDULES
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
 

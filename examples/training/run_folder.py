@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from examples.checkpoints import ASIDE, RunError, list_checkpoints, saving_failed
+from examples.training.checkpoints import ASIDE, RunError, list_checkpoints, saving_failed
 
 CONFIG, ENVIRONMENT, RESULTS = "config.json", "env.json", "all_results.json"
 METRICS, LOG, CURVE = "metrics.jsonl", "log.jsonl", "learning_curve.png"

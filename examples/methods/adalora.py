@@ -5,9 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from examples.adapters import Adapted, ModelSource, adapter_folder, continue_from, random_parts
-from examples.methods import AdaLoraOptions, ViLoraOptions
-from examples.runfolder import METRICS, RunFolder
+from examples.methods.common import (
+    Adapted,
+    ModelSource,
+    adapter_folder,
+    continue_from,
+    random_parts,
+)
+from examples.methods.registry import AdaLoraOptions, ViLoraOptions
+from examples.training.run_folder import METRICS, RunFolder
 from peft_custom import AdaLoraConfig, PeftConfig, PeftModel, VILoraConfig, get_peft_model
 from transformers_patched import CheckpointError
 
@@ -79,7 +85,7 @@ def _saved_ranks(options: AdaLoraOptions) -> dict[str, list[bool]] | None:
 
 def _draw(model: PeftModel, folder: RunFolder, title: str) -> None:
     """Final ranks, and how they came about."""
-    from examples.rank_plots import RANKS, TRAJECTORY, rank_heatmap, rank_trajectories
+    from examples.plots.ranks import RANKS, TRAJECTORY, rank_heatmap, rank_trajectories
 
     pattern = model.base_model.rank_pattern()
     ranks = {name.removesuffix(".lora_E"): sum(kept) for name, kept in pattern.items()}

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from examples.config import OptionError
+from examples.cli.fields import OptionError
 
 if TYPE_CHECKING:
-    from examples.adapters import Adapted, ModelSource
-    from examples.methods import BimLoraOptions
-    from examples.runfolder import RunFolder
+    from examples.methods.common import Adapted, ModelSource
+    from examples.methods.registry import BimLoraOptions
+    from examples.training.run_folder import RunFolder
 
 MODULES = (
     "query", "key", "value", "dense", "attention.output.dense", "intermediate.dense",
@@ -23,7 +23,7 @@ MODULES = (
 
 def bim_lora(source: ModelSource, options: BimLoraOptions) -> Adapted:
     """Block-masked increments, started from `options.lora_path` where given."""
-    from examples.adapters import Adapted, continue_from, random_parts, read_adapter
+    from examples.methods.common import Adapted, continue_from, random_parts, read_adapter
     from peft_custom import BimLoraConfig, get_peft_model
 
     base = source.load(frozen=True)
@@ -65,7 +65,7 @@ def bim_lora(source: ModelSource, options: BimLoraOptions) -> Adapted:
 
 def _draw(model: Any, folder: Path, title: str) -> None:
     """Masks, their histogram over training, and the features they started from."""
-    from examples import bim_plots
+    from examples.plots import block_masks as bim_plots
     from peft_custom.tuners.bim_lora import MaskAllocator
 
     bim_plots.block_masks(folder / bim_plots.MASKS, MaskAllocator(model).masks(), title)

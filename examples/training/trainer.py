@@ -27,15 +27,22 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from examples import checkpoints, evaluation
-from examples.checkpoints import Progress, RunError
-from examples.compiling import compile_and_compare
+from examples.cli.groups import TrainingOptions
 from examples.data.batches import TrainingBatches, Window
-from examples.evaluation import Collate, EvaluationSet, PlainPredictor, Predictor, on_device
-from examples.options import TrainingOptions
-from examples.progress import ProgressBar
-from examples.runfolder import LOG, METRICS, RunFolder
-from examples.sampling import over_samples
+from examples.evaluation import prediction as evaluation
+from examples.evaluation.prediction import (
+    Collate,
+    EvaluationSet,
+    PlainPredictor,
+    Predictor,
+    on_device,
+)
+from examples.training import checkpoints
+from examples.training.checkpoints import Progress, RunError
+from examples.training.compiling import compile_and_compare
+from examples.training.progress import ProgressBar
+from examples.training.run_folder import LOG, METRICS, RunFolder
+from examples.training.sampling import over_samples
 from peft_custom.hooks import attach
 from peft_custom.step_driver import unwrap_optimizer
 
@@ -56,7 +63,7 @@ class Trainer:
         folder: where files go.
         train: the windows; None where nothing is trained.
         collate: batch -> arguments of the model.
-        schedule: λ(step), see `examples.schedules`.
+        schedule: λ(step), see `examples.training.schedules`.
         total_steps: T.
         evaluations: in order; the metric that chooses the best weights is the first one's.
         main_metric: its name, such as `eval_f1`; the smaller the better only for `eval_loss`.

@@ -17,8 +17,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from examples.checkpoints import RunError
 from examples.data.batches import Batch
+from examples.training.checkpoints import RunError
 
 Collate = Callable[[Batch], dict[str, Any]]
 Score = Callable[[np.ndarray], dict[str, float]]
@@ -28,7 +28,7 @@ class Predictor(Protocol):
     """How a batch is predicted; a method (`Adapted.predictor`) or an optimiser may bring one.
 
     A predictor with `probabilistic = True` returns the log-probabilities of averaged predictions as
-    logits, and its views get the metrics of `examples.metrics.calibration` as well. One with
+    logits, and its views get `examples.evaluation.glue.calibration` as well. One with
     `stacked = True` puts the copies of a batch for all views into one forward pass, so it is given
     batches of that much fewer rows: a pass never has more rows than the user allowed.
     """

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from examples.plots import canvas
-from examples.rank_plots import split_name
+from examples.plots.curves import canvas
+from examples.plots.ranks import split_name
 
 MASKS, HISTORY, FEATURES = "block_masks.png", "mask_history.png", "block_features.png"
 FEATURE_TITLES = ("mean |gradient|", "gradient variance", "input variance", "weight norm")

@@ -17,9 +17,15 @@ import torch
 from torch import Tensor, nn
 
 import transformers_patched
-from examples.evaluation import Predictor
-from examples.methods import AdamWOptions, FullOptions, IncrementOptions, LoraOptions, RunFacts
-from examples.runfolder import RunFolder
+from examples.evaluation.prediction import Predictor
+from examples.methods.registry import (
+    AdamWOptions,
+    FullOptions,
+    IncrementOptions,
+    LoraOptions,
+    RunFacts,
+)
+from examples.training.run_folder import RunFolder
 from loralib import lora_state_dict
 from peft_custom import LoraConfig, PeftConfig, get_peft_model
 from transformers_patched import CheckpointError, PreTrainedModel

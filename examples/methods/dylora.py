@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 import loralib
-from examples.adapters import Adapted, ModelSource, continued, with_loralib, with_peft
-from examples.evaluation import at_view
-from examples.methods import DyLoraOptions
-from examples.runfolder import RANK_CURVE
+from examples.evaluation.prediction import at_view
+from examples.methods.common import Adapted, ModelSource, continued, with_loralib, with_peft
+from examples.methods.registry import DyLoraOptions
+from examples.training.run_folder import RANK_CURVE
 from peft_custom import DyLoraConfig, configure_dylora
 from transformers_patched.heads import SequenceClassifierOutput, classification_loss
 
@@ -121,7 +121,7 @@ class RankReport:
         return found
 
     def _draw(self, path: Path, *what: Any) -> None:
-        from examples.plots import rank_curve
+        from examples.plots.curves import rank_curve
 
         if why_not := rank_curve(path, *what, self.options.dylora_tolerance):
             print(why_not)

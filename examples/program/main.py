@@ -16,18 +16,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from examples import config, memory
-from examples.config import OptionError
-from examples.methods import METHODS, OPTIMIZERS, Entry, MethodOptions, RunFacts
-from examples.options import TRACKERS, TrainingOptions
+from examples.cli import fields as config
+from examples.cli.fields import OptionError
+from examples.cli.groups import TRACKERS, TrainingOptions
+from examples.methods.registry import METHODS, OPTIMIZERS, Entry, MethodOptions, RunFacts
+from examples.training import memory
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from examples.adapters import ModelSource
     from examples.data.batches import TrainingBatches
-    from examples.evaluation import EvaluationSet, Predictor
-    from examples.trainer import Trainer
+    from examples.evaluation.prediction import EvaluationSet, Predictor
+    from examples.methods.common import ModelSource
+    from examples.training.trainer import Trainer
 
 memory.keep_compiled_kernels()  # before torch is imported
 memory.keep_freed_memory()
@@ -143,8 +144,8 @@ def is_users(error: Exception) -> bool:
     """Whether an error's message says what its user should change."""
     if isinstance(error, OptionError):
         return True
-    from examples.checkpoints import RunError
     from examples.data.tables import DataError
+    from examples.training.checkpoints import RunError
     from transformers_patched.checkpoint import CheckpointError
     from transformers_patched.configuration import ConfigError
 
@@ -251,7 +252,7 @@ class Run:
     tokenizer: Any = None
 
     def __post_init__(self) -> None:
-        from examples.runfolder import RunFolder
+        from examples.training.run_folder import RunFolder
 
         self.training: TrainingOptions = self.options[TrainingOptions]
         self.folder = RunFolder(
@@ -279,7 +280,7 @@ class Run:
         loss: Callable[..., Any] | None = None,
     ) -> Trainer:
         """Loads the model, puts the method's adapters in, makes optimiser and trainer."""
-        from examples.trainer import Trainer
+        from examples.training.trainer import Trainer
 
         self.source.speak = self.accelerator.is_main_process
         build = self.options.method.load()
@@ -336,7 +337,7 @@ class Run:
 
     def _predictor(self) -> Predictor:
         """The method's way to predict, averaged over the optimiser's posterior where asked for."""
-        from examples.evaluation import PlainPredictor
+        from examples.evaluation.prediction import PlainPredictor
 
         predictor = self.adapted.predictor or PlainPredictor()
         averaged = getattr(self.optimizer, "predictor", None)
@@ -349,7 +350,7 @@ class Run:
 
     def _schedule(self, per_epoch: int) -> tuple[int, Callable[[int], float], float]:
         """Steps of the run, λ(step), and the peak rate."""
-        from examples.schedules import clr, schedule
+        from examples.training.schedules import clr, schedule
 
         o = self.training
         steps = o.max_train_steps or math.ceil(o.num_train_epochs * per_epoch)
@@ -368,7 +369,7 @@ class Run:
 
     def train(self) -> dict[str, Any]:
         """Trains (or goes on), puts the best weights back, saves the result; figures of the run."""
-        from examples.checkpoints import is_disk_full, saving_failed
+        from examples.training.checkpoints import is_disk_full, saving_failed
 
         trainer, training = self.trainer, self.training
         if self.checkpoint is not None:
@@ -410,9 +411,9 @@ class Run:
 
     def finish(self, metrics: dict[str, float], figures: dict[str, Any]) -> None:
         """Writes `all_results.json` and the learning curve, and prints the final table."""
-        from examples.evaluation import worth_showing
-        from examples.plots import learning_curve
-        from examples.runfolder import CURVE, LOG, METRICS, RESULTS
+        from examples.evaluation.prediction import worth_showing
+        from examples.plots.curves import learning_curve
+        from examples.training.run_folder import CURVE, LOG, METRICS, RESULTS
 
         parameters = list(self.adapted.model.parameters())
         trained = sum(p.numel() for p in parameters if p.requires_grad)

@@ -1,6 +1,8 @@
 """The registry of methods and optimisers: a name, its options, and where it is built.
 
-    method("lora", LoraOptions, "examples.adapters:lora", "low-rank increments of frozen weights")
+    method(
+    "lora", LoraOptions, "examples.methods.common:lora", "low-rank increments of frozen weights"
+)
 
 Nothing here imports torch; `build` is imported when a program runs. A new method is one call, and
 appears in `--help`, in `--method` and in the resolved options by itself.
@@ -13,7 +15,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from examples.config import OptionError, option
+from examples.cli.fields import OptionError, option
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Entry:
         name: as in `--method` or `--optimizer`.
         options: the dataclass of its options.
         build: "module:function"; a method's takes (ModelSource, its options) and returns an
-            `examples.adapters.Adapted`, an optimiser's takes (parameter groups, its options,
+            `examples.methods.common.Adapted`, an optimiser's takes (parameter groups, its options,
             RunFacts).
         summary: a few words for `--help`.
         optimizer: of a method: the optimiser it takes unless another is named.
@@ -278,24 +280,35 @@ class IvonOptions:
     )
 
 
-method("full", FullOptions, "examples.adapters:full", "every weight is trained")
-method("lora", LoraOptions, "examples.adapters:lora", "low-rank increments of frozen weights")
-method("dylora", DyLoraOptions, "examples.dylora:dylora", "nested ranks: one run, every rank")
-method("adalora", AdaLoraOptions, "examples.adaptive:adalora", "ranks shared out by sensitivity")
+method("full", FullOptions, "examples.methods.common:full", "every weight is trained")
+method("lora", LoraOptions, "examples.methods.common:lora", "low-rank increments of frozen weights")
+method(
+    "dylora", DyLoraOptions, "examples.methods.dylora:dylora", "nested ranks: one run, every rank"
+)
+method(
+    "adalora", AdaLoraOptions, "examples.methods.adalora:adalora", "ranks shared out by sensitivity"
+)
 method(
     "vilora",
     ViLoraOptions,
-    "examples.adaptive:vilora",
+    "examples.methods.adalora:vilora",
     "ranks shared out by the optimiser's posterior",
     optimizer="ivon",
     posterior=True,
 )
-method("bim_lora", BimLoraOptions, "examples.bim:bim_lora", "increments gated block by block")
-optimizer("adamw", AdamWOptions, "examples.adapters:adamw", "Adam with decoupled weight decay")
+method(
+    "bim_lora",
+    BimLoraOptions,
+    "examples.methods.bim_lora:bim_lora",
+    "increments gated block by block",
+)
+optimizer(
+    "adamw", AdamWOptions, "examples.methods.common:adamw", "Adam with decoupled weight decay"
+)
 optimizer(
     "ivon",
     IvonOptions,
-    "examples.bayes:ivon",
+    "examples.optimizers.ivon:ivon",
     "a Gaussian over the weights, by variational inference",
     posterior=True,
 )

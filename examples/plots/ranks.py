@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from examples.plots import canvas
+from examples.plots.curves import canvas
 
 RANKS, TRAJECTORY, POSTERIOR = "ranks.png", "rank_trajectories.png", "posterior.png"
 NO_LAYER = -1

@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss, nll_loss
 
-from examples.adapters import adapter_folder
-from examples.evaluation import PlainPredictor, Predictor
-from examples.methods import IvonOptions, RunFacts
+from examples.evaluation.prediction import PlainPredictor, Predictor
+from examples.methods.common import adapter_folder
+from examples.methods.registry import IvonOptions, RunFacts
 from ivon import IVON
 from ivon.posterior import KEY
 from peft_custom import PeftModel, get_peft_model_state_dict
@@ -215,7 +215,7 @@ class PosteriorFile:
 
     def pictures(self, folder: Path, title: str, model: nn.Module) -> None:
         """Histograms of σ and |μ|/σ by kind of weight."""
-        from examples.rank_plots import POSTERIOR, posterior_histograms
+        from examples.plots.ranks import POSTERIOR, posterior_histograms
 
         found: dict[str, list[Tensor]] = defaultdict(list)
         for name, p in model.named_parameters():

@@ -1,0 +1,1 @@
+"""The optimisers of `--optimizer`, a file each."""

@@ -1,0 +1,1 @@
+"""Pictures of a run. matplotlib is imported only when one is drawn."""

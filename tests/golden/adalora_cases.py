@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft_cases import build, logits, noise
 from torch import nn
+
+from golden.peft_cases import build, logits, noise
 
 STEPS = 50
 TRAINING = {

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def save(peft: Any, folder: Path) -> None:
-    import adalora_cases as cases
+    from golden import adalora_cases as cases
 
     averages: dict[str, np.ndarray] = {}
 
@@ -47,8 +47,9 @@ def save(peft: Any, folder: Path) -> None:
 
 
 def main() -> None:
-    import adalora_cases as cases
     import peft
+
+    from golden import adalora_cases as cases
 
     if peft.__version__ != "0.11.1":
         sys.exit(f"this is PEFT {peft.__version__}; put 0.11.1 first on PYTHONPATH (see above)")

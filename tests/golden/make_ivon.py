@@ -14,13 +14,12 @@ from pathlib import Path
 import numpy as np
 
 FOLDER = Path(__file__).resolve().parent
-sys.path.insert(0, str(FOLDER))
+sys.path.insert(0, str(FOLDER.parent))
 
 
 def main() -> None:
-    import ivon_cases
-
     import ivon
+    from golden import ivon_cases
 
     if (FOLDER.parents[1] / "ivon") in Path(ivon.__file__).resolve().parents:
         sys.exit("this is our own package: put ivon-opt first on PYTHONPATH (see above)")

@@ -16,12 +16,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def main() -> None:
     import peft
-    import peft_cases
+
+    from golden import peft_cases
 
     if peft.__version__ != "0.11.1":
         sys.exit(f"this is PEFT {peft.__version__}; put 0.11.1 first on PYTHONPATH (see above)")

@@ -1,0 +1,1 @@
+"""Outputs of the original packages, the programs that wrote them, and the cases that they ran."""

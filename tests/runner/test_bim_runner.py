@@ -1,0 +1,98 @@
+"""BIM-LoRA on the command line: options, the original's names and values, a run with pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.runner_cases import lines, pair_task, results, tiny_bert
+from transformers import RobertaConfig, RobertaForSequenceClassification
+
+from examples.config import OptionError, get_default_config
+from examples.program import main as program
+from examples.run_glue import work
+from peft_custom.tuners.bim_lora import BIMLoRALinear, MaskAllocator, get_bim_lora_model
+
+
+def test_the_originals_minimal_example() -> None:
+    """Its README's lines with the import path changed, on a small random model."""
+    config = get_default_config("mrpc")
+    torch.manual_seed(0)
+    base = RobertaForSequenceClassification(
+        RobertaConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                      intermediate_size=64, vocab_size=60, max_position_embeddings=40)
+    )  # fmt: skip
+    model = get_bim_lora_model(base, config)
+    layers = [m for m in model.modules() if isinstance(m, BIMLoRALinear)]
+    assert len(layers) == 12  # the head is trained in full, not adapted
+    assert {(m.block_size, m.lora_A.shape[0], m.scaling) for m in layers} == {(4, 16, 1.0)}
+    ids = torch.randint(2, 60, (3, 9))
+    loss = model(input_ids=ids, labels=torch.tensor([0, 1, 1])).loss
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert MaskAllocator(model, config).get_sparsity_stats()["active_ratio"] == 1.0
+
+
+def test_the_originals_values_per_task(tmp_path: Path) -> None:
+    mrpc, qnli, qqp = (get_default_config(task) for task in ("mrpc", "qnli", "qqp"))
+    assert (mrpc.num_train_epochs, mrpc.learning_rate, mrpc.lora_dropout) == (22, 1e-5, 0.1)
+    assert (mrpc.collection_steps, mrpc.mlp_epochs, mrpc.eval_steps) == (1200, 12, 10)
+    assert qnli.max_seq_length == 256 and qqp.per_device_eval_batch_size == 128
+    assert (mrpc.lora_r, mrpc.lora_alpha, mrpc.block_size, mrpc.seed) == (16, 16, 4, 42)
+    mrpc.save(tmp_path / "config.json")
+    assert type(mrpc).load(tmp_path / "config.json") == mrpc
+    (tmp_path / "bad.json").write_text('{"what": 1}')
+    with pytest.raises(OptionError, match="what"):
+        type(mrpc).load(tmp_path / "bad.json")
+    with pytest.raises(OptionError, match="cola, mnli"):
+        get_default_config("squad")
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("bim")
+    model = tiny_bert(folder / "model")
+    pair_task(folder / "data" / "mrpc", {"train": 32, "validation": 16})
+    return [
+        "--model_name_or_path", str(model), "--data_dir", str(folder / "data"),
+        "--task_name", "mrpc", "--method", "bim_lora", "--lora_r", "2", "--block_size", "5",
+        "--per_device_train_batch_size", "8", "--num_train_epochs", "2", "--disable_tqdm",
+        "--base_dtype", "float32", "--learning_rate", "1e-2", "--max_length", "40",
+    ]  # fmt: skip
+
+
+def test_a_run_with_pictures_starts_another(setting: list[str], tmp_path: Path) -> None:
+    """Temperatures in the log, features in their file, pictures; its adapter is a start."""
+    features = tmp_path / "features.safetensors"
+    words = [*setting, "--output_dir", str(tmp_path / "one"), "--plots",
+             "--features_path", str(features), "--collection_steps", "2"]  # fmt: skip
+    assert program.run_main(work, words) == 0
+    rows = lines(tmp_path / "one" / "metrics.jsonl")
+    assert rows[0]["temperature"] > rows[-1]["temperature"] == pytest.approx(0.45)
+    assert {"mask_mean", "mask_std", "mask_open"} <= set(rows[0])
+    assert features.is_file() and results(tmp_path / "one")["trainable_parameters"] > 0
+    pytest.importorskip("matplotlib")
+    for name in ("block_masks", "mask_history", *(f"block_features_{k}" for k in (1, 2, 3, 4))):
+        assert (tmp_path / "one" / f"{name}.png").stat().st_size > 5_000
+
+    again = [*setting, "--output_dir", str(tmp_path / "two"), "--num_train_epochs", "0.25",
+             "--lora_path", str(tmp_path / "one"), "--learning_rate", "0"]  # fmt: skip
+    assert program.run_main(work, again) == 0
+    from safetensors.torch import load_file
+
+    one, two = (
+        load_file(tmp_path / run / "adapter" / "adapter_model.safetensors")
+        for run in ("one", "two")
+    )
+    same = [name for name in one if name.endswith(("lora_B", "block_scores"))]
+    assert same and all(torch.equal(one[name], two[name]) for name in same)
+
+
+@pytest.mark.parametrize("init", ["constant", "random", "features"])
+def test_other_starts_of_the_mask(setting: list[str], tmp_path: Path, init: str) -> None:
+    words = [*setting, "--output_dir", str(tmp_path), "--mask_init", init, "--max_steps", "2",
+             "--train_mask", "false", "--mask_temperature", "0.7",
+             "--temperature_schedule", "constant"]  # fmt: skip
+    assert program.run_main(work, words) == 0
+    assert lines(tmp_path / "metrics.jsonl")[-1]["temperature"] == pytest.approx(0.7)

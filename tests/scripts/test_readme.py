@@ -1,0 +1,119 @@
+"""Every command and every snippet of the README works; conda, hub and GPU commands are parsed."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from support.paths import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+COMMANDS = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines() if line]
+SNIPPETS = [text for kind, text in BLOCKS if kind == "python"]
+SHORT = "--max_train_steps 3 --max_eval_samples 32 --per_device_train_batch_size 4"
+
+
+def the_command(*words: str) -> str:
+    """The one README command that has all these words."""
+    found = [line for line in COMMANDS if all(word in line for word in words)]
+    assert len(found) == 1, f"{words}: {found}"
+    return found[0]
+
+
+def shell(command: str, cwd: Path, **variables: str) -> str:
+    """Runs a command with this environment's programs first on PATH; returns its output."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)} | variables
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    return done.stdout
+
+
+def parsed(command: str) -> None:
+    """The options of a run_glue command exist and have possible values."""
+    from examples import run_glue
+    from examples.program import main as program
+
+    words = shlex.split(command)
+    options = words[words.index("examples.run_glue") + 1 :]
+    assert program.parse(options, "run_glue", "", run_glue.OWNERS, "task_name") is not None
+
+
+def test_every_command_is_covered_here() -> None:
+    covered = {
+        "bash scripts/quickstart.sh",
+        "bash scripts/test.sh",
+        the_command("--task_name wording"),
+        the_command("--config runs/wording/config.json"),
+        the_command("quickstart.sh", "mrpc"),
+        the_command("roberta_base_mrpc.sh"),
+        the_command("accelerate launch"),
+        "conda env create -f environment.yml",
+        "pip install -e .",
+        'pip install -e ".[dev]"',
+    }
+    assert covered == set(COMMANDS)
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=["loralib", "peft_custom"])
+def test_snippets_run(snippet: str, tmp_path: Path) -> None:
+    (tmp_path / "snippet.py").write_text(snippet)
+    shell("python snippet.py", tmp_path)
+    assert any((tmp_path / name).exists() for name in ("lora.pt", "adapter"))
+
+
+def test_run_glue_and_its_own_config_again(tmp_path: Path, minilm_dir: Path) -> None:
+    home = {"RANKWISE_MINILM": str(minilm_dir), "RANKWISE_CACHE": str(tmp_path / "cache")}
+    shell(f"{the_command('--task_name wording')} {SHORT}", tmp_path, **home)
+    shell(the_command("--config runs/wording/config.json"), tmp_path, **home)
+    for name in ("wording", "again"):
+        assert (tmp_path / "runs" / name / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_quick_start_from_an_empty_environment(nested_venv: Path, minilm_dir: Path) -> None:
+    variables = {"VENV": str(nested_venv), "RANKWISE_MINILM": str(minilm_dir)}
+    out = nested_venv.parent / "quickstart"
+    command = f"bash {ROOT}/scripts/quickstart.sh --output_dir {out} {SHORT}"
+    first = shell(command, nested_venv.parent, **variables)
+    assert "installing into" in first and "eval_accuracy" in first
+    assert (out / "learning_curve.png").is_file() and (out / "adapter").is_dir()
+    second = shell(f"{command} --overwrite_output_dir", nested_venv.parent, **variables)
+    assert "installing" not in second
+
+
+@pytest.mark.slow
+def test_quick_start_on_real_data(nested_venv: Path, minilm_dir: Path, real_data) -> None:
+    folder = real_data("glue")
+    variables = {"VENV": str(nested_venv), "RANKWISE_MINILM": str(minilm_dir)}
+    out = nested_venv.parent / "mrpc"
+    command = the_command("quickstart.sh", "mrpc").replace("scripts/", f"{ROOT}/scripts/")
+    told = shell(
+        f"{command} --output_dir {out} {SHORT}",
+        nested_venv.parent, GLUE_DIR=str(folder), **variables,
+    )  # fmt: skip
+    assert "eval_f1" in told
+
+
+def test_the_test_command_is_what_ci_runs() -> None:
+    assert "bash scripts/test.sh" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_gpu_hub_and_conda_commands_parse() -> None:
+    parsed(the_command("accelerate launch"))
+    script = ROOT / shlex.split(the_command("roberta_base_mrpc.sh"))[1]
+    subprocess.run(["bash", "-n", script], check=True)
+    file = ROOT / shlex.split("conda env create -f environment.yml")[-1]
+    assert yaml.safe_load(file.read_text())["name"] == "rankwise"
+
+
+def test_links_and_pictures_exist() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target

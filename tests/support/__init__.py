@@ -1,0 +1,1 @@
+"""What the tests share: tiny models, whole runs, processes, a hub, paths."""

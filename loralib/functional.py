@@ -2,7 +2,9 @@
 
     A (r, in)   B (out, r)   s = alpha / r   ΔW = s·B A        (Hu et al. 2021, eq. 3)
 
-This is the one place with that arithmetic; layers, tuners and models call it. Common rules:
+This is the one place with that arithmetic; layers, tuners and models call it. A method with a map
+of its own keeps it beside its layer and shares `compute_dtype`, `without_autocast` and
+`input_gradient`. Common rules, of those maps too:
 
 * The *compute dtype* is autocast's where autocast is on for the device, else the weight's. x is
   cast to it and y has it. A and B are fp32 parameters, cast for the products; their gradients are
@@ -23,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .masks import draw_mask, masked, scale_in_force
+from .dropout_masks import draw_mask, masked, scale_in_force
 
 Rows = tuple[int, int]  # (i, b): components 0 … b act, and of these i … b get a gradient
 
@@ -37,8 +39,8 @@ def compute_dtype(x: Tensor, weight: Tensor | None = None) -> torch.dtype:
     return own
 
 
-def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
-    """Keeps autocast, on around `backward()`, away from products whose types are already chosen."""
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    """Disables autocast inside `backward`: the operands' dtypes are already chosen."""
     device = x.device.type
     if torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
@@ -114,7 +116,7 @@ class _LowRankLinear(torch.autograd.Function):
         starts, r, m = ctx.starts, B.shape[1], B.shape[0] // len(ctx.starts)
         i, b = (0, r) if ctx.rows is None else ctx.rows
         dx = dW = db = dA = dB = None
-        with _without_autocast(x):
+        with without_autocast(x):
             tokens, g = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
             parts = [g[:, start : start + m] for start in starts]  # n of (N, m)
             if need_B:
@@ -136,7 +138,7 @@ class _LowRankLinear(torch.autograd.Function):
                 if i:
                     dA.unflatten(0, (-1, r))[:, :i] = 0
             if need_x:
-                dx = _input_gradient(g, d, weight, A.to(x.dtype), mask, ctx.fan_in_fan_out)
+                dx = input_gradient(g, d, weight, A.to(x.dtype), mask, ctx.fan_in_fan_out)
                 dx = dx.view(x.shape)
             if need_weight:
                 dW = (tokens.T @ g if ctx.fan_in_fan_out else g.T @ tokens).to(weight.dtype)
@@ -156,10 +158,19 @@ def leading(A: Tensor, B: Tensor, b: int) -> tuple[Tensor, Tensor]:
     return A.unflatten(0, (-1, R))[:, :b].flatten(0, 1), B[:, :b]
 
 
-def _input_gradient(
+def input_gradient(
     g: Tensor, d: Tensor, weight: Tensor | None, A: Tensor, mask: Tensor | None, transposed: bool
 ) -> Tensor:
-    """g W + K ∘ (d A), (N, in); see `_LowRankLinear`."""
+    """∂L/∂x = g W + K ∘ (d A), (N, in), into one buffer where K is None; see `_LowRankLinear`.
+
+    Args:
+        g: ∂L/∂y, (N, out).
+        d: ∂L/∂(x Aᵀ), (N, r), scaled.
+        weight: W as stored, or None: the second term alone.
+        A: (r, in), in the dtype of g.
+        mask: K, the dropout mask (N, in), or None.
+        transposed: W is stored (in, out).
+    """
     if weight is None:
         return d @ A if mask is None else masked(d @ A, mask)
     W = weight.to(g.dtype)
@@ -380,5 +391,5 @@ def delta_weight(A: Tensor, B: Tensor, scaling: float, fan_in_fan_out: bool = Fa
     """ΔW = s·B A in at least fp32: (out, in), or (in, out) as stored with `fan_in_fan_out`."""
     dtype = torch.promote_types(A.dtype, torch.float32)
     A, B = A.to(dtype), B.to(dtype)
-    with _without_autocast(A):
+    with without_autocast(A):
         return (A.T @ B.T if fan_in_fan_out else B @ A).mul_(scaling)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from . import functional as lora
 from .base import LoRALayer
-from .functional import Rows
+from .functional import ActiveRank
 from .layers import Embedding, Linear, MergedLinear, _LinearLayer
 
 
@@ -37,32 +37,32 @@ class NestedRank:
 
     Attributes:
         largest: R.
-        rows: (i, b): components 0 … b act, those from i on learn; what `set_rank` sets.
-        drawn: the same for training mode, while something draws a rank for every step.
+        chosen: what `set_rank` sets.
+        sampled: the same for training mode, while something draws a rank for every step.
         stack: the ranks of a stacked batch, within `rank_stack`.
         draws: options of what draws the ranks, kept here for it.
     """
 
     def __init__(self, largest: int) -> None:
         self.largest = largest
-        self.rows: Rows = (0, largest)
-        self.drawn: Rows | None = None
+        self.chosen = ActiveRank(0, largest)
+        self.sampled: ActiveRank | None = None
         self.stack: RankStack | None = None
         self.draws: dict[str, Any] = {}
 
-    def rows_of(self, rank: int, frozen: bool = False) -> Rows:
-        """(i, b) for rank b; an error outside of 1 … R."""
+    def active_rank(self, rank: int, frozen: bool = False) -> ActiveRank:
+        """Rank b with all its components trained, or `frozen` the last; an error outside 1 … R."""
         try:
             b = 0 if isinstance(rank, bool) else operator.index(rank)
         except TypeError:
             b = 0
         if not 1 <= b <= self.largest:
             raise ValueError(f"rank={rank!r}: must be a whole number from 1 to R={self.largest}")
-        return (b - 1 if frozen else 0), b
+        return ActiveRank(b - 1 if frozen else 0, b)
 
-    def in_force(self, training: bool) -> Rows:
-        """The rows for a layer in this mode."""
-        return self.drawn if training and self.drawn is not None else self.rows
+    def current(self, training: bool) -> ActiveRank:
+        """The active rank of a layer in this mode."""
+        return self.sampled if training and self.sampled is not None else self.chosen
 
 
 class RankStack:
@@ -114,7 +114,7 @@ class NestedLayer:
         raise NotImplementedError
 
     def rank_changed(self) -> None:
-        """Called after `rows` of one of them changed: a merged layer merges anew."""
+        """Called after `chosen` of one of them changed: a merged layer merges anew."""
         raise NotImplementedError
 
 
@@ -129,19 +129,19 @@ class DyLoRALayer(NestedLayer, LoRALayer):
         return [self.nested] if self.adapted else []
 
     def rank_changed(self) -> None:
-        self.scaling = self.lora_alpha / self.nested.rows[1]
+        self.scaling = self.lora_alpha / self.nested.chosen.rank
         if self.merged:  # from the kept weight, so that nothing of the former rank stays
             self.unmerge()
             self.merge()
 
     def _acting(self) -> tuple[Tensor, Tensor]:
-        return lora.leading(self.lora_A, self.lora_B, self.nested.rows[1])
+        return lora.truncate(self.lora_A, self.lora_B, self.nested.chosen.rank)
 
     def _evaluation_weight(self, x: Tensor) -> Tensor | None:
         return super()._evaluation_weight(x) if self.nested.stack is None else None
 
     def extra_repr(self) -> str:
-        rank = f", rank={self.nested.rows[1]}" if self.adapted else ""
+        rank = f", rank={self.nested.chosen.rank}" if self.adapted else ""
         return super().extra_repr() + rank
 
 
@@ -152,10 +152,10 @@ class _DyLoRALinear(DyLoRALayer, _LinearLayer):
         if stack is not None:
             shares = stack.shares(x, x.shape[:-1].numel())
             return lora.lora_stacked(x, *factors, self.lora_alpha, shares, segments, transposed)
-        rows = self.nested.in_force(self.training)
-        scaling = self.lora_alpha / rows[1]
+        active = self.nested.current(self.training)
+        scaling = self.lora_alpha / active.rank
         return lora.lora_merged_linear(
-            x, *factors, scaling, segments, self.dropout_now, transposed, rows
+            x, *factors, scaling, segments, self.dropout_now, transposed, active
         )
 
 
@@ -183,9 +183,9 @@ class DyLoRAEmbedding(DyLoRALayer, Embedding):
         if stack is not None:
             shares = stack.shares(ids, ids.numel())
             return lora.lora_embedding(ids, *factors, self.lora_alpha, shares=shares, **options)
-        rows = self.nested.in_force(self.training)
-        scaling = self.lora_alpha / rows[1]
-        return lora.lora_embedding(ids, *factors, scaling, rows=rows, **options)
+        active = self.nested.current(self.training)
+        scaling = self.lora_alpha / active.rank
+        return lora.lora_embedding(ids, *factors, scaling, active=active, **options)
 
 
 # --- a whole model --------------------------------------------------------------------------------
@@ -209,13 +209,13 @@ def set_rank(model: nn.Module, rank: int, frozen: bool = False) -> None:
         ValueError: there is no such rank, or no such layer; nothing has changed then.
     """
     layers = nested_layers(model)
-    wanted = [(n, n.rows_of(rank, frozen)) for layer in layers for n in layer.nested_ranks()]
-    _set_rows(layers, wanted)
+    wanted = [(n, n.active_rank(rank, frozen)) for layer in layers for n in layer.nested_ranks()]
+    _choose(layers, wanted)
 
 
-def _set_rows(layers: list[NestedLayer], wanted: list[tuple[NestedRank, Rows]]) -> None:
-    for nested, rows in wanted:
-        nested.rows = rows
+def _choose(layers: list[NestedLayer], wanted: list[tuple[NestedRank, ActiveRank]]) -> None:
+    for nested, active in wanted:
+        nested.chosen = active
     for layer in layers:
         layer.rank_changed()
 
@@ -223,7 +223,7 @@ def _set_rows(layers: list[NestedLayer], wanted: list[tuple[NestedRank, Rows]]) 
 def get_rank(model: nn.Module) -> int:
     """The rank that the model computes with in its present mode; an error where layers differ."""
     found = {
-        nested.in_force(layer.training)[1]
+        nested.current(layer.training).rank
         for layer in nested_layers(model)
         for nested in layer.nested_ranks()
     }
@@ -236,12 +236,12 @@ def get_rank(model: nn.Module) -> int:
 def at_rank(model: nn.Module, rank: int) -> Iterator[None]:
     """Within the context the model evaluates with this rank; afterwards as before."""
     layers = nested_layers(model)
-    before = [(n, n.rows) for layer in layers for n in layer.nested_ranks()]
+    before = [(n, n.chosen) for layer in layers for n in layer.nested_ranks()]
     set_rank(model, rank)
     try:
         yield
     finally:
-        _set_rows(layers, before)
+        _choose(layers, before)
 
 
 def stackable(model: nn.Module) -> bool:
@@ -292,7 +292,7 @@ def rank_stack(model: nn.Module, ranks: Sequence[int], tokens: int | None = None
     states = [nested for layer in layers for nested in layer.nested_ranks()]
     stacks: dict[int, RankStack] = {}
     for nested in states:
-        checked = [nested.rows_of(rank)[1] for rank in ranks]
+        checked = [nested.active_rank(rank).rank for rank in ranks]
         if nested.largest not in stacks:
             stacks[nested.largest] = RankStack(checked, nested.largest, tokens)
     before = [nested.stack for nested in states]

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,18 @@ from torch.autograd.function import once_differentiable
 
 from .dropout_masks import draw_mask, masked, scale_in_force
 
-Rows = tuple[int, int]  # (i, b): components 0 … b act, and of these i … b get a gradient
+
+class ActiveRank(NamedTuple):
+    """Which of R nested components (DyLoRA) act in a pass, and which of these get a gradient.
+
+    Attributes:
+        first_trained: i; components i … b - 1 (counted from 0) get a gradient, those below i act as
+            constants.
+        rank: b, from 1 to R; components from b on do not act.
+    """
+
+    first_trained: int
+    rank: int
 
 
 def compute_dtype(x: Tensor, weight: Tensor | None = None) -> torch.dtype:
@@ -64,7 +76,7 @@ class _LowRankLinear(torch.autograd.Function):
         ∂L/∂A   = dᵀ (K ∘ x)                                    (n r, in)
         ∂L/∂x   = g W + K ∘ (d A)                               (N, in)    into one buffer
 
-    With rows (i, b), A_j and B_j stand for A_j[:b] and B_j[:, :b] above (nested ranks, DyLoRA): the
+    With an active rank (i, b), A_j and B_j stand for A_j[:b] and B_j[:, :b] above (nested ranks, DyLoRA): the
     other columns of h and d are 0, and so are the gradients' rows outside of i … b. The products
     keep the shapes of rank r, so that every b shares the kernels that a CPU compiles for a shape.
 
@@ -84,7 +96,7 @@ class _LowRankLinear(torch.autograd.Function):
         p: float,
         starts: tuple[int, ...],
         fan_in_fan_out: bool,
-        rows: Rows | None,
+        active: ActiveRank | None,
     ) -> Tensor:
         tokens = x.reshape(-1, x.shape[-1])  # (N, in)
         r, m = B.shape[1], B.shape[0] // len(starts)
@@ -93,8 +105,8 @@ class _LowRankLinear(torch.autograd.Function):
             mask, t = draw_mask(tokens, p), scaling * scale_in_force(p, x.device)
         seen = tokens if mask is None else masked(tokens, mask)
         h = (seen @ A.to(x.dtype).T).mul_(t)  # (N, n r)
-        if rows is not None and rows[1] < r:
-            h.unflatten(1, (-1, r))[..., rows[1] :] = 0
+        if active is not None and active.rank < r:
+            h.unflatten(1, (-1, r))[..., active.rank :] = 0
         if weight is None:
             out = h @ B.to(x.dtype).T  # (N, out)
         else:
@@ -105,7 +117,7 @@ class _LowRankLinear(torch.autograd.Function):
                 B_j = B[j * m : (j + 1) * m].to(x.dtype)  # (m, r)
                 out[:, start : start + m].addmm_(h[:, j * r : (j + 1) * r], B_j.T)
         ctx.save_for_backward(x, weight, bias, A, B, h, mask)
-        ctx.t, ctx.starts, ctx.fan_in_fan_out, ctx.rows = t, starts, fan_in_fan_out, rows
+        ctx.t, ctx.starts, ctx.fan_in_fan_out, ctx.active = t, starts, fan_in_fan_out, active
         return out.view(*x.shape[:-1], out.shape[-1])
 
     @staticmethod
@@ -114,7 +126,7 @@ class _LowRankLinear(torch.autograd.Function):
         x, weight, bias, A, B, h, mask = ctx.saved_tensors
         need_x, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
         starts, r, m = ctx.starts, B.shape[1], B.shape[0] // len(ctx.starts)
-        i, b = (0, r) if ctx.rows is None else ctx.rows
+        i, b = (0, r) if ctx.active is None else ctx.active
         dx = dW = db = dA = dB = None
         with without_autocast(x):
             tokens, g = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
@@ -147,7 +159,7 @@ class _LowRankLinear(torch.autograd.Function):
         return dx, dW, db, dA, dB, *(None,) * 5
 
 
-def leading(A: Tensor, B: Tensor, b: int) -> tuple[Tensor, Tensor]:
+def truncate(A: Tensor, B: Tensor, b: int) -> tuple[Tensor, Tensor]:
     """A_j[:b] and B_j[:, :b] of all n segments: (n b, in) and (m n, b), of A (n R, in), B (m n, R).
 
     Views, except that A's rows are gathered where there are several segments and b < R.
@@ -187,7 +199,7 @@ def lora_linear(
     scaling: float,
     p: float = 0.0,
     fan_in_fan_out: bool = False,
-    rows: Rows | None = None,
+    active: ActiveRank | None = None,
 ) -> Tensor:
     """x Wᵀ + b + s·(drop(x) Aᵀ) Bᵀ.
 
@@ -199,21 +211,27 @@ def lora_linear(
         scaling: s.
         p: dropout probability in force, on the low-rank branch's input only.
         fan_in_fan_out: whether the weight is stored transposed, as GPT-2's Conv1D does.
-        rows: (i, b) of nested factors: A[:b] and B[:, :b] act, their rows from i on get gradients.
+        active: (i, b) of nested factors: A[:b] and B[:, :b] act, components from i on get
+            gradients; None: all act, and all get gradients.
 
     Returns:
         (..., out) in the compute dtype.
     """
     x = x.to(compute_dtype(x, weight))
-    return _LowRankLinear.apply(x, weight, bias, A, B, scaling, p, (0,), fan_in_fan_out, rows)
+    return _LowRankLinear.apply(x, weight, bias, A, B, scaling, p, (0,), fan_in_fan_out, active)
 
 
 def lora_update(
-    x: Tensor, A: Tensor, B: Tensor, scaling: float, p: float = 0.0, rows: Rows | None = None
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    p: float = 0.0,
+    active: ActiveRank | None = None,
 ) -> Tensor:
     """s·(drop(x) Aᵀ) Bᵀ alone, (..., out): the update of a base layer that computes for itself."""
     x = x.to(compute_dtype(x))
-    return _LowRankLinear.apply(x, None, None, A, B, scaling, p, (0,), False, rows)
+    return _LowRankLinear.apply(x, None, None, A, B, scaling, p, (0,), False, active)
 
 
 def lora_merged_linear(
@@ -226,7 +244,7 @@ def lora_merged_linear(
     enabled: Sequence[bool],
     p: float = 0.0,
     fan_in_fan_out: bool = False,
-    rows: Rows | None = None,
+    active: ActiveRank | None = None,
 ) -> Tensor:
     """A linear layer whose output is several (q, k, v), some of them with an update of their own.
 
@@ -242,7 +260,7 @@ def lora_merged_linear(
         enabled: for each segment of the output whether it has an update.
         p: dropout probability in force.
         fan_in_fan_out: whether the weight is stored transposed.
-        rows: as in `lora_linear`, of every A_j and B_j.
+        active: as in `lora_linear`, of every A_j and B_j.
 
     Returns:
         (..., out) in the compute dtype.
@@ -254,7 +272,7 @@ def lora_merged_linear(
     m = B.shape[0] // n
     starts = tuple(j * m for j, on in enumerate(enabled) if on)
     x = x.to(compute_dtype(x, weight))
-    return _LowRankLinear.apply(x, weight, bias, A, B, scaling, p, starts, fan_in_fan_out, rows)
+    return _LowRankLinear.apply(x, weight, bias, A, B, scaling, p, starts, fan_in_fan_out, active)
 
 
 def lora_stacked(
@@ -309,21 +327,21 @@ def lora_embedding(
     max_norm: float | None = None,
     norm_type: float = 2.0,
     scale_grad_by_freq: bool = False,
-    rows: Rows | None = None,
+    active: ActiveRank | None = None,
     shares: Tensor | None = None,
 ) -> Tensor:
     """s·Aᵀ[ids] Bᵀ, (..., dim): what a table's rows gain. A (r, num), B (dim, r).
 
-    `rows` is as in `lora_linear`, `shares` as in `lora_stacked` (one row for every id). The other
+    `active` is as in `lora_linear`, `shares` as in `lora_stacked` (one row for every id). The other
     keyword arguments are those of the lookup in the base table; they act on the lookup in Aᵀ.
     There is no `sparse`: torch has no sparse gradient for A, whose columns are what is looked up.
     """
     found = F.embedding(ids, A.T, padding_idx, max_norm, norm_type, scale_grad_by_freq)  # (..., r)
     if shares is not None:
         found = found * shares.view(found.shape)
-    if rows is None:
+    if active is None:
         return (found @ B.T) * scaling
-    i, b = rows
+    i, b = active
     out = found[..., i:b] @ B[:, i:b].T
     if i:  # these act, but as constants
         out = out + found[..., :i].detach() @ B[:, :i].detach().T

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import loralib as lora
+from loralib.functional import ActiveRank
 
 R = 5
 MAKERS = {
@@ -279,7 +280,7 @@ def test_at_rank_restores_even_after_an_error() -> None:
     with pytest.raises(KeyError), lora.at_rank(made, 2):
         assert lora.get_rank(made) == 2
         raise KeyError
-    assert lora.get_rank(made) == 4 and made[3].nested.rows == (3, 4)
+    assert lora.get_rank(made) == 4 and made[3].nested.chosen == (3, 4)
     with lora.at_rank(made, R):
         assert torch.equal(made(ids), full)
 
@@ -287,7 +288,7 @@ def test_at_rank_restores_even_after_an_error() -> None:
 def test_a_drawn_rank_is_for_training_only() -> None:
     made = model()
     for layer in (made[0], made[1], made[3]):
-        layer.nested.drawn = (1, 2)
+        layer.nested.sampled = ActiveRank(1, 2)
     assert lora.get_rank(made) == 2 and lora.get_rank(made.eval()) == R
     with lora.at_rank(made, 3):
         assert lora.get_rank(made) == 3

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 import loralib
 import transformers_patched as patched
 from ivon import IVON
+from loralib.functional import ActiveRank
 from peft_custom import (
     DyLoraConfig,
     PeftModel,
@@ -229,7 +230,7 @@ def test_the_published_drift_figure() -> None:
         optimizer = torch.optim.AdamW([layer.lora_A, layer.lora_B], 0.01, weight_decay=0.0)
         hooks = attach(layer, optimizer, 9)
         for row in (4, 1):
-            layer.nested.drawn = (row - 1, row)
+            layer.nested.sampled = ActiveRank(row - 1, row)
             before = layer.lora_A.detach().clone()
             layer(torch.ones(3)).sum().backward()
             optimizer.step()

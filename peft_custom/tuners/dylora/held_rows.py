@@ -68,8 +68,8 @@ class HeldRows:
         groups: dict[tuple, tuple[list, list[Tensor]]] = defaultdict(lambda: ([], []))
         states = self.optimizer.state
         for number, (parameter, dim, nested) in enumerate(self.factors):
-            assert nested.drawn is not None
-            (i, b), largest = nested.drawn, nested.largest
+            assert nested.sampled is not None
+            (i, b), largest = nested.sampled, nested.largest
             idle = tuple(pair for pair in ((0, i), (b, largest)) if pair[0] < pair[1])
             if not idle or not parameter.requires_grad:
                 continue

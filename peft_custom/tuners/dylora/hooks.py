@@ -48,7 +48,7 @@ class DyLoraHooks(TrainingHooks):
         for draws, layers in self.nests:
             rank = draws.rank(self.seed, self.t)
             for nested, _, _ in layers:
-                nested.drawn = nested.rows_of(rank, draws.frozen)
+                nested.sampled = nested.active_rank(rank, draws.frozen)
 
     def before_step(self) -> None:
         self.held.keep()
@@ -64,7 +64,7 @@ class DyLoraHooks(TrainingHooks):
     def remove(self) -> None:
         for _, layers in self.nests:
             for nested, _, _ in layers:
-                nested.drawn = None
+                nested.sampled = None
 
     @property
     def finished(self) -> bool:

@@ -47,8 +47,8 @@ class DyLoraLayer(NestedLayer, plain.LoraLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW at the rank of evaluation."""
-        _, b = self.nested[adapter].rows
-        A, B = lora.leading(*self.factors(adapter), b)
+        b = self.nested[adapter].chosen.rank
+        A, B = lora.truncate(*self.factors(adapter), b)
         transposed = getattr(self, "fan_in_fan_out", True)  # an embedding's table is (num, dim)
         return lora.delta_weight(A, B, self._alpha(adapter) / b, transposed)
 
@@ -102,8 +102,8 @@ class Linear(DyLoraLayer, plain.Linear):
             return lora.lora_stacked(
                 x, weight, bias, A, B, alpha, shares, fan_in_fan_out=transposed
             )
-        rows = nested.in_force(self.training)
-        return lora.lora_linear(x, weight, bias, A, B, alpha / rows[1], p, transposed, rows)
+        active = nested.current(self.training)
+        return lora.lora_linear(x, weight, bias, A, B, alpha / active.rank, p, transposed, active)
 
     def _update(self, x: Tensor, *own: Any) -> Tensor:
         return self._map(x, None, None, *own)
@@ -127,5 +127,5 @@ class Embedding(DyLoraLayer, plain.Embedding):
         if nested.stack is not None:
             shares = nested.stack.shares(x, x.numel())
             return lora.lora_embedding(x, A, B, alpha, padding_idx=padding, shares=shares)
-        rows = nested.in_force(self.training)
-        return lora.lora_embedding(x, A, B, alpha / rows[1], padding_idx=padding, rows=rows)
+        active = nested.current(self.training)
+        return lora.lora_embedding(x, A, B, alpha / active.rank, padding_idx=padding, active=active)

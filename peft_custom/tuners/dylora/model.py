@@ -100,7 +100,7 @@ class DyLoraModel(LoraModel):
             return config, tensors
         for name, layer in self.lora_layers():
             if isinstance(layer, DyLoraLayer) and adapter in layer.nested:
-                _, b = layer.nested[adapter].rows_of(rank)
+                b = layer.nested[adapter].active_rank(rank).rank
                 key_A, key_B = (f"{name}.{key}" for key in layer.adapter_tensors(adapter))
                 tensors[key_A], tensors[key_B] = tensors[key_A][:b], tensors[key_B][:, :b]
         return config.at_rank(rank), tensors

@@ -39,7 +39,7 @@ class NestedRank:
         largest: R.
         chosen: what `set_rank` sets.
         sampled: the same for training mode, while something draws a rank for every step.
-        stack: the ranks of a stacked batch, within `rank_stack`.
+        batched: the ranks of a batch of several, within `batched_ranks`.
         draws: options of what draws the ranks, kept here for it.
     """
 
@@ -47,7 +47,7 @@ class NestedRank:
         self.largest = largest
         self.chosen = ActiveRank(0, largest)
         self.sampled: ActiveRank | None = None
-        self.stack: RankStack | None = None
+        self.batched: BatchedRanks | None = None
         self.draws: dict[str, Any] = {}
 
     def active_rank(self, rank: int, frozen: bool = False) -> ActiveRank:
@@ -65,13 +65,13 @@ class NestedRank:
         return self.sampled if training and self.sampled is not None else self.chosen
 
 
-class RankStack:
+class BatchedRanks:
     """K ranks for a batch of K equal parts: part k is computed with rank b_k.
 
     Args:
         ranks: b_1 … b_K.
         largest: R.
-        tokens: of one part; needed only where an encoder appends rows that belong to nobody.
+        tokens: of one part; needed only where an encoder appends filler rows.
     """
 
     def __init__(self, ranks: Sequence[int], largest: int, tokens: int | None) -> None:
@@ -80,10 +80,10 @@ class RankStack:
         self.tokens = tokens
         self._expanded: dict[tuple, Tensor] = {}
 
-    def shares(self, x: Tensor, rows: int) -> Tensor:
-        """(rows, R): 1/b for the components that act in a row of x (α is the scale), 0 for others.
+    def scales(self, x: Tensor, rows: int) -> Tensor:
+        """`rank_scales` of `functional.lora_batched_ranks`, (rows, R), where α is the scale.
 
-        `rows` is how many tokens x has, over all its leading dimensions.
+        `rows` is how many tokens x has, over all its leading dimensions. Made once for all layers.
         """
         key = rows, x.device, torch.is_inference_mode_enabled()
         if key not in self._expanded:
@@ -92,19 +92,19 @@ class RankStack:
             if each is None or parts * each > rows:
                 if x.shape[0] % parts:
                     raise ValueError(
-                        f"rank_stack: {parts} ranks cannot share an input of shape "
+                        f"batched_ranks: {parts} ranks cannot share an input of shape "
                         f"{tuple(x.shape)}: its first dimension must be {parts} equal parts, the "
                         "batch once for every rank"
                     )
                 each = rows // parts
-            made = torch.zeros(rows, self.table.shape[1])
+            made = torch.zeros(rows, self.table.shape[1])  # filler rows at the end keep 0
             made[: parts * each] = self.table.repeat_interleave(each, dim=0)
             self._expanded[key] = made.to(x.device)
         return self._expanded[key]
 
 
 class NestedLayer:
-    """A module with nested factors: what `set_rank` and `rank_stack` look for in a model."""
+    """A module with nested factors: what `set_rank` and `batched_ranks` look for in a model."""
 
     training: bool
     merged: bool  # whether the stored weight contains the update
@@ -138,7 +138,7 @@ class DyLoRALayer(NestedLayer, LoRALayer):
         return lora.truncate(self.lora_A, self.lora_B, self.nested.chosen.rank)
 
     def _evaluation_weight(self, x: Tensor) -> Tensor | None:
-        return super()._evaluation_weight(x) if self.nested.stack is None else None
+        return super()._evaluation_weight(x) if self.nested.batched is None else None
 
     def extra_repr(self) -> str:
         rank = f", rank={self.nested.chosen.rank}" if self.adapted else ""
@@ -148,10 +148,12 @@ class DyLoRALayer(NestedLayer, LoRALayer):
 class _DyLoRALinear(DyLoRALayer, _LinearLayer):
     def _adapted(self, x: Tensor) -> Tensor:
         factors = self.weight, self.bias, self.lora_A, self.lora_B
-        stack, segments, transposed = self.nested.stack, self.segments, self.fan_in_fan_out
-        if stack is not None:
-            shares = stack.shares(x, x.shape[:-1].numel())
-            return lora.lora_stacked(x, *factors, self.lora_alpha, shares, segments, transposed)
+        batched, segments, transposed = self.nested.batched, self.segments, self.fan_in_fan_out
+        if batched is not None:
+            rank_scales = batched.scales(x, x.shape[:-1].numel())
+            return lora.lora_batched_ranks(
+                x, *factors, self.lora_alpha, rank_scales, segments, transposed
+            )
         active = self.nested.current(self.training)
         scaling = self.lora_alpha / active.rank
         return lora.lora_merged_linear(
@@ -179,10 +181,12 @@ class DyLoRAEmbedding(DyLoRALayer, Embedding):
             )
 
     def _update(self, ids: Tensor, **options: Any) -> Tensor:
-        factors, stack = (self.lora_A, self.lora_B), self.nested.stack
-        if stack is not None:
-            shares = stack.shares(ids, ids.numel())
-            return lora.lora_embedding(ids, *factors, self.lora_alpha, shares=shares, **options)
+        factors, batched = (self.lora_A, self.lora_B), self.nested.batched
+        if batched is not None:
+            rank_scales = batched.scales(ids, ids.numel())
+            return lora.lora_embedding(
+                ids, *factors, self.lora_alpha, rank_scales=rank_scales, **options
+            )
         active = self.nested.current(self.training)
         scaling = self.lora_alpha / active.rank
         return lora.lora_embedding(ids, *factors, scaling, active=active, **options)
@@ -244,8 +248,8 @@ def at_rank(model: nn.Module, rank: int) -> Iterator[None]:
         _choose(layers, before)
 
 
-def stackable(model: nn.Module) -> bool:
-    """Whether nested layers read nothing but rows of the batch, as `rank_stack` has to assume.
+def can_batch_ranks(model: nn.Module) -> bool:
+    """Whether nested layers read nothing but rows of the batch, as `batched_ranks` has to assume.
 
     A module that also feeds one of its layers with rows that all sequences share (DeBERTa's
     attention with its relative positions) has its name in `shared_row_layers`.
@@ -260,10 +264,12 @@ def stackable(model: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def rank_stack(model: nn.Module, ranks: Sequence[int], tokens: int | None = None) -> Iterator[None]:
+def batched_ranks(
+    model: nn.Module, ranks: Sequence[int], tokens: int | None = None
+) -> Iterator[None]:
     """Within the context a batch that holds the same rows K times is computed at K ranks at once.
 
-        with lora.rank_stack(model, [1, 2, 8]):
+        with lora.batched_ranks(model, [1, 2, 8]):
             logits = model(x.repeat(3, 1, 1)).chunk(3)  # of rank 1, of rank 2, of rank 8
 
     The batch is padded (K·n, L, …) or packed (K·t, …), the part of rank b_1 first.
@@ -274,32 +280,34 @@ def rank_stack(model: nn.Module, ranks: Sequence[int], tokens: int | None = None
         tokens: t or n·L, the tokens of one part; only for encoders that append filler rows.
 
     Raises:
-        ValueError: a rank outside of 1 … R, a layer in training mode or merged, a model that is
-            not `stackable`.
+        ValueError: a rank outside of 1 … R, a layer in training mode or merged, a model
+            that `can_batch_ranks` refuses.
     """
     layers = nested_layers(model)
     if not ranks:
-        raise ValueError("rank_stack: no ranks given")
-    if not stackable(model):
+        raise ValueError("batched_ranks: no ranks given")
+    if not can_batch_ranks(model):
         raise ValueError(
-            f"rank_stack: a nested layer of {type(model).__name__} also reads rows that belong to "
-            "no part of the batch (relative positions): compute one rank after the other, at_rank"
+            f"batched_ranks: a nested layer of {type(model).__name__} also reads rows that belong "
+            "to no part of the batch (relative positions): compute one rank after the other, at_rank"
         )
     for layer in layers:
         if layer.training or layer.merged:
             state = "in training mode" if layer.training else "merged"
-            raise ValueError(f"rank_stack needs eval mode and no merged layer; a layer is {state}")
+            raise ValueError(
+                f"batched_ranks needs eval mode and no merged layer; a layer is {state}"
+            )
     states = [nested for layer in layers for nested in layer.nested_ranks()]
-    stacks: dict[int, RankStack] = {}
+    by_largest: dict[int, BatchedRanks] = {}
     for nested in states:
         checked = [nested.active_rank(rank).rank for rank in ranks]
-        if nested.largest not in stacks:
-            stacks[nested.largest] = RankStack(checked, nested.largest, tokens)
-    before = [nested.stack for nested in states]
+        if nested.largest not in by_largest:
+            by_largest[nested.largest] = BatchedRanks(checked, nested.largest, tokens)
+    before = [nested.batched for nested in states]
     for nested in states:
-        nested.stack = stacks[nested.largest]
+        nested.batched = by_largest[nested.largest]
     try:
         yield
     finally:
-        for nested, stack in zip(states, before, strict=True):
-            nested.stack = stack
+        for nested, batched in zip(states, before, strict=True):
+            nested.batched = batched

@@ -76,9 +76,10 @@ class _LowRankLinear(torch.autograd.Function):
         ∂L/∂A   = dᵀ (K ∘ x)                                    (n r, in)
         ∂L/∂x   = g W + K ∘ (d A)                               (N, in)    into one buffer
 
-    With an active rank (i, b), A_j and B_j stand for A_j[:b] and B_j[:, :b] above (nested ranks, DyLoRA): the
-    other columns of h and d are 0, and so are the gradients' rows outside of i … b. The products
-    keep the shapes of rank r, so that every b shares the kernels that a CPU compiles for a shape.
+    With an active rank (i, b) of nested factors (DyLoRA), A_j and B_j stand for A_j[:b] and B_j[:, :b]
+    above: the other columns of h and d are 0, and so are the gradients' rows outside of i … b. The
+    products keep the shapes of rank r, so that every b shares the kernels that a CPU compiles for a
+    shape.
 
     Kept for backward: x, h and the bytes of K. W is looked up, never copied. Without W (None) the
     update alone is computed; ∂L/∂W and ∂L/∂b are formed only for those who unfreeze them.
@@ -275,27 +276,28 @@ def lora_merged_linear(
     return _LowRankLinear.apply(x, weight, bias, A, B, scaling, p, starts, fan_in_fan_out, active)
 
 
-def lora_stacked(
+def lora_batched_ranks(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     A: Tensor,
     B: Tensor,
     scaling: float,
-    shares: Tensor,
+    rank_scales: Tensor,
     enabled: Sequence[bool] = (True,),
     fan_in_fan_out: bool = False,
 ) -> Tensor:
-    """`lora_merged_linear`, undropped, where every row of x weighs the components in its own way.
+    """`lora_merged_linear` without dropout, where every row of x has a rank of its own.
 
-    y = x Wᵀ + b, and y's j-th enabled segment += s·((x A_jᵀ) ∘ shares) B_jᵀ. So rows of several
-    ranks are one batch: the products are those of one rank, whatever the shares are.
+    y = x Wᵀ + b, and y's j-th enabled segment += s·((x A_jᵀ) ∘ c) B_jᵀ with c = `rank_scales`: a
+    row at rank b has c = 1/b for its b components and 0 for the rest. So rows of several ranks are
+    one batch: the products are those of one rank, whatever c is.
 
     Args:
         x: (..., in), N rows in all.
         weight, bias, A, B, scaling, enabled, fan_in_fan_out: as in `lora_merged_linear`; without a
             weight the update of a single segment alone is computed.
-        shares: (N, R) fp32.
+        rank_scales: c, (N, R) fp32.
 
     Returns:
         (..., out) in the compute dtype.
@@ -304,7 +306,7 @@ def lora_stacked(
     rows, R, n = x.reshape(-1, x.shape[-1]), B.shape[1], sum(enabled)
     m = B.shape[0] // n
     h = (rows @ A.to(x.dtype).T).unflatten(1, (n, R))  # (N, n, R)
-    h = h.mul_(shares[:, None])  # whose fp32 rounds once: 1/3 is none of bf16's numbers
+    h = h.mul_(rank_scales[:, None])  # kept in fp32, so that 1/3 is not rounded to bf16 first
     low = B.to(x.dtype)
     if weight is None:
         out = (h[:, 0] @ low.T) * scaling
@@ -328,17 +330,17 @@ def lora_embedding(
     norm_type: float = 2.0,
     scale_grad_by_freq: bool = False,
     active: ActiveRank | None = None,
-    shares: Tensor | None = None,
+    rank_scales: Tensor | None = None,
 ) -> Tensor:
     """s·Aᵀ[ids] Bᵀ, (..., dim): what a table's rows gain. A (r, num), B (dim, r).
 
-    `active` is as in `lora_linear`, `shares` as in `lora_stacked` (one row for every id). The other
-    keyword arguments are those of the lookup in the base table; they act on the lookup in Aᵀ.
+    `active` is as in `lora_linear`, `rank_scales` as in `lora_batched_ranks` (a row for every id).
+    The other keyword arguments are those of the base table's lookup; they act on the lookup in Aᵀ.
     There is no `sparse`: torch has no sparse gradient for A, whose columns are what is looked up.
     """
     found = F.embedding(ids, A.T, padding_idx, max_norm, norm_type, scale_grad_by_freq)  # (..., r)
-    if shares is not None:
-        found = found * shares.view(found.shape)
+    if rank_scales is not None:
+        found = found * rank_scales.view(found.shape)
     if active is None:
         return (found @ B.T) * scaling
     i, b = active

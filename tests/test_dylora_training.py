@@ -291,7 +291,7 @@ def test_evaluating_changes_nothing_of_training() -> None:
             if look:
                 model.eval()
                 ids = torch.arange(6)
-                with loralib.rank_stack(model, range(1, R + 1)), torch.inference_mode():
+                with loralib.batched_ranks(model, range(1, R + 1)), torch.inference_mode():
                     model(ids.repeat(R))
                 with loralib.at_rank(model, 1), torch.no_grad():
                     model(ids)

@@ -53,15 +53,15 @@ class DyLoraLayer(NestedLayer, plain.LoraLayer):
         return lora.delta_weight(A, B, self._alpha(adapter) / b, transposed)
 
     def increment(self, x: Tensor, adapter: str) -> Tensor:
-        if self._routes is not None and self.nested[adapter].stack is not None:
-            raise ValueError("adapter_names and rank_stack exclude each other: use one of them")
+        if self._routes is not None and self.nested[adapter].batched is not None:
+            raise ValueError("adapter_names and batched_ranks exclude each other: use one of them")
         options = self._alpha(adapter), self.dropout_now(adapter), self.nested[adapter]
         return self._update(x, *self.factors(adapter), *options)
 
     def _update(
         self, x: Tensor, A: Tensor, B: Tensor, alpha: float, p: float, nested: NestedRank
     ) -> Tensor:
-        """(α/b)·B[:, :b] A[:b] drop(x), at the rank in force or at those of a stacked batch."""
+        """(α/b)·B[:, :b] A[:b] drop(x), at the current rank or at those of a batch of several."""
         raise NotImplementedError
 
 
@@ -97,10 +97,10 @@ class Linear(DyLoraLayer, plain.Linear):
         nested: NestedRank,
     ) -> Tensor:
         transposed = self.fan_in_fan_out
-        if nested.stack is not None:
-            shares = nested.stack.shares(x, x.shape[:-1].numel())
-            return lora.lora_stacked(
-                x, weight, bias, A, B, alpha, shares, fan_in_fan_out=transposed
+        if nested.batched is not None:
+            rank_scales = nested.batched.scales(x, x.shape[:-1].numel())
+            return lora.lora_batched_ranks(
+                x, weight, bias, A, B, alpha, rank_scales, fan_in_fan_out=transposed
             )
         active = nested.current(self.training)
         return lora.lora_linear(x, weight, bias, A, B, alpha / active.rank, p, transposed, active)
@@ -124,8 +124,8 @@ class Embedding(DyLoraLayer, plain.Embedding):
         self, x: Tensor, A: Tensor, B: Tensor, alpha: float, p: float, nested: NestedRank
     ) -> Tensor:
         padding = self.base_layer.padding_idx
-        if nested.stack is not None:
-            shares = nested.stack.shares(x, x.numel())
-            return lora.lora_embedding(x, A, B, alpha, padding_idx=padding, shares=shares)
+        if nested.batched is not None:
+            rank_scales = nested.batched.scales(x, x.numel())
+            return lora.lora_embedding(x, A, B, alpha, padding_idx=padding, rank_scales=rank_scales)
         active = nested.current(self.training)
         return lora.lora_embedding(x, A, B, alpha / active.rank, padding_idx=padding, active=active)

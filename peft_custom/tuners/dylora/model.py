@@ -56,7 +56,7 @@ class DyLoraModel(LoraModel):
         """Within the context the model evaluates with this rank; afterwards as before."""
         return nested.at_rank(self.model, rank)
 
-    def rank_stack(
+    def batched_ranks(
         self, ranks: Sequence[int], tokens: int | None = None
     ) -> AbstractContextManager[None]:
         """Within the context a batch that holds the same rows K times is computed at K ranks.
@@ -66,7 +66,7 @@ class DyLoraModel(LoraModel):
                 (K·t, …).
             tokens: of one part; only for encoders that append filler rows.
         """
-        return nested.rank_stack(self.model, ranks, tokens)
+        return nested.batched_ranks(self.model, ranks, tokens)
 
     # --- training -------------------------------------------------------------------------------
     def training_hooks(

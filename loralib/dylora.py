@@ -289,7 +289,7 @@ def batched_ranks(
     if not can_batch_ranks(model):
         raise ValueError(
             f"batched_ranks: a nested layer of {type(model).__name__} also reads rows that belong "
-            "to no part of the batch (relative positions): compute one rank after the other, at_rank"
+            "to no part of the batch (relative positions): compute one rank at a time, at_rank"
         )
     for layer in layers:
         if layer.training or layer.merged:

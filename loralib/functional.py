@@ -76,10 +76,9 @@ class _LowRankLinear(torch.autograd.Function):
         ∂L/∂A   = dᵀ (K ∘ x)                                    (n r, in)
         ∂L/∂x   = g W + K ∘ (d A)                               (N, in)    into one buffer
 
-    With an active rank (i, b) of nested factors (DyLoRA), A_j and B_j stand for A_j[:b] and B_j[:, :b]
-    above: the other columns of h and d are 0, and so are the gradients' rows outside of i … b. The
-    products keep the shapes of rank r, so that every b shares the kernels that a CPU compiles for a
-    shape.
+    With an active rank (i, b) of nested factors (DyLoRA), A_j[:b] and B_j[:, :b] take the place of
+    A_j and B_j: the other columns of h and d are 0, and so are the gradients' rows outside i … b.
+    The products keep the shapes of rank r, so that every b uses the same compiled kernels.
 
     Kept for backward: x, h and the bytes of K. W is looked up, never copied. Without W (None) the
     update alone is computed; ∂L/∂W and ∂L/∂b are formed only for those who unfreeze them.

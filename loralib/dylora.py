@@ -2,7 +2,7 @@
 
     y = x Wᵀ + bias + (α/b)·(drop(x) A[:b]ᵀ) B[:, :b]ᵀ,    1 ≤ b ≤ R,   A (R, in), B (out, R)
 
-A training step draws one rank b for the whole model and uses the first b components only. Mode
+A training step samples one rank b for the whole model and uses the first b components only. Mode
 "normal" trains all of them; "frozen" trains the b-th, and the ones below act as constants.
 Afterwards every b is an ordinary LoRA adapter of rank b with the same α.
 
@@ -12,7 +12,7 @@ Afterwards every b is an ordinary LoRA adapter of rank b with the same α.
     >>> torch.save(lora.lora_state_dict(model, rank=3), "rank3.pt")  # lora.Linear(…, r=3) loads it
 
 Ranks are 1-based everywhere. In evaluation mode the rank is R until `set_rank` says otherwise. In
-training mode it is the one drawn for the step where something draws (`peft_custom.attach` does), so
+training mode it is the one sampled for the step, where something does so (`peft_custom.attach`), so
 evaluating at other ranks never disturbs a training step. The rank is no part of a state dict.
 """
 
@@ -38,9 +38,9 @@ class NestedRank:
     Attributes:
         largest: R.
         chosen: what `set_rank` sets.
-        sampled: the same for training mode, while something draws a rank for every step.
+        sampled: the same for training mode, while something samples a rank for every step.
         batched: the ranks of a batch of several, within `batched_ranks`.
-        draws: options of what draws the ranks, kept here for it.
+        sampling_options: of what samples the ranks (`peft_custom.configure_dylora`), kept for it.
     """
 
     def __init__(self, largest: int) -> None:
@@ -48,7 +48,7 @@ class NestedRank:
         self.chosen = ActiveRank(0, largest)
         self.sampled: ActiveRank | None = None
         self.batched: BatchedRanks | None = None
-        self.draws: dict[str, Any] = {}
+        self.sampling_options: dict[str, Any] = {}
 
     def active_rank(self, rank: int, frozen: bool = False) -> ActiveRank:
         """Rank b with all its components trained, or `frozen` the last; an error outside 1 … R."""
@@ -114,7 +114,7 @@ class NestedLayer:
         raise NotImplementedError
 
     def rank_changed(self) -> None:
-        """Called after `chosen` of one of them changed: a merged layer merges anew."""
+        """Called after `chosen` of one of them changed: a merged layer merges again."""
         raise NotImplementedError
 
 
@@ -202,7 +202,7 @@ def nested_layers(model: nn.Module) -> list[NestedLayer]:
 
 
 def set_rank(model: nn.Module, rank: int, frozen: bool = False) -> None:
-    """Computes with rank `rank` from now on; a merged layer is merged anew at that rank.
+    """Computes with rank `rank` from now on; a merged layer is merged again at that rank.
 
     Args:
         model: any module with DyLoRA layers, this package's or `peft_custom`'s.

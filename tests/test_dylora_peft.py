@@ -254,7 +254,7 @@ def test_save_and_load_the_nested_adapter(tmp_path: Path) -> None:
     assert values["peft_type"] == "DYLORA" and values["r"] == R and "finished" not in values
     loaded = PeftModel.from_pretrained(bert(), tmp_path)
     assert loaded.get_rank() == R and schedule_finished(loaded.base_model)
-    assert loaded.peft_config["default"].draws == model.peft_config["default"].draws
+    assert loaded.peft_config["default"].sampling == model.peft_config["default"].sampling
     for b in range(1, R + 1):
         with model.at_rank(b), loaded.at_rank(b):
             assert torch.equal(logits(model), logits(loaded))

@@ -24,7 +24,7 @@ from ..config import CONFIG_CLASSES, PeftConfig
 from . import targets
 from .modules_to_save import BASE, ModulesToSaveWrapper, Routes
 from .parameters import decay_groups, trained_biases
-from .tuner_layer import BaseTunerLayer, iter_adapters, keep_from_bypassing
+from .tuner_layer import BaseTunerLayer, iter_adapters, disable_fast_path
 
 if TYPE_CHECKING:
     from ..hooks.base import TrainingHooks
@@ -91,7 +91,7 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
         self.model = model
         self.peft_config: dict[str, ConfigT] = {}
         self.active_adapters: list[str] = []
-        self._slowed: list[tuple[nn.Module, int]] = []  # see keep_from_bypassing
+        self._fast_path_flags: list[tuple[nn.Module, int]] = []  # see disable_fast_path
         self._unties = False  # whether a saved module's copy no longer shares its weight
         self.training = model.training
         self.add_adapter(adapter_name, config)
@@ -235,7 +235,7 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
         try:
             for name, module in chosen:
                 layer = module
-                if targets.read_past(module):
+                if targets.bypassed_by_parent(module):
                     raise NotImplementedError(
                         f"{name!r}: nn.MultiheadAttention reads this weight past the module, so an "
                         "adapter on it would do nothing; leave it out of target_modules"
@@ -257,7 +257,7 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
             if module is not layer:
                 layer.train(module.training)
                 self._replace(module, layer)
-        self._slowed += keep_from_bypassing(self.model)
+        self._fast_path_flags += disable_fast_path(self.model)
 
     def _replace(self, old: nn.Module, new: nn.Module) -> None:
         """Puts `new` wherever `old` is registered (a module may have several names)."""
@@ -444,7 +444,7 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
             self._replace(wrapper, wrapper.current_module())
         if self._unties:
             self._untie_config()
-        for module, flag in self._slowed:
+        for module, flag in self._fast_path_flags:
             module.activation_relu_or_gelu = flag
         self.model.__dict__.pop("_injecting_tuners", None)
         return self.model

@@ -45,7 +45,7 @@ class LoraLayer(LowRankLayer):
         super().__init__(base_layer)
         self._rslora: dict[str, bool] = {}
         # PiSSA took s·B₀A₀ out of the base weight; kept to put it back, per adapter.
-        self.taken_out: dict[str, tuple[Tensor, Tensor, float]] = {}
+        self.pissa_initial: dict[str, tuple[Tensor, Tensor, float]] = {}
 
     def _make_containers(self) -> None:
         self.lora_A = nn.ModuleDict()
@@ -120,7 +120,7 @@ class Linear(LoraLayer):
 
     def bind(self, adapter: str) -> Any:
         """(plain base?, A, B, scaling, dropout): all that `forward_one` reads."""
-        if any(other != adapter for other in self.taken_out):
+        if any(other != adapter for other in self.pissa_initial):
             return None  # another adapter's PiSSA part has to be added back
         A, B = self.lora_A[adapter], self.lora_B[adapter]
         return self._plain_base(), A, B, self._scaling[adapter], self.lora_dropout[adapter]
@@ -145,7 +145,7 @@ class Linear(LoraLayer):
         self, x: Tensor, adapters: tuple[str, ...], *args: Any, **kwargs: Any
     ) -> Tensor:
         out = super().forward_several(x, adapters, *args, **kwargs)
-        for adapter, (A, B, scaling) in self.taken_out.items():
+        for adapter, (A, B, scaling) in self.pissa_initial.items():
             if adapter not in adapters:  # without its PiSSA adapter the layer is the original one
                 out = out + lora.lora_update(x, A, B, scaling).to(out.dtype)
         return out
@@ -156,7 +156,7 @@ class Linear(LoraLayer):
 
     def merged_weight(self, names: list[str]) -> Tensor:
         total = super().merged_weight(names)
-        for adapter, (A, B, scaling) in self.taken_out.items():
+        for adapter, (A, B, scaling) in self.pissa_initial.items():
             if adapter not in names:
                 total += lora.delta_weight(A, B, scaling, self.fan_in_fan_out).to(total)
         return total
@@ -168,7 +168,7 @@ class Linear(LoraLayer):
                 f"init_lora_weights={init!r} splits the base weight, which {base.dtype} cannot "
                 "hold exactly; load the base in float32"
             )
-        if self.taken_out or self.merged:
+        if self.pissa_initial or self.merged:
             raise ValueError(
                 "PiSSA starts from the original weight: no second PiSSA adapter, and "
                 "no merged one, on the same layer"
@@ -179,14 +179,14 @@ class Linear(LoraLayer):
         A0, B0 = principal_factors(weight, self.r[adapter], scaling, init)
         A.copy_(A0)
         B.copy_(B0)
-        self.taken_out[adapter] = (A0.float(), B0.float(), scaling)
+        self.pissa_initial[adapter] = (A0.float(), B0.float(), scaling)
         base.data -= lora.delta_weight(A, B, scaling, self.fan_in_fan_out).to(base)
 
     @torch.no_grad()
     def restore_base(self, adapter: str | None = None) -> None:
-        for name in [adapter] if adapter is not None else list(self.taken_out):
-            if name in self.taken_out:
-                A, B, scaling = self.taken_out.pop(name)
+        for name in [adapter] if adapter is not None else list(self.pissa_initial):
+            if name in self.pissa_initial:
+                A, B, scaling = self.pissa_initial.pop(name)
                 self.base_layer.weight.data += lora.delta_weight(
                     A, B, scaling, self.fan_in_fan_out
                 ).to(self.base_layer.weight)

@@ -24,7 +24,7 @@ from ..config import CONFIG_CLASSES, PeftConfig
 from . import targets
 from .modules_to_save import BASE, ModulesToSaveWrapper, Routes
 from .parameters import decay_groups, trained_biases
-from .tuner_layer import BaseTunerLayer, iter_adapters, disable_fast_path
+from .tuner_layer import BaseTunerLayer, disable_fast_path, iter_adapters
 
 if TYPE_CHECKING:
     from ..hooks.base import TrainingHooks

@@ -46,7 +46,7 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def bypassed_by_parent(module: nn.Module) -> bool:
-    """Whether the parent reads this weight without calling it (`nn.MultiheadAttention`'s `out_proj`)."""
+    """Whether the parent reads this module's weight itself (`nn.MultiheadAttention` does)."""
     return type(module).__name__ == "NonDynamicallyQuantizableLinear"
 
 

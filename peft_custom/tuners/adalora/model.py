@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...hooks import set_finished, refuse_if_attached, schedule_finished
+from ...hooks import refuse_if_attached, schedule_finished, set_finished
 from .. import targets
 from ..base import BaseTuner, BaseTunerLayer, iter_adapters, register_tuner
 from .config import AdaLoraConfig, VILoraConfig

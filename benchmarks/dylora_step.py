@@ -114,7 +114,7 @@ def evaluated(o: argparse.Namespace, work_list: list[list]) -> dict[str, Callabl
 
     @torch.inference_mode()
     def stacked(data: list[dict]) -> None:
-        with model.rank_stack(range(1, R + 1)):
+        with model.batched_ranks(range(1, R + 1)):
             for given in data:
                 model(**given)
 

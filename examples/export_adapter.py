@@ -44,14 +44,14 @@ def export(run: Path, rank: int, out: Path, merged: bool, base: str | None = Non
     if out.exists():
         raise RunError(f"--out {out} exists: choose another folder")
     from examples.methods.dylora import dylora
-    from peft_custom.hooks import mark_schedule
+    from peft_custom.hooks import set_finished
     from transformers_patched import AutoTokenizer
 
     data = Data(options[DataOptions], options[TrainingOptions], 1, 0)
     where = dataclasses.replace(options[ModelOptions], base_dtype="float32")
     own = dataclasses.replace(own, wiring="peft_custom", lora_path=str(run))
     model = program.put_together(dylora, model_source(where, data.task), own).model
-    mark_schedule(model.base_model, finished=True)  # the run has driven it
+    set_finished(model.base_model, finished=True)  # the run has driven it
     if not merged:
         model.save_pretrained(out, rank=rank)
         return

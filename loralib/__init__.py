@@ -14,10 +14,10 @@ from .dylora import (
     DyLoRALinear,
     DyLoRAMergedLinear,
     at_rank,
+    batched_ranks,
+    can_batch_ranks,
     get_rank,
-    rank_stack,
     set_rank,
-    stackable,
 )
 from .layers import Conv1d, Conv2d, Conv3d, ConvLoRA, Embedding, Linear, MergedLinear
 from .utils import lora_state_dict, mark_only_lora_as_trainable
@@ -42,7 +42,7 @@ __all__ = [
     "get_rank",
     "lora_state_dict",
     "mark_only_lora_as_trainable",
-    "rank_stack",
+    "batched_ranks",
     "set_rank",
-    "stackable",
+    "can_batch_ranks",
 ]

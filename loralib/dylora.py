@@ -2,7 +2,7 @@
 
     y = x Wᵀ + bias + (α/b)·(drop(x) A[:b]ᵀ) B[:, :b]ᵀ,    1 ≤ b ≤ R,   A (R, in), B (out, R)
 
-A training step draws one rank b for the whole model and uses the first b components only. Mode
+A training step samples one rank b for the whole model and uses the first b components only. Mode
 "normal" trains all of them; "frozen" trains the b-th, and the ones below act as constants.
 Afterwards every b is an ordinary LoRA adapter of rank b with the same α.
 
@@ -12,7 +12,7 @@ Afterwards every b is an ordinary LoRA adapter of rank b with the same α.
     >>> torch.save(lora.lora_state_dict(model, rank=3), "rank3.pt")  # lora.Linear(…, r=3) loads it
 
 Ranks are 1-based everywhere. In evaluation mode the rank is R until `set_rank` says otherwise. In
-training mode it is the one drawn for the step where something draws (`peft_custom.attach` does), so
+training mode it is the one sampled for the step, where something does so (`peft_custom.attach`), so
 evaluating at other ranks never disturbs a training step. The rank is no part of a state dict.
 """
 
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from . import functional as lora
 from .base import LoRALayer
-from .functional import Rows
+from .functional import ActiveRank
 from .layers import Embedding, Linear, MergedLinear, _LinearLayer
 
 
@@ -37,41 +37,41 @@ class NestedRank:
 
     Attributes:
         largest: R.
-        rows: (i, b): components 0 … b act, those from i on learn; what `set_rank` sets.
-        drawn: the same for training mode, while something draws a rank for every step.
-        stack: the ranks of a stacked batch, within `rank_stack`.
-        draws: options of what draws the ranks, kept here for it.
+        chosen: what `set_rank` sets.
+        sampled: the same for training mode, while something samples a rank for every step.
+        batched: the ranks of a batch of several, within `batched_ranks`.
+        sampling_options: of what samples the ranks (`peft_custom.configure_dylora`), kept for it.
     """
 
     def __init__(self, largest: int) -> None:
         self.largest = largest
-        self.rows: Rows = (0, largest)
-        self.drawn: Rows | None = None
-        self.stack: RankStack | None = None
-        self.draws: dict[str, Any] = {}
+        self.chosen = ActiveRank(0, largest)
+        self.sampled: ActiveRank | None = None
+        self.batched: BatchedRanks | None = None
+        self.sampling_options: dict[str, Any] = {}
 
-    def rows_of(self, rank: int, frozen: bool = False) -> Rows:
-        """(i, b) for rank b; an error outside of 1 … R."""
+    def active_rank(self, rank: int, frozen: bool = False) -> ActiveRank:
+        """Rank b with all its components trained, or `frozen` the last; an error outside 1 … R."""
         try:
             b = 0 if isinstance(rank, bool) else operator.index(rank)
         except TypeError:
             b = 0
         if not 1 <= b <= self.largest:
             raise ValueError(f"rank={rank!r}: must be a whole number from 1 to R={self.largest}")
-        return (b - 1 if frozen else 0), b
+        return ActiveRank(b - 1 if frozen else 0, b)
 
-    def in_force(self, training: bool) -> Rows:
-        """The rows for a layer in this mode."""
-        return self.drawn if training and self.drawn is not None else self.rows
+    def current(self, training: bool) -> ActiveRank:
+        """The active rank of a layer in this mode."""
+        return self.sampled if training and self.sampled is not None else self.chosen
 
 
-class RankStack:
+class BatchedRanks:
     """K ranks for a batch of K equal parts: part k is computed with rank b_k.
 
     Args:
         ranks: b_1 … b_K.
         largest: R.
-        tokens: of one part; needed only where an encoder appends rows that belong to nobody.
+        tokens: of one part; needed only where an encoder appends filler rows.
     """
 
     def __init__(self, ranks: Sequence[int], largest: int, tokens: int | None) -> None:
@@ -80,10 +80,10 @@ class RankStack:
         self.tokens = tokens
         self._expanded: dict[tuple, Tensor] = {}
 
-    def shares(self, x: Tensor, rows: int) -> Tensor:
-        """(rows, R): 1/b for the components that act in a row of x (α is the scale), 0 for others.
+    def scales(self, x: Tensor, rows: int) -> Tensor:
+        """`rank_scales` of `functional.lora_batched_ranks`, (rows, R), where α is the scale.
 
-        `rows` is how many tokens x has, over all its leading dimensions.
+        `rows` is how many tokens x has, over all its leading dimensions. Made once for all layers.
         """
         key = rows, x.device, torch.is_inference_mode_enabled()
         if key not in self._expanded:
@@ -92,19 +92,19 @@ class RankStack:
             if each is None or parts * each > rows:
                 if x.shape[0] % parts:
                     raise ValueError(
-                        f"rank_stack: {parts} ranks cannot share an input of shape "
+                        f"batched_ranks: {parts} ranks cannot share an input of shape "
                         f"{tuple(x.shape)}: its first dimension must be {parts} equal parts, the "
                         "batch once for every rank"
                     )
                 each = rows // parts
-            made = torch.zeros(rows, self.table.shape[1])
+            made = torch.zeros(rows, self.table.shape[1])  # filler rows at the end keep 0
             made[: parts * each] = self.table.repeat_interleave(each, dim=0)
             self._expanded[key] = made.to(x.device)
         return self._expanded[key]
 
 
 class NestedLayer:
-    """A module with nested factors: what `set_rank` and `rank_stack` look for in a model."""
+    """A module with nested factors: what `set_rank` and `batched_ranks` look for in a model."""
 
     training: bool
     merged: bool  # whether the stored weight contains the update
@@ -114,7 +114,7 @@ class NestedLayer:
         raise NotImplementedError
 
     def rank_changed(self) -> None:
-        """Called after `rows` of one of them changed: a merged layer merges anew."""
+        """Called after `chosen` of one of them changed: a merged layer merges again."""
         raise NotImplementedError
 
 
@@ -129,33 +129,35 @@ class DyLoRALayer(NestedLayer, LoRALayer):
         return [self.nested] if self.adapted else []
 
     def rank_changed(self) -> None:
-        self.scaling = self.lora_alpha / self.nested.rows[1]
+        self.scaling = self.lora_alpha / self.nested.chosen.rank
         if self.merged:  # from the kept weight, so that nothing of the former rank stays
             self.unmerge()
             self.merge()
 
     def _acting(self) -> tuple[Tensor, Tensor]:
-        return lora.leading(self.lora_A, self.lora_B, self.nested.rows[1])
+        return lora.truncate(self.lora_A, self.lora_B, self.nested.chosen.rank)
 
     def _evaluation_weight(self, x: Tensor) -> Tensor | None:
-        return super()._evaluation_weight(x) if self.nested.stack is None else None
+        return super()._evaluation_weight(x) if self.nested.batched is None else None
 
     def extra_repr(self) -> str:
-        rank = f", rank={self.nested.rows[1]}" if self.adapted else ""
+        rank = f", rank={self.nested.chosen.rank}" if self.adapted else ""
         return super().extra_repr() + rank
 
 
 class _DyLoRALinear(DyLoRALayer, _LinearLayer):
     def _adapted(self, x: Tensor) -> Tensor:
         factors = self.weight, self.bias, self.lora_A, self.lora_B
-        stack, segments, transposed = self.nested.stack, self.segments, self.fan_in_fan_out
-        if stack is not None:
-            shares = stack.shares(x, x.shape[:-1].numel())
-            return lora.lora_stacked(x, *factors, self.lora_alpha, shares, segments, transposed)
-        rows = self.nested.in_force(self.training)
-        scaling = self.lora_alpha / rows[1]
+        batched, segments, transposed = self.nested.batched, self.segments, self.fan_in_fan_out
+        if batched is not None:
+            rank_scales = batched.scales(x, x.shape[:-1].numel())
+            return lora.lora_batched_ranks(
+                x, *factors, self.lora_alpha, rank_scales, segments, transposed
+            )
+        active = self.nested.current(self.training)
+        scaling = self.lora_alpha / active.rank
         return lora.lora_merged_linear(
-            x, *factors, scaling, segments, self.dropout_now, transposed, rows
+            x, *factors, scaling, segments, self.dropout_now, transposed, active
         )
 
 
@@ -179,13 +181,15 @@ class DyLoRAEmbedding(DyLoRALayer, Embedding):
             )
 
     def _update(self, ids: Tensor, **options: Any) -> Tensor:
-        factors, stack = (self.lora_A, self.lora_B), self.nested.stack
-        if stack is not None:
-            shares = stack.shares(ids, ids.numel())
-            return lora.lora_embedding(ids, *factors, self.lora_alpha, shares=shares, **options)
-        rows = self.nested.in_force(self.training)
-        scaling = self.lora_alpha / rows[1]
-        return lora.lora_embedding(ids, *factors, scaling, rows=rows, **options)
+        factors, batched = (self.lora_A, self.lora_B), self.nested.batched
+        if batched is not None:
+            rank_scales = batched.scales(ids, ids.numel())
+            return lora.lora_embedding(
+                ids, *factors, self.lora_alpha, rank_scales=rank_scales, **options
+            )
+        active = self.nested.current(self.training)
+        scaling = self.lora_alpha / active.rank
+        return lora.lora_embedding(ids, *factors, scaling, active=active, **options)
 
 
 # --- a whole model --------------------------------------------------------------------------------
@@ -198,7 +202,7 @@ def nested_layers(model: nn.Module) -> list[NestedLayer]:
 
 
 def set_rank(model: nn.Module, rank: int, frozen: bool = False) -> None:
-    """Computes with rank `rank` from now on; a merged layer is merged anew at that rank.
+    """Computes with rank `rank` from now on; a merged layer is merged again at that rank.
 
     Args:
         model: any module with DyLoRA layers, this package's or `peft_custom`'s.
@@ -209,13 +213,13 @@ def set_rank(model: nn.Module, rank: int, frozen: bool = False) -> None:
         ValueError: there is no such rank, or no such layer; nothing has changed then.
     """
     layers = nested_layers(model)
-    wanted = [(n, n.rows_of(rank, frozen)) for layer in layers for n in layer.nested_ranks()]
-    _set_rows(layers, wanted)
+    wanted = [(n, n.active_rank(rank, frozen)) for layer in layers for n in layer.nested_ranks()]
+    _choose(layers, wanted)
 
 
-def _set_rows(layers: list[NestedLayer], wanted: list[tuple[NestedRank, Rows]]) -> None:
-    for nested, rows in wanted:
-        nested.rows = rows
+def _choose(layers: list[NestedLayer], wanted: list[tuple[NestedRank, ActiveRank]]) -> None:
+    for nested, active in wanted:
+        nested.chosen = active
     for layer in layers:
         layer.rank_changed()
 
@@ -223,7 +227,7 @@ def _set_rows(layers: list[NestedLayer], wanted: list[tuple[NestedRank, Rows]]) 
 def get_rank(model: nn.Module) -> int:
     """The rank that the model computes with in its present mode; an error where layers differ."""
     found = {
-        nested.in_force(layer.training)[1]
+        nested.current(layer.training).rank
         for layer in nested_layers(model)
         for nested in layer.nested_ranks()
     }
@@ -236,16 +240,16 @@ def get_rank(model: nn.Module) -> int:
 def at_rank(model: nn.Module, rank: int) -> Iterator[None]:
     """Within the context the model evaluates with this rank; afterwards as before."""
     layers = nested_layers(model)
-    before = [(n, n.rows) for layer in layers for n in layer.nested_ranks()]
+    before = [(n, n.chosen) for layer in layers for n in layer.nested_ranks()]
     set_rank(model, rank)
     try:
         yield
     finally:
-        _set_rows(layers, before)
+        _choose(layers, before)
 
 
-def stackable(model: nn.Module) -> bool:
-    """Whether nested layers read nothing but rows of the batch, as `rank_stack` has to assume.
+def can_batch_ranks(model: nn.Module) -> bool:
+    """Whether nested layers read nothing but rows of the batch, as `batched_ranks` has to assume.
 
     A module that also feeds one of its layers with rows that all sequences share (DeBERTa's
     attention with its relative positions) has its name in `shared_row_layers`.
@@ -260,10 +264,12 @@ def stackable(model: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def rank_stack(model: nn.Module, ranks: Sequence[int], tokens: int | None = None) -> Iterator[None]:
+def batched_ranks(
+    model: nn.Module, ranks: Sequence[int], tokens: int | None = None
+) -> Iterator[None]:
     """Within the context a batch that holds the same rows K times is computed at K ranks at once.
 
-        with lora.rank_stack(model, [1, 2, 8]):
+        with lora.batched_ranks(model, [1, 2, 8]):
             logits = model(x.repeat(3, 1, 1)).chunk(3)  # of rank 1, of rank 2, of rank 8
 
     The batch is padded (K·n, L, …) or packed (K·t, …), the part of rank b_1 first.
@@ -274,32 +280,34 @@ def rank_stack(model: nn.Module, ranks: Sequence[int], tokens: int | None = None
         tokens: t or n·L, the tokens of one part; only for encoders that append filler rows.
 
     Raises:
-        ValueError: a rank outside of 1 … R, a layer in training mode or merged, a model that is
-            not `stackable`.
+        ValueError: a rank outside of 1 … R, a layer in training mode or merged, a model
+            that `can_batch_ranks` refuses.
     """
     layers = nested_layers(model)
     if not ranks:
-        raise ValueError("rank_stack: no ranks given")
-    if not stackable(model):
+        raise ValueError("batched_ranks: no ranks given")
+    if not can_batch_ranks(model):
         raise ValueError(
-            f"rank_stack: a nested layer of {type(model).__name__} also reads rows that belong to "
-            "no part of the batch (relative positions): compute one rank after the other, at_rank"
+            f"batched_ranks: a nested layer of {type(model).__name__} also reads rows that belong "
+            "to no part of the batch (relative positions): compute one rank at a time, at_rank"
         )
     for layer in layers:
         if layer.training or layer.merged:
             state = "in training mode" if layer.training else "merged"
-            raise ValueError(f"rank_stack needs eval mode and no merged layer; a layer is {state}")
+            raise ValueError(
+                f"batched_ranks needs eval mode and no merged layer; a layer is {state}"
+            )
     states = [nested for layer in layers for nested in layer.nested_ranks()]
-    stacks: dict[int, RankStack] = {}
+    by_largest: dict[int, BatchedRanks] = {}
     for nested in states:
-        checked = [nested.rows_of(rank)[1] for rank in ranks]
-        if nested.largest not in stacks:
-            stacks[nested.largest] = RankStack(checked, nested.largest, tokens)
-    before = [nested.stack for nested in states]
+        checked = [nested.active_rank(rank).rank for rank in ranks]
+        if nested.largest not in by_largest:
+            by_largest[nested.largest] = BatchedRanks(checked, nested.largest, tokens)
+    before = [nested.batched for nested in states]
     for nested in states:
-        nested.stack = stacks[nested.largest]
+        nested.batched = by_largest[nested.largest]
     try:
         yield
     finally:
-        for nested, stack in zip(states, before, strict=True):
-            nested.stack = stack
+        for nested, batched in zip(states, before, strict=True):
+            nested.batched = batched

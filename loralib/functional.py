@@ -2,7 +2,9 @@
 
     A (r, in)   B (out, r)   s = alpha / r   ΔW = s·B A        (Hu et al. 2021, eq. 3)
 
-This is the one place with that arithmetic; layers, tuners and models call it. Common rules:
+This is the one place with that arithmetic; layers, tuners and models call it. A method with a map
+of its own keeps it beside its layer and shares `compute_dtype`, `without_autocast` and
+`input_gradient`. Common rules, of those maps too:
 
 * The *compute dtype* is autocast's where autocast is on for the device, else the weight's. x is
   cast to it and y has it. A and B are fp32 parameters, cast for the products; their gradients are
@@ -17,15 +19,27 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .masks import draw_mask, masked, scale_in_force
+from .dropout_masks import draw_mask, masked, scale_in_force
 
-Rows = tuple[int, int]  # (i, b): components 0 … b act, and of these i … b get a gradient
+
+class ActiveRank(NamedTuple):
+    """Which of R nested components (DyLoRA) act in a pass, and which of these get a gradient.
+
+    Attributes:
+        first_trained: i; components i … b - 1 (counted from 0) get a gradient, those below i act as
+            constants.
+        rank: b, from 1 to R; components from b on do not act.
+    """
+
+    first_trained: int
+    rank: int
 
 
 def compute_dtype(x: Tensor, weight: Tensor | None = None) -> torch.dtype:
@@ -37,8 +51,8 @@ def compute_dtype(x: Tensor, weight: Tensor | None = None) -> torch.dtype:
     return own
 
 
-def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
-    """Keeps autocast, on around `backward()`, away from products whose types are already chosen."""
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    """Disables autocast inside `backward`: the operands' dtypes are already chosen."""
     device = x.device.type
     if torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
@@ -62,9 +76,9 @@ class _LowRankLinear(torch.autograd.Function):
         ∂L/∂A   = dᵀ (K ∘ x)                                    (n r, in)
         ∂L/∂x   = g W + K ∘ (d A)                               (N, in)    into one buffer
 
-    With rows (i, b), A_j and B_j stand for A_j[:b] and B_j[:, :b] above (nested ranks, DyLoRA): the
-    other columns of h and d are 0, and so are the gradients' rows outside of i … b. The products
-    keep the shapes of rank r, so that every b shares the kernels that a CPU compiles for a shape.
+    With an active rank (i, b) of nested factors (DyLoRA), A_j[:b] and B_j[:, :b] take the place of
+    A_j and B_j: the other columns of h and d are 0, and so are the gradients' rows outside i … b.
+    The products keep the shapes of rank r, so that every b uses the same compiled kernels.
 
     Kept for backward: x, h and the bytes of K. W is looked up, never copied. Without W (None) the
     update alone is computed; ∂L/∂W and ∂L/∂b are formed only for those who unfreeze them.
@@ -82,7 +96,7 @@ class _LowRankLinear(torch.autograd.Function):
         p: float,
         starts: tuple[int, ...],
         fan_in_fan_out: bool,
-        rows: Rows | None,
+        active: ActiveRank | None,
     ) -> Tensor:
         tokens = x.reshape(-1, x.shape[-1])  # (N, in)
         r, m = B.shape[1], B.shape[0] // len(starts)
@@ -91,8 +105,8 @@ class _LowRankLinear(torch.autograd.Function):
             mask, t = draw_mask(tokens, p), scaling * scale_in_force(p, x.device)
         seen = tokens if mask is None else masked(tokens, mask)
         h = (seen @ A.to(x.dtype).T).mul_(t)  # (N, n r)
-        if rows is not None and rows[1] < r:
-            h.unflatten(1, (-1, r))[..., rows[1] :] = 0
+        if active is not None and active.rank < r:
+            h.unflatten(1, (-1, r))[..., active.rank :] = 0
         if weight is None:
             out = h @ B.to(x.dtype).T  # (N, out)
         else:
@@ -103,7 +117,7 @@ class _LowRankLinear(torch.autograd.Function):
                 B_j = B[j * m : (j + 1) * m].to(x.dtype)  # (m, r)
                 out[:, start : start + m].addmm_(h[:, j * r : (j + 1) * r], B_j.T)
         ctx.save_for_backward(x, weight, bias, A, B, h, mask)
-        ctx.t, ctx.starts, ctx.fan_in_fan_out, ctx.rows = t, starts, fan_in_fan_out, rows
+        ctx.t, ctx.starts, ctx.fan_in_fan_out, ctx.active = t, starts, fan_in_fan_out, active
         return out.view(*x.shape[:-1], out.shape[-1])
 
     @staticmethod
@@ -112,9 +126,9 @@ class _LowRankLinear(torch.autograd.Function):
         x, weight, bias, A, B, h, mask = ctx.saved_tensors
         need_x, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
         starts, r, m = ctx.starts, B.shape[1], B.shape[0] // len(ctx.starts)
-        i, b = (0, r) if ctx.rows is None else ctx.rows
+        i, b = (0, r) if ctx.active is None else ctx.active
         dx = dW = db = dA = dB = None
-        with _without_autocast(x):
+        with without_autocast(x):
             tokens, g = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
             parts = [g[:, start : start + m] for start in starts]  # n of (N, m)
             if need_B:
@@ -136,7 +150,7 @@ class _LowRankLinear(torch.autograd.Function):
                 if i:
                     dA.unflatten(0, (-1, r))[:, :i] = 0
             if need_x:
-                dx = _input_gradient(g, d, weight, A.to(x.dtype), mask, ctx.fan_in_fan_out)
+                dx = input_gradient(g, d, weight, A.to(x.dtype), mask, ctx.fan_in_fan_out)
                 dx = dx.view(x.shape)
             if need_weight:
                 dW = (tokens.T @ g if ctx.fan_in_fan_out else g.T @ tokens).to(weight.dtype)
@@ -145,7 +159,7 @@ class _LowRankLinear(torch.autograd.Function):
         return dx, dW, db, dA, dB, *(None,) * 5
 
 
-def leading(A: Tensor, B: Tensor, b: int) -> tuple[Tensor, Tensor]:
+def truncate(A: Tensor, B: Tensor, b: int) -> tuple[Tensor, Tensor]:
     """A_j[:b] and B_j[:, :b] of all n segments: (n b, in) and (m n, b), of A (n R, in), B (m n, R).
 
     Views, except that A's rows are gathered where there are several segments and b < R.
@@ -156,10 +170,19 @@ def leading(A: Tensor, B: Tensor, b: int) -> tuple[Tensor, Tensor]:
     return A.unflatten(0, (-1, R))[:, :b].flatten(0, 1), B[:, :b]
 
 
-def _input_gradient(
+def input_gradient(
     g: Tensor, d: Tensor, weight: Tensor | None, A: Tensor, mask: Tensor | None, transposed: bool
 ) -> Tensor:
-    """g W + K ∘ (d A), (N, in); see `_LowRankLinear`."""
+    """∂L/∂x = g W + K ∘ (d A), (N, in), into one buffer where K is None; see `_LowRankLinear`.
+
+    Args:
+        g: ∂L/∂y, (N, out).
+        d: ∂L/∂(x Aᵀ), (N, r), scaled.
+        weight: W as stored, or None: the second term alone.
+        A: (r, in), in the dtype of g.
+        mask: K, the dropout mask (N, in), or None.
+        transposed: W is stored (in, out).
+    """
     if weight is None:
         return d @ A if mask is None else masked(d @ A, mask)
     W = weight.to(g.dtype)
@@ -176,7 +199,7 @@ def lora_linear(
     scaling: float,
     p: float = 0.0,
     fan_in_fan_out: bool = False,
-    rows: Rows | None = None,
+    active: ActiveRank | None = None,
 ) -> Tensor:
     """x Wᵀ + b + s·(drop(x) Aᵀ) Bᵀ.
 
@@ -188,21 +211,27 @@ def lora_linear(
         scaling: s.
         p: dropout probability in force, on the low-rank branch's input only.
         fan_in_fan_out: whether the weight is stored transposed, as GPT-2's Conv1D does.
-        rows: (i, b) of nested factors: A[:b] and B[:, :b] act, their rows from i on get gradients.
+        active: (i, b) of nested factors: A[:b] and B[:, :b] act, components from i on get
+            gradients; None: all act, and all get gradients.
 
     Returns:
         (..., out) in the compute dtype.
     """
     x = x.to(compute_dtype(x, weight))
-    return _LowRankLinear.apply(x, weight, bias, A, B, scaling, p, (0,), fan_in_fan_out, rows)
+    return _LowRankLinear.apply(x, weight, bias, A, B, scaling, p, (0,), fan_in_fan_out, active)
 
 
 def lora_update(
-    x: Tensor, A: Tensor, B: Tensor, scaling: float, p: float = 0.0, rows: Rows | None = None
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    p: float = 0.0,
+    active: ActiveRank | None = None,
 ) -> Tensor:
     """s·(drop(x) Aᵀ) Bᵀ alone, (..., out): the update of a base layer that computes for itself."""
     x = x.to(compute_dtype(x))
-    return _LowRankLinear.apply(x, None, None, A, B, scaling, p, (0,), False, rows)
+    return _LowRankLinear.apply(x, None, None, A, B, scaling, p, (0,), False, active)
 
 
 def lora_merged_linear(
@@ -215,7 +244,7 @@ def lora_merged_linear(
     enabled: Sequence[bool],
     p: float = 0.0,
     fan_in_fan_out: bool = False,
-    rows: Rows | None = None,
+    active: ActiveRank | None = None,
 ) -> Tensor:
     """A linear layer whose output is several (q, k, v), some of them with an update of their own.
 
@@ -231,7 +260,7 @@ def lora_merged_linear(
         enabled: for each segment of the output whether it has an update.
         p: dropout probability in force.
         fan_in_fan_out: whether the weight is stored transposed.
-        rows: as in `lora_linear`, of every A_j and B_j.
+        active: as in `lora_linear`, of every A_j and B_j.
 
     Returns:
         (..., out) in the compute dtype.
@@ -243,30 +272,31 @@ def lora_merged_linear(
     m = B.shape[0] // n
     starts = tuple(j * m for j, on in enumerate(enabled) if on)
     x = x.to(compute_dtype(x, weight))
-    return _LowRankLinear.apply(x, weight, bias, A, B, scaling, p, starts, fan_in_fan_out, rows)
+    return _LowRankLinear.apply(x, weight, bias, A, B, scaling, p, starts, fan_in_fan_out, active)
 
 
-def lora_stacked(
+def lora_batched_ranks(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     A: Tensor,
     B: Tensor,
     scaling: float,
-    shares: Tensor,
+    rank_scales: Tensor,
     enabled: Sequence[bool] = (True,),
     fan_in_fan_out: bool = False,
 ) -> Tensor:
-    """`lora_merged_linear`, undropped, where every row of x weighs the components in its own way.
+    """`lora_merged_linear` without dropout, where every row of x has a rank of its own.
 
-    y = x Wᵀ + b, and y's j-th enabled segment += s·((x A_jᵀ) ∘ shares) B_jᵀ. So rows of several
-    ranks are one batch: the products are those of one rank, whatever the shares are.
+    y = x Wᵀ + b, and y's j-th enabled segment += s·((x A_jᵀ) ∘ c) B_jᵀ with c = `rank_scales`: a
+    row at rank b has c = 1/b for its b components and 0 for the rest. So rows of several ranks are
+    one batch: the products are those of one rank, whatever c is.
 
     Args:
         x: (..., in), N rows in all.
         weight, bias, A, B, scaling, enabled, fan_in_fan_out: as in `lora_merged_linear`; without a
             weight the update of a single segment alone is computed.
-        shares: (N, R) fp32.
+        rank_scales: c, (N, R) fp32.
 
     Returns:
         (..., out) in the compute dtype.
@@ -275,7 +305,7 @@ def lora_stacked(
     rows, R, n = x.reshape(-1, x.shape[-1]), B.shape[1], sum(enabled)
     m = B.shape[0] // n
     h = (rows @ A.to(x.dtype).T).unflatten(1, (n, R))  # (N, n, R)
-    h = h.mul_(shares[:, None])  # whose fp32 rounds once: 1/3 is none of bf16's numbers
+    h = h.mul_(rank_scales[:, None])  # kept in fp32, so that 1/3 is not rounded to bf16 first
     low = B.to(x.dtype)
     if weight is None:
         out = (h[:, 0] @ low.T) * scaling
@@ -298,21 +328,21 @@ def lora_embedding(
     max_norm: float | None = None,
     norm_type: float = 2.0,
     scale_grad_by_freq: bool = False,
-    rows: Rows | None = None,
-    shares: Tensor | None = None,
+    active: ActiveRank | None = None,
+    rank_scales: Tensor | None = None,
 ) -> Tensor:
     """s·Aᵀ[ids] Bᵀ, (..., dim): what a table's rows gain. A (r, num), B (dim, r).
 
-    `rows` is as in `lora_linear`, `shares` as in `lora_stacked` (one row for every id). The other
-    keyword arguments are those of the lookup in the base table; they act on the lookup in Aᵀ.
+    `active` is as in `lora_linear`, `rank_scales` as in `lora_batched_ranks` (a row for every id).
+    The other keyword arguments are those of the base table's lookup; they act on the lookup in Aᵀ.
     There is no `sparse`: torch has no sparse gradient for A, whose columns are what is looked up.
     """
     found = F.embedding(ids, A.T, padding_idx, max_norm, norm_type, scale_grad_by_freq)  # (..., r)
-    if shares is not None:
-        found = found * shares.view(found.shape)
-    if rows is None:
+    if rank_scales is not None:
+        found = found * rank_scales.view(found.shape)
+    if active is None:
         return (found @ B.T) * scaling
-    i, b = rows
+    i, b = active
     out = found[..., i:b] @ B[:, i:b].T
     if i:  # these act, but as constants
         out = out + found[..., :i].detach() @ B[:, :i].detach().T
@@ -380,5 +410,5 @@ def delta_weight(A: Tensor, B: Tensor, scaling: float, fan_in_fan_out: bool = Fa
     """ΔW = s·B A in at least fp32: (out, in), or (in, out) as stored with `fan_in_fan_out`."""
     dtype = torch.promote_types(A.dtype, torch.float32)
     A, B = A.to(dtype), B.to(dtype)
-    with _without_autocast(A):
+    with without_autocast(A):
         return (A.T @ B.T if fan_in_fan_out else B @ A).mul_(scaling)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .dylora import DyLoRALayer
-from .functional import leading
+from .functional import truncate
 
 BIAS_CHOICES = ("none", "all", "lora_only")
 
@@ -63,8 +63,8 @@ def lora_state_dict(
         return tensors
     for name, layer in model.named_modules(remove_duplicate=False):
         if isinstance(layer, DyLoRALayer) and layer.adapted:
-            _, b = layer.nested.rows_of(rank)
+            b = layer.nested.active_rank(rank).rank
             prefix = f"{name}." if name else ""
-            A, B = leading(tensors[f"{prefix}lora_A"], tensors[f"{prefix}lora_B"], b)
+            A, B = truncate(tensors[f"{prefix}lora_A"], tensors[f"{prefix}lora_B"], b)
             tensors |= {f"{prefix}lora_A": A.clone(), f"{prefix}lora_B": B.clone()}
     return tensors

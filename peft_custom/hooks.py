@@ -42,8 +42,8 @@ __all__ = [
     "TrainingHooks",
     "attach",
     "attached_hooks",
-    "mark_schedule",
-    "note_unfinished",
+    "set_finished",
+    "warn_if_unfinished",
     "refuse_if_attached",
     "schedule_finished",
 ]
@@ -244,7 +244,7 @@ class AttachedHooks(TrainingHooks):
         for owner, part in zip(self.owners, self.parts, strict=True):
             if part.prepared or not part.requires_prepare:
                 part.begin_step()
-            mark_schedule(owner, part.finished)
+            set_finished(owner, part.finished)
 
     def _rewind(self) -> Callable[[], None]:
         state = copy.deepcopy(self.state_dict())
@@ -383,7 +383,7 @@ class AttachedHooks(TrainingHooks):
         self._driver.remove()
         self._driver = None
         for owner, part in zip(self.owners, self.parts, strict=True):
-            mark_schedule(owner, part.finished)
+            set_finished(owner, part.finished)
             _attached.pop(owner, None)
             part.remove()
 
@@ -427,7 +427,7 @@ def refuse_if_attached(tuner: nn.Module, call: str = "update_and_allocate") -> N
         )
 
 
-def mark_schedule(tuner: Any, finished: bool) -> None:
+def set_finished(tuner: Any, finished: bool) -> None:
     """Notes on a tuner whether its adapter has its final form, as a file says it does."""
     if getattr(tuner, "_schedule_finished", None) is not finished:
         tuner._schedule_finished = finished
@@ -447,7 +447,7 @@ def schedule_finished(tuner: Any) -> bool:
     return bool(getattr(tuner, "_schedule_finished", False))
 
 
-def note_unfinished(tuner: Any, config: Any) -> None:
+def warn_if_unfinished(tuner: Any, config: Any) -> None:
     """Before an adapter is written: an unfinished one warns and gets `finished: false`.
 
     Args:
@@ -504,7 +504,7 @@ def attach(
     for owner in owners:
         part = owner.training_hooks(model, inner, total_steps, seed=seed, **schedule)
         if part is None:
-            mark_schedule(owner, True)
+            set_finished(owner, True)
         else:
             parts.append((owner, part))
     if schedule and not parts:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import PeftConfig, TaskType
-from .hooks import mark_schedule
+from .hooks import set_finished
 from .save_and_load import load_peft_weights, save_adapter, set_peft_model_state_dict
 from .status import count_parameters
 from .tuners.base import BaseTuner, iter_adapters, tuner_class
@@ -389,7 +389,7 @@ class PeftModel(nn.Module):
     ) -> None:
         state = load_peft_weights(model_id, None, subfolder, **hub)
         set_peft_model_state_dict(self, state, adapter, source=str(model_id))
-        mark_schedule(self.base_model, getattr(self.peft_config[adapter], "finished", True))
+        set_finished(self.base_model, getattr(self.peft_config[adapter], "finished", True))
 
 
 def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:

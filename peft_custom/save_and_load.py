@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .config import BIN_NAME, SAFETENSORS_NAME, find_file, written_aside
-from .hooks import note_unfinished
+from .hooks import warn_if_unfinished
 from .tuners.base import BaseTuner, iter_tuners
 from .tuners.modules_to_save import ModulesToSaveWrapper
 
@@ -215,7 +215,7 @@ def save_adapter(
     tuner = tuner_of(model)
     config, tensors = tuner.export(adapter, **export_options)
     config.inference_mode = True
-    note_unfinished(tuner, config)
+    warn_if_unfinished(tuner, config)
     state = _complete(model, tuner, adapter, tensors, state_dict, save_embedding_layers)
     folder.mkdir(parents=True, exist_ok=True)
     state = {key: value.cpu().contiguous().clone() for key, value in state.items()}

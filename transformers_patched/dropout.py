@@ -1,4 +1,4 @@
-"""Dropout that costs little on a CPU: masks from random words, kept as bytes (`loralib.masks`).
+"""Cheap dropout on a CPU: masks from random words, kept as bytes (`loralib.dropout_masks`).
 
     y = keep * x / (1 - q),    P(keep = 0) = q,    q = round(256 p) / 256
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from loralib.masks import draw_mask, masked, scale_in_force
+from loralib.dropout_masks import draw_mask, masked, scale_in_force
 
 
 def check_probability(p: float) -> float:

@@ -59,11 +59,11 @@ class RankPredictor:
 
         A model that cannot be stacked has one pass for every rank.
         """
-        if not loralib.stackable(model):
+        if not loralib.can_batch_ranks(model):
             return [self._at(model, arguments, int(view[1:])) for view in views]
         labels = arguments.get("labels")
         inputs = {name: value for name, value in arguments.items() if name != "labels"}
-        with loralib.rank_stack(model, [int(view[1:]) for view in views]):
+        with loralib.batched_ranks(model, [int(view[1:]) for view in views]):
             logits = model(**repeated(inputs, len(views))).logits.chunk(len(views))
         losses = [None] * len(views)
         if labels is not None:

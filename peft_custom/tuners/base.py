@@ -4,7 +4,7 @@ A method is three short files. `layer.py` has a `BaseTunerLayer` (the formula), 
 `PeftConfig` (the options), `model.py` a `BaseTuner` registered under its adapter type:
 
     @register_tuner("LORA", LoraConfig)
-    class LoraModel(BaseTuner):
+    class LoraModel(BaseTuner[LoraConfig]):
         def new_layer(self, base, name, config): ...
         def add_to_layer(self, layer, adapter, name, config): ...
 """
@@ -15,7 +15,7 @@ import contextlib
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,10 @@ from ..config import CONFIG_CLASSES, PeftConfig
 from . import targets
 from .modules_to_save import BASE, ModulesToSaveWrapper, Routes
 from .parameters import decay_groups, trained_biases
-from .tuner_layer import BaseTunerLayer, iter_adapters, keep_from_bypassing
+from .tuner_layer import BaseTunerLayer, disable_fast_path, iter_adapters
+
+if TYPE_CHECKING:
+    from ..hooks.base import TrainingHooks
 
 __all__ = [
     "BaseTuner",
@@ -35,15 +38,16 @@ __all__ = [
     "tuner_class",
 ]
 
+ConfigT = TypeVar("ConfigT", bound=PeftConfig)
+TunerT = TypeVar("TunerT", bound="type[BaseTuner]")
+
 TUNERS: dict[str, type[BaseTuner]] = {}
 
 
-def register_tuner(
-    peft_type: str, config_class: type[PeftConfig]
-) -> Callable[[type[BaseTuner]], type[BaseTuner]]:
+def register_tuner(peft_type: str, config_class: type[PeftConfig]) -> Callable[[TunerT], TunerT]:
     """Class decorator: makes `peft_type` known to `get_peft_model` and to saved files."""
 
-    def register(tuner: type[BaseTuner]) -> type[BaseTuner]:
+    def register(tuner: TunerT) -> TunerT:
         tuner.peft_type = peft_type
         tuner.config_class = config_class
         TUNERS[peft_type] = tuner
@@ -72,19 +76,22 @@ def iter_tuners(model: nn.Module) -> Iterator[BaseTuner]:
                 yield tuner
 
 
-class BaseTuner(nn.Module):
-    """Puts adapters of one type into a model and manages them; `model` is the injected model."""
+class BaseTuner(nn.Module, Generic[ConfigT]):
+    """Puts adapters of one type into a model and manages them; `model` is the injected model.
+
+    A method names its options: `class LoraModel(BaseTuner[LoraConfig])`.
+    """
 
     peft_type: ClassVar[str]
     config_class: ClassVar[type[PeftConfig]]
     target_types: ClassVar[str] = "Linear"  # named in the error for a layer that cannot be adapted
 
-    def __init__(self, model: nn.Module, config: PeftConfig, adapter_name: str = "default") -> None:
+    def __init__(self, model: nn.Module, config: ConfigT, adapter_name: str = "default") -> None:
         super().__init__()
         self.model = model
-        self.peft_config: dict[str, PeftConfig] = {}
+        self.peft_config: dict[str, ConfigT] = {}
         self.active_adapters: list[str] = []
-        self._slowed: list[tuple[nn.Module, int]] = []  # see keep_from_bypassing
+        self._fast_path_flags: list[tuple[nn.Module, int]] = []  # see disable_fast_path
         self._unties = False  # whether a saved module's copy no longer shares its weight
         self.training = model.training
         self.add_adapter(adapter_name, config)
@@ -92,20 +99,24 @@ class BaseTuner(nn.Module):
         self.set_adapter(adapter_name)
 
     # --- what a method implements ---------------------------------------------------------------
-    def new_layer(self, base: nn.Module, name: str, config: Any) -> BaseTunerLayer | None:
+    def new_layer(self, base: nn.Module, name: str, config: ConfigT) -> BaseTunerLayer | None:
         """The wrapper for one base layer; None when the layer's type cannot be adapted."""
         raise NotImplementedError
 
-    def add_to_layer(self, layer: BaseTunerLayer, adapter: str, name: str, config: Any) -> None:
+    def add_to_layer(self, layer: BaseTunerLayer, adapter: str, name: str, config: ConfigT) -> None:
         """Creates adapter `adapter`'s parameters in `layer`, whose module name is `name`."""
         raise NotImplementedError
 
-    def check_config(self, config: Any, names: list[str]) -> None:
+    def check_config(self, config: ConfigT, names: list[str]) -> None:
         """Refuses configurations that do not fit the chosen modules; nothing by default."""
 
     def training_hooks(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, total_steps: int, **options: Any
-    ) -> Any:
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        total_steps: int | None,
+        **options: Any,
+    ) -> TrainingHooks | None:
         """Hooks that adapt the adapter while it trains; None for methods that only train."""
         return None
 
@@ -143,7 +154,7 @@ class BaseTuner(nn.Module):
         return self.model(*args, **kwargs)
 
     # --- injection -----------------------------------------------------------------------------
-    def add_adapter(self, adapter: str, config: PeftConfig) -> None:
+    def add_adapter(self, adapter: str, config: ConfigT) -> None:
         """Injects one more adapter; it is not activated. The configuration is copied."""
         if not isinstance(config, self.config_class) or config.peft_type != self.peft_type:
             raise TypeError(
@@ -186,7 +197,7 @@ class BaseTuner(nn.Module):
                 stacklevel=6,
             )
 
-    def _resolve(self, config: Any) -> list[tuple[str, nn.Module]]:
+    def _resolve(self, config: ConfigT) -> list[tuple[str, nn.Module]]:
         """Chosen (name, module) pairs; `target_modules` None and "all-linear" become entries."""
         opaque = (BaseTunerLayer, ModulesToSaveWrapper)
         modules = list(targets.walk(self.model, opaque))
@@ -202,7 +213,7 @@ class BaseTuner(nn.Module):
         by_name = dict(modules)
         return [(name, by_name[name]) for name in targets.select_targets(seen_as, config)]
 
-    def _modules_to_save(self, config: Any) -> list[nn.Module]:
+    def _modules_to_save(self, config: ConfigT) -> list[nn.Module]:
         entries = targets.as_list(getattr(config, "modules_to_save", None))
         opaque = (BaseTunerLayer, ModulesToSaveWrapper)
         modules = list(targets.walk(self.model, opaque))
@@ -218,13 +229,13 @@ class BaseTuner(nn.Module):
             if any(targets.name_matches(name, entry) for entry in entries)
         ]
 
-    def _wrap(self, adapter: str, config: Any, chosen: list[tuple[str, nn.Module]]) -> None:
+    def _wrap(self, adapter: str, config: ConfigT, chosen: list[tuple[str, nn.Module]]) -> None:
         """Wraps the chosen modules; nothing is replaced unless every one of them can be adapted."""
         layers: list[tuple[nn.Module, BaseTunerLayer]] = []
         try:
             for name, module in chosen:
                 layer = module
-                if targets.read_past(module):
+                if targets.bypassed_by_parent(module):
                     raise NotImplementedError(
                         f"{name!r}: nn.MultiheadAttention reads this weight past the module, so an "
                         "adapter on it would do nothing; leave it out of target_modules"
@@ -246,7 +257,7 @@ class BaseTuner(nn.Module):
             if module is not layer:
                 layer.train(module.training)
                 self._replace(module, layer)
-        self._slowed += keep_from_bypassing(self.model)
+        self._fast_path_flags += disable_fast_path(self.model)
 
     def _replace(self, old: nn.Module, new: nn.Module) -> None:
         """Puts `new` wherever `old` is registered (a module may have several names)."""
@@ -292,7 +303,7 @@ class BaseTuner(nn.Module):
             for parameter in self.bias_parameters(name).values():
                 parameter.requires_grad_(name in trained)
 
-    def adapter_config(self, name: str) -> Any:
+    def adapter_config(self, name: str) -> ConfigT:
         """The configuration of one adapter; an unknown name is an error."""
         if name not in self.peft_config:
             raise ValueError(f"no adapter {name!r}; there are: {', '.join(self.peft_config)}")
@@ -433,7 +444,7 @@ class BaseTuner(nn.Module):
             self._replace(wrapper, wrapper.current_module())
         if self._unties:
             self._untie_config()
-        for module, flag in self._slowed:
+        for module, flag in self._fast_path_flags:
             module.activation_relu_or_gelu = flag
         self.model.__dict__.pop("_injecting_tuners", None)
         return self.model

@@ -45,8 +45,8 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "weight")
 
 
-def read_past(module: nn.Module) -> bool:
-    """Whether the parent uses this module's weight without calling it (`nn.MultiheadAttention`)."""
+def bypassed_by_parent(module: nn.Module) -> bool:
+    """Whether the parent reads this module's weight itself (`nn.MultiheadAttention` does)."""
     return type(module).__name__ == "NonDynamicallyQuantizableLinear"
 
 
@@ -120,7 +120,7 @@ def all_linear(
         name
         for name, module in candidates
         if (isinstance(module, nn.Linear) or is_conv1d(module))
-        and not read_past(module)
+        and not bypassed_by_parent(module)
         and name.startswith(inside)
         and module is not output
         and not under(name, skip)

@@ -266,7 +266,7 @@ def iter_adapters(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
             yield name, module
 
 
-def keep_from_bypassing(model: nn.Module) -> list[tuple[nn.Module, int]]:
+def disable_fast_path(model: nn.Module) -> list[tuple[nn.Module, int]]:
     """Stops `nn.TransformerEncoderLayer` from computing past its adapters.
 
     In eval mode that class computes from its linear layers' weights without calling them. A flag of

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor, nn
 
-from loralib.svd import svd_linear, svd_update
 from peft_custom import CRITERIA, AdaLoraConfig, criterion, get_peft_model
 from peft_custom.tuners.adalora.allocator import Schedule, top
 from peft_custom.tuners.adalora.criteria import inputs
+from peft_custom.tuners.adalora.functional import svd_linear, svd_update
 from peft_custom.tuners.adalora.orthogonality import add_gradient, penalty
 from peft_custom.tuners.adalora.triplets import Triplets
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loralib.masks import masked
+from loralib.dropout_masks import masked
 from peft_custom.tuners.bim_lora import functional as bim
 
 FORMS = [

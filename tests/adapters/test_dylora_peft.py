@@ -111,12 +111,12 @@ def test_ranks_stacked_in_one_padded_batch() -> None:
     for b in ranks:
         with model.at_rank(b), torch.no_grad():
             expected.append(model(IDS, attention_mask=mask).logits)
-    with model.rank_stack(ranks), torch.no_grad():
+    with model.batched_ranks(ranks), torch.no_grad():
         found = model(IDS.repeat(3, 1), attention_mask=mask.repeat(3, 1)).logits.chunk(3)
     for mine, other in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, other, rtol=0, atol=1e-5)
     model.train()
-    with pytest.raises(ValueError, match="training mode"), model.rank_stack(ranks):
+    with pytest.raises(ValueError, match="training mode"), model.batched_ranks(ranks):
         pass
 
 
@@ -157,7 +157,7 @@ def test_ranks_stacked_in_one_packed_batch(wiring: str) -> None:
     for b in ranks:
         with loralib.at_rank(model, b):
             expected.append(run(1))
-    with loralib.rank_stack(model, ranks):
+    with loralib.batched_ranks(model, ranks):
         found = run(4).chunk(4)
     for mine, other in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, other, rtol=0, atol=2e-5)
@@ -172,7 +172,7 @@ def test_conv1d_bases_and_layers_that_cannot_be_adapted() -> None:
     for b in (1, 3):
         with model.at_rank(b):
             expected[b] = logits(model)
-    with model.rank_stack([1, 3]), torch.no_grad():
+    with model.batched_ranks([1, 3]), torch.no_grad():
         found = model(IDS.repeat(2, 1)).logits.chunk(2)
     torch.testing.assert_close(found[0], expected[1], rtol=0, atol=1e-5)
     torch.testing.assert_close(found[1], expected[3], rtol=0, atol=1e-5)
@@ -194,7 +194,7 @@ def test_hooked_base_layers_compute_the_same() -> None:
     for b in (1, 4):
         with model.at_rank(b):
             torch.testing.assert_close(logits(model), expected[b], rtol=0, atol=1e-5)
-    with model.rank_stack([4, 1]), torch.no_grad():
+    with model.batched_ranks([4, 1]), torch.no_grad():
         found = model(IDS.repeat(2, 1)).logits.chunk(2)
     torch.testing.assert_close(found[0], expected[4], rtol=0, atol=1e-5)
 
@@ -208,7 +208,7 @@ def test_mixed_adapters_at_their_own_ranks() -> None:
     with torch.no_grad():
         mixed = model(IDS, adapter_names=names).logits
     torch.testing.assert_close(mixed[[0, 2]], alone[[0, 2]], rtol=0, atol=1e-5)
-    with pytest.raises(ValueError, match="exclude each other"), model.rank_stack([1, 2]):
+    with pytest.raises(ValueError, match="exclude each other"), model.batched_ranks([1, 2]):
         model(IDS, adapter_names=names)
 
 
@@ -254,7 +254,7 @@ def test_save_and_load_the_nested_adapter(tmp_path: Path) -> None:
     assert values["peft_type"] == "DYLORA" and values["r"] == R and "finished" not in values
     loaded = PeftModel.from_pretrained(bert(), tmp_path)
     assert loaded.get_rank() == R and schedule_finished(loaded.base_model)
-    assert loaded.peft_config["default"].draws == model.peft_config["default"].draws
+    assert loaded.peft_config["default"].sampling == model.peft_config["default"].sampling
     for b in range(1, R + 1):
         with model.at_rank(b), loaded.at_rank(b):
             assert torch.equal(logits(model), logits(loaded))

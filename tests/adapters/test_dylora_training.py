@@ -1,4 +1,4 @@
-"""DyLoRA while it trains: draws, rows that truly stay, resuming, loops, processes."""
+"""DyLoRA while it trains: sampled ranks, rows that truly stay, resuming, loops, processes."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 import loralib
 import transformers_patched as patched
 from ivon import IVON
+from loralib.functional import ActiveRank
 from peft_custom import (
     DyLoraConfig,
     PeftModel,
@@ -33,7 +34,7 @@ from peft_custom import (
 from peft_custom.hook_files import load_hooks_state, save_hooks_state
 from peft_custom.hooks import schedule_finished
 from peft_custom.integrations import TunerCallback
-from peft_custom.tuners.dylora.draws import RankDraws
+from peft_custom.tuners.dylora.sampling import RankSampling
 
 R, STEPS, SEED = 5, 9, 7
 OPTIMIZERS = {
@@ -116,7 +117,7 @@ def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
     return found
 
 
-# --- the draws ------------------------------------------------------------------------------------
+# --- sampling -----------------------------------------------------------------------------------
 @settings(max_examples=60, deadline=None)
 @given(
     largest=st.integers(1, 64), data=st.data(), seed=st.integers(-5, 2**40),
@@ -124,11 +125,13 @@ def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
 )  # fmt: skip
 def test_draws_are_a_function_of_seed_and_step(largest, data, seed, step, p) -> None:
     r_min = data.draw(st.integers(1, largest))
-    draws = RankDraws(largest, r_min, dylora_dist="uniform" if p is None else f"geometric({p!r})")
-    b = draws.rank(seed, step)
+    sampling = RankSampling(
+        largest, r_min, dylora_dist="uniform" if p is None else f"geometric({p!r})"
+    )
+    b = sampling.rank(seed, step)
     assert r_min <= b <= largest
-    assert b == RankDraws(largest, r_min, dylora_dist=draws.dylora_dist).rank(seed, step)
-    chances = draws.probabilities
+    assert b == RankSampling(largest, r_min, dylora_dist=sampling.dylora_dist).rank(seed, step)
+    chances = sampling.probabilities
     assert list(chances) == list(range(r_min, largest + 1))
     assert sum(chances.values()) == pytest.approx(1.0)
     for low, high in zip(range(r_min, largest), range(r_min + 1, largest + 1), strict=True):
@@ -140,14 +143,14 @@ def test_draws_are_a_function_of_seed_and_step(largest, data, seed, step, p) -> 
 @pytest.mark.parametrize("dist", ["uniform", "geometric(0.15)", "geometric(0.7)"])
 @pytest.mark.parametrize("r_min", [1, 3])
 def test_chi_square_of_ten_thousand_draws(dist: str, r_min: int) -> None:
-    draws = RankDraws(8, r_min, dylora_dist=dist)
-    counts = Counter(draws.rank(SEED, step) for step in range(10_000))
-    chi = sum((counts[b] - 1e4 * q) ** 2 / (1e4 * q) for b, q in draws.probabilities.items())
+    sampling = RankSampling(8, r_min, dylora_dist=dist)
+    counts = Counter(sampling.rank(SEED, step) for step in range(10_000))
+    chi = sum((counts[b] - 1e4 * q) ** 2 / (1e4 * q) for b, q in sampling.probabilities.items())
     assert chi < 29.9  # of 7 degrees of freedom: exceeded once in 10⁴ (fewer degrees: rarer)
 
 
 def test_geometric_is_renormalised_over_the_support() -> None:
-    chances = RankDraws(4, 2, dylora_dist="geometric(0.5)").probabilities
+    chances = RankSampling(4, 2, dylora_dist="geometric(0.5)").probabilities
     assert chances == pytest.approx({2: 4 / 7, 3: 2 / 7, 4: 1 / 7})
 
 
@@ -229,7 +232,7 @@ def test_the_published_drift_figure() -> None:
         optimizer = torch.optim.AdamW([layer.lora_A, layer.lora_B], 0.01, weight_decay=0.0)
         hooks = attach(layer, optimizer, 9)
         for row in (4, 1):
-            layer.nested.drawn = (row - 1, row)
+            layer.nested.sampled = ActiveRank(row - 1, row)
             before = layer.lora_A.detach().clone()
             layer(torch.ones(3)).sum().backward()
             optimizer.step()
@@ -258,23 +261,23 @@ def test_at_the_largest_rank_training_is_loras() -> None:
 # --- one rank per step ----------------------------------------------------------------------------
 def test_one_rank_per_step_under_accumulation_and_evaluation() -> None:
     model = injected()
-    draws = model.peft_config["default"].draws
+    sampling = model.peft_config["default"].sampling
     optimizer = torch.optim.AdamW(trainable(model), 0.01)
     hooks = attach(model, optimizer, STEPS, seed=SEED)
     for step in range(STEPS):
         for _ in range(3):  # micro-batches
-            assert model.get_rank() == draws.rank(SEED, step)
+            assert model.get_rank() == sampling.rank(SEED, step)
             loss_of(model, step).backward()
         model.eval()
         assert model.get_rank() == R
         model.set_rank(2)  # even without setting it back
         loss_of(model, 0)
         model.train()
-        assert model.get_rank() == draws.rank(SEED, step)
+        assert model.get_rank() == sampling.rank(SEED, step)
         model.set_rank(R)
         optimizer.step()
         optimizer.zero_grad()
-        assert hooks.log() == {"rank": draws.rank(SEED, step)}
+        assert hooks.log() == {"rank": sampling.rank(SEED, step)}
     hooks.remove()
     assert model.get_rank() == R and schedule_finished(model.base_model)
 
@@ -290,7 +293,7 @@ def test_evaluating_changes_nothing_of_training() -> None:
             if look:
                 model.eval()
                 ids = torch.arange(6)
-                with loralib.rank_stack(model, range(1, R + 1)), torch.inference_mode():
+                with loralib.batched_ranks(model, range(1, R + 1)), torch.inference_mode():
                     model(ids.repeat(R))
                 with loralib.at_rank(model, 1), torch.no_grad():
                     model(ids)
@@ -368,8 +371,8 @@ def hugging_face(folder: Path) -> PeftModel:
     )
     made.train()
     logged = [line["tuner/rank"] for line in made.state.log_history if "tuner/rank" in line]
-    draws = model.peft_config["default"].draws
-    assert logged == [draws.rank(SEED, step) for step in range(6)]
+    sampling = model.peft_config["default"].sampling
+    assert logged == [sampling.rank(SEED, step) for step in range(6)]
     assert attached_hooks(model) is None
     return model
 
@@ -407,8 +410,8 @@ def test_attach_drives_our_models_layers() -> None:
         model(torch.randint(2, 40, (4, 6)), labels=torch.tensor([0, 1, 2, 0])).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    draws = RankDraws(R, 2, "frozen")
-    assert ranks == [draws.rank(SEED, step) for step in range(STEPS)]
+    sampling = RankSampling(R, 2, "frozen")
+    assert ranks == [sampling.rank(SEED, step) for step in range(STEPS)]
     again = attach(model, optimizer, STEPS, seed=SEED)  # replaces
     assert attached_hooks(model) is again and hooks is not again
 
@@ -423,7 +426,7 @@ def test_attach_needs_the_factors_in_the_optimizer() -> None:
         configure_dylora(nn.Linear(3, 3))
     with pytest.raises(ValueError, match="r_min=9"):
         configure_dylora(model, r_min=9)
-    model[3].nested.draws = {"dylora_mode": "frozen"}
+    model[3].nested.sampling_options = {"dylora_mode": "frozen"}
     with pytest.raises(ValueError, match="different r or options"):
         attach(model, torch.optim.SGD(trainable(model), 0.1), STEPS)
 
@@ -436,14 +439,14 @@ def test_a_copied_optimizer_is_refused() -> None:
     loss_of(model, 0).backward()
     with pytest.raises(RuntimeError, match="attached to another optimiser"):
         other.step()
-    assert copy.deepcopy(model)[3].nested.draws == {}
+    assert copy.deepcopy(model)[3].nested.sampling_options == {}
 
 
 def test_full_rank_steps_hold_nothing() -> None:
     model = injected(r_min=R)
     hooks = attach(model, torch.optim.SGD(trainable(model), 0.1), STEPS)
     hooks.parts[0].before_step()
-    assert not hooks.parts[0].held._held
+    assert not hooks.parts[0].frozen_rows._saved
 
 
 def test_loss_stays_finite_and_every_rank_learns() -> None:

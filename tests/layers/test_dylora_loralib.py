@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import loralib as lora
+from loralib.functional import ActiveRank
 
 R = 5
 MAKERS = {
@@ -279,7 +280,7 @@ def test_at_rank_restores_even_after_an_error() -> None:
     with pytest.raises(KeyError), lora.at_rank(made, 2):
         assert lora.get_rank(made) == 2
         raise KeyError
-    assert lora.get_rank(made) == 4 and made[3].nested.rows == (3, 4)
+    assert lora.get_rank(made) == 4 and made[3].nested.chosen == (3, 4)
     with lora.at_rank(made, R):
         assert torch.equal(made(ids), full)
 
@@ -287,7 +288,7 @@ def test_at_rank_restores_even_after_an_error() -> None:
 def test_a_drawn_rank_is_for_training_only() -> None:
     made = model()
     for layer in (made[0], made[1], made[3]):
-        layer.nested.drawn = (1, 2)
+        layer.nested.sampled = ActiveRank(1, 2)
     assert lora.get_rank(made) == 2 and lora.get_rank(made.eval()) == R
     with lora.at_rank(made, 3):
         assert lora.get_rank(made) == 3
@@ -300,7 +301,7 @@ def test_a_drawn_rank_is_for_training_only() -> None:
 
 @pytest.mark.parametrize("shape", [(4,), (2, 3)], ids=["packed", "padded"])
 @pytest.mark.parametrize("grad", [True, False])
-def test_rank_stack_is_every_rank_at_once(shape: tuple[int, ...], grad: bool) -> None:
+def test_batched_ranks_is_every_rank_at_once(shape: tuple[int, ...], grad: bool) -> None:
     made, ranks = model().eval(), [3, 1, R, 1]
     ids = torch.randint(0, 13, shape)
     with torch.set_grad_enabled(grad):
@@ -309,32 +310,32 @@ def test_rank_stack_is_every_rank_at_once(shape: tuple[int, ...], grad: bool) ->
             with lora.at_rank(made, b):
                 expected.append(made(ids))
         stacked = ids.repeat(len(ranks), *(1,) * (ids.dim() - 1))
-        with lora.rank_stack(made, ranks):
+        with lora.batched_ranks(made, ranks):
             found = made(stacked).chunk(len(ranks))
         if shape == (4,):  # three rows of nobody's at the end
             filled = torch.cat([stacked, torch.zeros(3, dtype=torch.long)])
-            with lora.rank_stack(made, ranks, tokens=4):
+            with lora.batched_ranks(made, ranks, tokens=4):
                 torch.testing.assert_close(made(filled)[:16].chunk(4), found)
     for mine, other in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, other, rtol=0, atol=1e-5)
-    assert lora.get_rank(made) == R and made[3].nested.stack is None
+    assert lora.get_rank(made) == R and made[3].nested.batched is None
 
 
-def test_rank_stack_refuses() -> None:
+def test_batched_ranks_refuses() -> None:
     made = model()
-    with pytest.raises(ValueError, match="training mode"), lora.rank_stack(made, [1, 2]):
+    with pytest.raises(ValueError, match="training mode"), lora.batched_ranks(made, [1, 2]):
         pass
     made.eval()
     for bad in ([0, 1], [1, R + 1]):
-        with pytest.raises(ValueError, match="from 1 to"), lora.rank_stack(made, bad):
+        with pytest.raises(ValueError, match="from 1 to"), lora.batched_ranks(made, bad):
             pass
-    with pytest.raises(ValueError, match="no ranks"), lora.rank_stack(made, []):
+    with pytest.raises(ValueError, match="no ranks"), lora.batched_ranks(made, []):
         pass
-    with pytest.raises(ValueError, match="2 equal parts"), lora.rank_stack(made, [1, 2]):
+    with pytest.raises(ValueError, match="2 equal parts"), lora.batched_ranks(made, [1, 2]):
         made(torch.arange(5))
-    assert all(layer.nested.stack is None for layer in (made[0], made[1], made[3]))
+    assert all(layer.nested.batched is None for layer in (made[0], made[1], made[3]))
     made[1].merge()
-    with pytest.raises(ValueError, match="merged"), lora.rank_stack(made, [1, 2]):
+    with pytest.raises(ValueError, match="merged"), lora.batched_ranks(made, [1, 2]):
         pass
 
 

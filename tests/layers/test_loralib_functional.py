@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from loralib import functional as lora
-from loralib.masks import draw_mask, masked, scale_in_force
+from loralib.dropout_masks import draw_mask, masked, scale_in_force
 
 
 def dense(weight: Tensor, A: Tensor, B: Tensor, s: float, enabled: tuple, fan: bool) -> Tensor:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from loralib.masks import scale_in_force
+from loralib.dropout_masks import scale_in_force
 from transformers_patched.dropout import Dropout, dropout
 
 COUNT = 1_000_003  # no multiple of a word

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loralib.masks import scale_in_force
+from loralib.dropout_masks import scale_in_force
 from transformers_patched import attention as module
 from transformers_patched.attention import attention, attention_probabilities
 from transformers_patched.layout import Layout

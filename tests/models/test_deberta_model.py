@@ -605,18 +605,18 @@ def test_ranks_are_stacked_only_where_they_can_be() -> None:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 nn.init.normal_(parameter)
-        assert lora.stackable(model) == possible
+        assert lora.can_batch_ranks(model) == possible
         if not possible:
             with pytest.raises(ValueError, match=r"\(relative positions\): .* at_rank"):
-                lora.rank_stack(model, [1, 4]).__enter__()
+                lora.batched_ranks(model, [1, 4]).__enter__()
             continue
-        with lora.rank_stack(model, [1, 4]):
+        with lora.batched_ranks(model, [1, 4]):
             stacked = model(IDS.repeat(2, 1)).logits.chunk(2)
         for rank, logits in zip((1, 4), stacked, strict=True):
             with lora.at_rank(model, rank):
                 torch.testing.assert_close(logits, model(IDS).logits, rtol=1e-4, atol=1e-5)
     not_shared = {"share_att_key": False, "lora_modules": ("query_proj", "key_proj")}
-    assert lora.stackable(model_of("ForSequenceClassification", **not_shared, **nested))
+    assert lora.can_batch_ranks(model_of("ForSequenceClassification", **not_shared, **nested))
 
 
 def test_adapters_on_shared_projections_train(tmp_path: Path) -> None:

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from loralib import functional as lora
-from loralib.svd import svd_linear, svd_update
 
 from ..lora.layer import Linear
+from .functional import svd_linear, svd_update
 
 STD = 0.02  # of A and B at the start (Zhang et al. 2023), and of E where PEFT 0.11 draws it
 

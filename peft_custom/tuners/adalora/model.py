@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...hooks import mark_schedule, refuse_if_attached, schedule_finished
+from ...hooks import refuse_if_attached, schedule_finished, set_finished
 from .. import targets
 from ..base import BaseTuner, BaseTunerLayer, iter_adapters, register_tuner
 from .config import AdaLoraConfig, VILoraConfig
@@ -190,7 +190,7 @@ class AdaLoraModel(BaseTuner):
             for stack in hooks.triplets.stacks:
                 allocator.observe(stack, *allocator.read(stack))
         allocator.allocate(global_step)
-        mark_schedule(self, hooks.finished)
+        set_finished(self, hooks.finished)
 
     def orthogonality_loss(self) -> Tensor:
         """γ times the regulariser, a scalar with a graph; only for loops without `attach`."""

@@ -31,8 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from loralib.functional import _without_autocast, compute_dtype
-from loralib.masks import draw_mask, masked, scale_in_force
+from loralib.dropout_masks import draw_mask, masked, scale_in_force
+from loralib.functional import compute_dtype, without_autocast
 
 
 class Form(NamedTuple):
@@ -97,7 +97,7 @@ def delta_weight(
 ) -> Tensor:
     """ΔW = s·E(m)∘(B A) in at least fp32: (out, in), or (in, out) as stored."""
     dtype = torch.promote_types(A.dtype, torch.float32)
-    with _without_autocast(A):
+    with without_autocast(A):
         delta = _increment(A.to(dtype), B.to(dtype), m.to(dtype), block, fan_in_fan_out)
         return delta.mul_(scaling)
 
@@ -190,7 +190,7 @@ class _BlockMaskedLinear(torch.autograd.Function):
         x, weight, bias, A, B, Z, temperature, keep = ctx.saved_tensors
         need_x, need_weight, need_bias, *need_parameters = ctx.needs_input_grad[:6]
         dx = dW = db = dA = dB = dZ = None
-        with _without_autocast(x):
+        with without_autocast(x):
             tokens, g = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
             seen = tokens if keep is None else masked(tokens, keep)
             m = soft_mask(Z, temperature)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..lora.config import LoraConfig
-from .draws import RankDraws
+from .sampling import RankSampling
 
 
 @dataclass
@@ -19,12 +19,12 @@ class DyLoraConfig(LoraConfig):
     may be in the base weight, so PiSSA are refused.
 
     Attributes:
-        r_min: smallest rank that training draws.
+        r_min: smallest rank that training samples.
         dylora_mode: `"normal"`: rank b trains components 1 … b; `"frozen"`: only the b-th.
         dylora_dist: `"uniform"`, or `"geometric(p)"` renormalised over r_min … r.
         dylora_dense: let the optimiser move what a step does not train (by momentum and weight
             decay), as the published code does; off, such rows stay as they are to the last bit.
-        finished: optimiser hooks drew the ranks; False marks an adapter trained without them.
+        finished: optimiser hooks sampled the ranks; False marks an adapter trained without them.
     """
 
     peft_type: str | None = "DYLORA"
@@ -49,12 +49,14 @@ class DyLoraConfig(LoraConfig):
                 f"init_lora_weights={self.init_lora_weights!r}: PiSSA moves part of the weight "
                 "into the adapter, where a lower rank would lack it; use True, False or 'gaussian'"
             )
-        self.draws  # noqa: B018  checks its options
+        self.sampling  # noqa: B018  checks its options
 
     @property
-    def draws(self) -> RankDraws:
-        """How ranks are drawn."""
-        return RankDraws(self.r, self.r_min, self.dylora_mode, self.dylora_dist, self.dylora_dense)
+    def sampling(self) -> RankSampling:
+        """How training samples ranks."""
+        return RankSampling(
+            self.r, self.r_min, self.dylora_mode, self.dylora_dist, self.dylora_dense
+        )
 
     def at_rank(self, rank: int) -> LoraConfig:
         """The plain adapter of this rank: the same α, so the scale is α/rank."""

@@ -10,19 +10,27 @@ from torch.optim import Optimizer
 from loralib.dylora import NestedRank
 
 from ...hooks import TrainingHooks
-from .draws import RankDraws
-from .held_rows import Factor, HeldRows
+from .frozen_rows import FrozenRows, NestedParameter
+from .sampling import RankSampling
 
 
-class Nest(NamedTuple):
-    """Factors that follow the same draws."""
+class NestedFactors(NamedTuple):
+    """One layer's ranks, and its factors A (n R, in) and B (out, R)."""
 
-    draws: RankDraws
-    layers: list[tuple[NestedRank, nn.Parameter, nn.Parameter]]  # ranks, A, B
+    nested: NestedRank
+    A: nn.Parameter
+    B: nn.Parameter
+
+
+class NestedGroup(NamedTuple):
+    """Layers that share one sampled rank per step."""
+
+    sampling: RankSampling
+    layers: list[NestedFactors]
 
 
 class DyLoraHooks(TrainingHooks):
-    """Draws b from f(seed, step) before the step's first forward pass, for all layers.
+    """Samples b from f(seed, step) before the step's first forward pass, for all layers.
 
     Rows that a step does not train (above b; in mode "frozen" also below) keep their values and the
     optimiser's state, bit for bit; `dylora_dense` leaves them to the optimiser. There is nothing to
@@ -30,41 +38,41 @@ class DyLoraHooks(TrainingHooks):
     """
 
     def __init__(
-        self, nests: list[Nest], optimizer: Optimizer, total_steps: int | None, seed: int
+        self, groups: list[NestedGroup], optimizer: Optimizer, total_steps: int | None, seed: int
     ) -> None:
         super().__init__(total_steps, seed=seed)
-        self.nests = nests
+        self.groups = groups
         self.rank = 0  # of the last step
-        factors = [
-            Factor(parameter, dim, nested)
-            for nest in nests
-            if not nest.draws.dylora_dense
-            for nested, A, B in nest.layers
+        parameters = [
+            NestedParameter(parameter, dim, nested)
+            for sampling, layers in groups
+            if not sampling.dylora_dense
+            for nested, A, B in layers
             for dim, parameter in enumerate((A, B))
         ]
-        self.held = HeldRows(optimizer, factors)
+        self.frozen_rows = FrozenRows(optimizer, parameters)
 
     def begin_step(self) -> None:
-        for draws, layers in self.nests:
-            rank = draws.rank(self.seed, self.t)
+        for sampling, layers in self.groups:
+            rank = sampling.rank(self.seed, self.t)
             for nested, _, _ in layers:
-                nested.drawn = nested.rows_of(rank, draws.frozen)
+                nested.sampled = nested.active_rank(rank, sampling.frozen)
 
     def before_step(self) -> None:
-        self.held.keep()
+        self.frozen_rows.save()
 
     def after_step(self) -> None:
-        self.held.put_back()
-        self.rank = self.nests[0].draws.rank(self.seed, self.t)
+        self.frozen_rows.restore()
+        self.rank = self.groups[0].sampling.rank(self.seed, self.t)
 
     def log(self) -> dict[str, float]:
         """The last step's rank."""
         return {"rank": float(self.rank)}
 
     def remove(self) -> None:
-        for _, layers in self.nests:
+        for _, layers in self.groups:
             for nested, _, _ in layers:
-                nested.drawn = None
+                nested.sampled = None
 
     @property
     def finished(self) -> bool:

@@ -47,21 +47,21 @@ class DyLoraLayer(NestedLayer, plain.LoraLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW at the rank of evaluation."""
-        _, b = self.nested[adapter].rows
-        A, B = lora.leading(*self.factors(adapter), b)
+        b = self.nested[adapter].chosen.rank
+        A, B = lora.truncate(*self.factors(adapter), b)
         transposed = getattr(self, "fan_in_fan_out", True)  # an embedding's table is (num, dim)
         return lora.delta_weight(A, B, self._alpha(adapter) / b, transposed)
 
     def increment(self, x: Tensor, adapter: str) -> Tensor:
-        if self._routes is not None and self.nested[adapter].stack is not None:
-            raise ValueError("adapter_names and rank_stack exclude each other: use one of them")
+        if self._routes is not None and self.nested[adapter].batched is not None:
+            raise ValueError("adapter_names and batched_ranks exclude each other: use one of them")
         options = self._alpha(adapter), self.dropout_now(adapter), self.nested[adapter]
         return self._update(x, *self.factors(adapter), *options)
 
     def _update(
         self, x: Tensor, A: Tensor, B: Tensor, alpha: float, p: float, nested: NestedRank
     ) -> Tensor:
-        """(α/b)·B[:, :b] A[:b] drop(x), at the rank in force or at those of a stacked batch."""
+        """(α/b)·B[:, :b] A[:b] drop(x), at the current rank or at those of a batch of several."""
         raise NotImplementedError
 
 
@@ -97,13 +97,13 @@ class Linear(DyLoraLayer, plain.Linear):
         nested: NestedRank,
     ) -> Tensor:
         transposed = self.fan_in_fan_out
-        if nested.stack is not None:
-            shares = nested.stack.shares(x, x.shape[:-1].numel())
-            return lora.lora_stacked(
-                x, weight, bias, A, B, alpha, shares, fan_in_fan_out=transposed
+        if nested.batched is not None:
+            rank_scales = nested.batched.scales(x, x.shape[:-1].numel())
+            return lora.lora_batched_ranks(
+                x, weight, bias, A, B, alpha, rank_scales, fan_in_fan_out=transposed
             )
-        rows = nested.in_force(self.training)
-        return lora.lora_linear(x, weight, bias, A, B, alpha / rows[1], p, transposed, rows)
+        active = nested.current(self.training)
+        return lora.lora_linear(x, weight, bias, A, B, alpha / active.rank, p, transposed, active)
 
     def _update(self, x: Tensor, *own: Any) -> Tensor:
         return self._map(x, None, None, *own)
@@ -124,8 +124,8 @@ class Embedding(DyLoraLayer, plain.Embedding):
         self, x: Tensor, A: Tensor, B: Tensor, alpha: float, p: float, nested: NestedRank
     ) -> Tensor:
         padding = self.base_layer.padding_idx
-        if nested.stack is not None:
-            shares = nested.stack.shares(x, x.numel())
-            return lora.lora_embedding(x, A, B, alpha, padding_idx=padding, shares=shares)
-        rows = nested.in_force(self.training)
-        return lora.lora_embedding(x, A, B, alpha / rows[1], padding_idx=padding, rows=rows)
+        if nested.batched is not None:
+            rank_scales = nested.batched.scales(x, x.numel())
+            return lora.lora_embedding(x, A, B, alpha, padding_idx=padding, rank_scales=rank_scales)
+        active = nested.current(self.training)
+        return lora.lora_embedding(x, A, B, alpha / active.rank, padding_idx=padding, active=active)

@@ -11,8 +11,8 @@ from torch import nn
 from loralib import DyLoRALayer
 
 from ... import hooks
-from .draws import RankDraws
-from .hooks import DyLoraHooks, Nest
+from .hooks import DyLoraHooks, NestedFactors, NestedGroup
+from .sampling import RankSampling
 
 
 class LoralibLayers:
@@ -41,14 +41,14 @@ class LoralibLayers:
         seed: int = 0,
     ) -> DyLoraHooks:
         """Hooks by the options that `configure_dylora` left on the layers."""
-        found = {RankDraws(x.nested.largest, **x.nested.draws) for x in self.layers}
+        found = {RankSampling(x.nested.largest, **x.nested.sampling_options) for x in self.layers}
         if len(found) > 1:
             raise ValueError(
                 "the model's DyLoRA layers have different r or options, but a step has one rank "
                 f"for all of them: {found}"
             )
-        layers = [(layer.nested, layer.lora_A, layer.lora_B) for layer in self.layers]
-        return DyLoraHooks([Nest(found.pop(), layers)], optimizer, total_steps, seed)
+        layers = [NestedFactors(layer.nested, layer.lora_A, layer.lora_B) for layer in self.layers]
+        return DyLoraHooks([NestedGroup(found.pop(), layers)], optimizer, total_steps, seed)
 
 
 def _layers(model: nn.Module) -> list[DyLoRALayer]:
@@ -74,6 +74,6 @@ def configure_dylora(model: nn.Module, **options: Any) -> None:
     if not layers:
         raise ValueError(f"{type(model).__name__} has no loralib DyLoRA layers to configure")
     for layer in layers:
-        RankDraws(layer.nested.largest, **options)
+        RankSampling(layer.nested.largest, **options)
     for layer in layers:
-        layer.nested.draws = dict(options)
+        layer.nested.sampling_options = dict(options)

@@ -16,7 +16,7 @@ from ..lora import layer as plain
 from ..lora.config import LoraConfig
 from ..lora.model import LoraModel
 from .config import DyLoraConfig
-from .hooks import DyLoraHooks, Nest
+from .hooks import DyLoraHooks, NestedFactors, NestedGroup
 from .layer import DyLoraLayer, Embedding, Linear
 
 
@@ -25,7 +25,7 @@ class DyLoraModel(LoraModel):
     """Nested low-rank adapters on `nn.Linear`, `nn.Embedding` and Hugging Face's `Conv1D`.
 
     Ranks are 1-based. In evaluation mode the rank is R (after loading, too) until `set_rank`; in
-    training mode it is the one that the attached hooks drew for the step.
+    training mode it is the one that the attached hooks sampled for the step.
     """
 
     target_types = "Linear, Embedding and Conv1D layers"
@@ -38,9 +38,9 @@ class DyLoraModel(LoraModel):
 
     # --- ranks ----------------------------------------------------------------------------------
     def set_rank(self, rank: int, frozen: bool = False) -> None:
-        """Computes with rank `rank` from now on; merged layers are merged anew at that rank.
+        """Computes with rank `rank` from now on; merged layers are merged again at that rank.
 
-        While hooks are attached, training mode goes on with the ranks they draw.
+        While hooks are attached, training mode goes on with the ranks they sample.
 
         Args:
             rank: b, from 1 to R.
@@ -56,7 +56,7 @@ class DyLoraModel(LoraModel):
         """Within the context the model evaluates with this rank; afterwards as before."""
         return nested.at_rank(self.model, rank)
 
-    def rank_stack(
+    def batched_ranks(
         self, ranks: Sequence[int], tokens: int | None = None
     ) -> AbstractContextManager[None]:
         """Within the context a batch that holds the same rows K times is computed at K ranks.
@@ -66,7 +66,7 @@ class DyLoraModel(LoraModel):
                 (K·t, …).
             tokens: of one part; only for encoders that append filler rows.
         """
-        return nested.rank_stack(self.model, ranks, tokens)
+        return nested.batched_ranks(self.model, ranks, tokens)
 
     # --- training -------------------------------------------------------------------------------
     def training_hooks(
@@ -77,16 +77,16 @@ class DyLoraModel(LoraModel):
         *,
         seed: int = 0,
     ) -> DyLoraHooks:
-        """Hooks that draw the ranks of the active adapters."""
-        nests = []
+        """Hooks that sample the ranks of the active adapters."""
+        groups = []
         for adapter in self.active_adapters:
             layers = [
-                (layer.nested[adapter], *layer.factors(adapter))
+                NestedFactors(layer.nested[adapter], *layer.factors(adapter))
                 for _, layer in iter_adapters(self.model)
                 if isinstance(layer, DyLoraLayer) and adapter in layer.nested
             ]
-            nests.append(Nest(self.peft_config[adapter].draws, layers))
-        return DyLoraHooks(nests, optimizer, total_steps, seed)
+            groups.append(NestedGroup(self.peft_config[adapter].sampling, layers))
+        return DyLoraHooks(groups, optimizer, total_steps, seed)
 
     # --- files ----------------------------------------------------------------------------------
     def export(self, adapter: str, rank: int | None = None) -> tuple[LoraConfig, dict[str, Tensor]]:
@@ -100,7 +100,7 @@ class DyLoraModel(LoraModel):
             return config, tensors
         for name, layer in self.lora_layers():
             if isinstance(layer, DyLoraLayer) and adapter in layer.nested:
-                _, b = layer.nested[adapter].rows_of(rank)
+                b = layer.nested[adapter].active_rank(rank).rank
                 key_A, key_B = (f"{name}.{key}" for key in layer.adapter_tensors(adapter))
                 tensors[key_A], tensors[key_B] = tensors[key_A][:b], tensors[key_B][:, :b]
         return config.at_rank(rank), tensors

@@ -146,7 +146,7 @@ def _checked(
                     "no one head for their combination"
                 )
         if isinstance(module, LoraLayer):
-            if any(name in module.taken_out for name in adapters):
+            if any(name in module.pissa_initial for name in adapters):
                 raise ValueError(
                     "a PiSSA adapter counts from a base of its own; save it with "
                     "convert_pissa_to_lora=True, load that, and combine it then"

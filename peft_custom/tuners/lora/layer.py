@@ -12,8 +12,6 @@ A and B are fp32 whatever the base's dtype.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -22,8 +20,8 @@ from torch import Tensor, nn
 
 from loralib import functional as lora
 
+from ..low_rank import LowRankLayer, linear_geometry
 from ..targets import is_conv1d
-from ..tuner_layer import BaseTunerLayer
 from .pissa import principal_factors
 
 
@@ -38,38 +36,24 @@ class Factor(nn.Module):
         return f"{tuple(self.weight.shape)}"
 
 
-class LoraLayer(BaseTunerLayer):
-    """What the kinds of base layer share: ranks, scalings, initialisation."""
+class LoraLayer(LowRankLayer):
+    """What the kinds of base layer share: factors A and B, their scale and initialisation."""
 
     adapter_containers: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
-        self.r: dict[str, int] = {}
-        self.lora_alpha: dict[str, float] = {}
-        self.lora_dropout: dict[str, float] = {}
         self._rslora: dict[str, bool] = {}
-        self._scaling: dict[str, float] = {}
         # PiSSA took s·B₀A₀ out of the base weight; kept to put it back, per adapter.
-        self.taken_out: dict[str, tuple[Tensor, Tensor, float]] = {}
-        self._make_containers()
+        self.pissa_initial: dict[str, tuple[Tensor, Tensor, float]] = {}
 
     def _make_containers(self) -> None:
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
 
-    def _create(self, adapter: str, r: int) -> None:
-        """Adds zero factors of rank r."""
-        raise NotImplementedError
-
     def factors(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
         """A and B of one adapter, as parameters."""
         return self.lora_A[adapter].weight, self.lora_B[adapter].weight
-
-    @property
-    def scaling(self) -> Mapping[str, float]:
-        """s by adapter, read-only: change it with `set_scale`."""
-        return MappingProxyType(self._scaling)
 
     def set_scale(self, adapter: str, factor: float) -> None:
         """Multiplies the adapter's own scale α/r (or α/√r) by `factor`."""
@@ -87,12 +71,8 @@ class LoraLayer(BaseTunerLayer):
         init_lora_weights: bool | str = True,
     ) -> None:
         """Creates and initialises adapter `adapter` of rank r."""
-        self._create(adapter, r)
-        self.r[adapter] = r
-        self.lora_alpha[adapter] = lora_alpha
-        self.lora_dropout[adapter] = lora_dropout
         self._rslora[adapter] = use_rslora
-        self.set_scale(adapter, 1.0)
+        self._register(adapter, r, lora_alpha, lora_dropout)
         self.initialise(adapter, init_lora_weights)
 
     @torch.no_grad()
@@ -117,12 +97,7 @@ class LoraLayer(BaseTunerLayer):
 
     def delete_adapter(self, name: str) -> None:
         super().delete_adapter(name)
-        for values in (self.r, self.lora_alpha, self.lora_dropout, self._rslora, self._scaling):
-            values.pop(name, None)
-
-    def dropout_now(self, adapter: str) -> float:
-        """The dropout probability in force."""
-        return self.lora_dropout[adapter] if self.training else 0.0
+        self._rslora.pop(name, None)
 
 
 class Linear(LoraLayer):
@@ -130,13 +105,7 @@ class Linear(LoraLayer):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
-        self.fan_in_fan_out = is_conv1d(base_layer) or bool(
-            getattr(base_layer, "fan_in_fan_out", False)
-        )
-        rows, columns = base_layer.weight.shape
-        self.out_features, self.in_features = (
-            (columns, rows) if self.fan_in_fan_out else (rows, columns)
-        )
+        self.in_features, self.out_features, self.fan_in_fan_out = linear_geometry(base_layer)
 
     def _create(self, adapter: str, r: int) -> None:
         device = self.base_layer.weight.device
@@ -151,7 +120,7 @@ class Linear(LoraLayer):
 
     def bind(self, adapter: str) -> Any:
         """(plain base?, A, B, scaling, dropout): all that `forward_one` reads."""
-        if any(other != adapter for other in self.taken_out):
+        if any(other != adapter for other in self.pissa_initial):
             return None  # another adapter's PiSSA part has to be added back
         A, B = self.lora_A[adapter], self.lora_B[adapter]
         return self._plain_base(), A, B, self._scaling[adapter], self.lora_dropout[adapter]
@@ -176,7 +145,7 @@ class Linear(LoraLayer):
         self, x: Tensor, adapters: tuple[str, ...], *args: Any, **kwargs: Any
     ) -> Tensor:
         out = super().forward_several(x, adapters, *args, **kwargs)
-        for adapter, (A, B, scaling) in self.taken_out.items():
+        for adapter, (A, B, scaling) in self.pissa_initial.items():
             if adapter not in adapters:  # without its PiSSA adapter the layer is the original one
                 out = out + lora.lora_update(x, A, B, scaling).to(out.dtype)
         return out
@@ -187,7 +156,7 @@ class Linear(LoraLayer):
 
     def merged_weight(self, names: list[str]) -> Tensor:
         total = super().merged_weight(names)
-        for adapter, (A, B, scaling) in self.taken_out.items():
+        for adapter, (A, B, scaling) in self.pissa_initial.items():
             if adapter not in names:
                 total += lora.delta_weight(A, B, scaling, self.fan_in_fan_out).to(total)
         return total
@@ -199,7 +168,7 @@ class Linear(LoraLayer):
                 f"init_lora_weights={init!r} splits the base weight, which {base.dtype} cannot "
                 "hold exactly; load the base in float32"
             )
-        if self.taken_out or self.merged:
+        if self.pissa_initial or self.merged:
             raise ValueError(
                 "PiSSA starts from the original weight: no second PiSSA adapter, and "
                 "no merged one, on the same layer"
@@ -210,14 +179,14 @@ class Linear(LoraLayer):
         A0, B0 = principal_factors(weight, self.r[adapter], scaling, init)
         A.copy_(A0)
         B.copy_(B0)
-        self.taken_out[adapter] = (A0.float(), B0.float(), scaling)
+        self.pissa_initial[adapter] = (A0.float(), B0.float(), scaling)
         base.data -= lora.delta_weight(A, B, scaling, self.fan_in_fan_out).to(base)
 
     @torch.no_grad()
     def restore_base(self, adapter: str | None = None) -> None:
-        for name in [adapter] if adapter is not None else list(self.taken_out):
-            if name in self.taken_out:
-                A, B, scaling = self.taken_out.pop(name)
+        for name in [adapter] if adapter is not None else list(self.pissa_initial):
+            if name in self.pissa_initial:
+                A, B, scaling = self.pissa_initial.pop(name)
                 self.base_layer.weight.data += lora.delta_weight(
                     A, B, scaling, self.fan_in_fan_out
                 ).to(self.base_layer.weight)

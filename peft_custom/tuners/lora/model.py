@@ -17,7 +17,7 @@ from .pissa import as_plain_lora
 
 
 @register_tuner("LORA", LoraConfig)
-class LoraModel(BaseTuner):
+class LoraModel(BaseTuner[LoraConfig]):
     """Low-rank adapters on `nn.Linear`, `nn.Embedding`, `nn.Conv2d` and Hugging Face's `Conv1D`."""
 
     target_types = "Linear, Embedding, Conv2d and Conv1D layers"
@@ -58,7 +58,7 @@ class LoraModel(BaseTuner):
             init_lora_weights=config.init_lora_weights,
         )
 
-    def check_config(self, config: Any, names: list[str]) -> None:
+    def check_config(self, config: LoraConfig, names: list[str]) -> None:
         """Every key of `rank_pattern` and `alpha_pattern` must fit a chosen module."""
         check_patterns("rank_pattern", config.rank_pattern, names)
         check_patterns("alpha_pattern", config.alpha_pattern, names)

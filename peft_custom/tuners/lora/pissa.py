@@ -51,8 +51,8 @@ def as_plain_lora(
     """
     result = dict(tensors)
     for name, layer in layers.items():
-        if adapter in layer.taken_out:
-            A0, B0, _ = layer.taken_out[adapter]
+        if adapter in layer.pissa_initial:
+            A0, B0, _ = layer.pissa_initial[adapter]
             key_A, key_B = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
             result[key_A] = torch.cat([tensors[key_A], A0])
             result[key_B] = torch.cat([tensors[key_B], -B0], dim=1)

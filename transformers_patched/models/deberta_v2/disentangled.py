@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from loralib.masks import draw_mask, masked, scale_in_force
+from loralib.dropout_masks import draw_mask, masked, scale_in_force
 
 from ...dropout import dropout
 from ...layout import HeadPlan, Layout

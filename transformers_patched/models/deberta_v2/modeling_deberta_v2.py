@@ -140,7 +140,7 @@ class DisentangledSelfAttention(nn.Module):
             pos_key, pos_query = "pos_key_proj", "pos_query_proj"
             self.pos_key_proj = nn.Linear(size, size) if self.c2p else None
             self.pos_query_proj = nn.Linear(size, size) if self.p2c else None
-        # what evaluates several models in one batch must know (see `loralib.stackable`)
+        # what evaluates several models in one batch must know (see `loralib.can_batch_ranks`)
         self.shared_row_layers = (pos_key,) * self.c2p + (pos_query,) * self.p2c
         self.terms = 1 + len(terms)  # counted with and without relative attention
         self.scale = 1.0 / math.sqrt(size // self.num_heads * self.terms)

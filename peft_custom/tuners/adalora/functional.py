@@ -4,8 +4,8 @@
 
 (Zhang et al. 2023, eq. 3, with P = B, Λ = diag(E) and Q = A.)
 
-The rules of `functional` hold: W frozen and of any float type, A, E and B fp32 parameters that are
-cast for the products, gradients in fp32, x kept once.
+The rules of `loralib.functional` hold: W frozen and of any float type, A, E and B fp32 parameters
+that are cast for the products, gradients in fp32, x kept once.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .functional import _input_gradient, _without_autocast, compute_dtype
-from .masks import draw_mask, masked, scale_in_force
+from loralib.dropout_masks import draw_mask, masked, scale_in_force
+from loralib.functional import compute_dtype, input_gradient, without_autocast
 
 
 class _SvdLinear(torch.autograd.Function):
@@ -78,7 +78,7 @@ class _SvdLinear(torch.autograd.Function):
         x, weight, bias, A, B, z, e, mask, K = ctx.saved_tensors
         need_x, need_weight, need_bias, need_A, need_E, need_B = ctx.needs_input_grad[:6]
         dx = dW = db = dA = dE = dB = None
-        with _without_autocast(x):
+        with without_autocast(x):
             tokens, g = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
             te = e * ctx.t  # (r,)
             if need_B or need_E:
@@ -92,7 +92,7 @@ class _SvdLinear(torch.autograd.Function):
             if need_A:
                 dA = (d.T @ (tokens if K is None else masked(tokens, K))).to(A.dtype)
             if need_x:
-                dx = _input_gradient(g, d, weight, A.to(x.dtype), K, ctx.fan_in_fan_out)
+                dx = input_gradient(g, d, weight, A.to(x.dtype), K, ctx.fan_in_fan_out)
                 dx = dx.view(x.shape)
             if need_weight:
                 dW = (tokens.T @ g if ctx.fan_in_fan_out else g.T @ tokens).to(weight.dtype)

@@ -1,4 +1,4 @@
-"""Which rank a training step has: drawn from the distribution p_B, by seed and step alone."""
+"""Which rank a training step has: a sample of the distribution p_B, by seed and step alone."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ DISTRIBUTIONS = "'uniform' or 'geometric(p)' with 0 < p < 1, such as 'geometric(
 
 
 @dataclass(frozen=True)
-class RankDraws:
-    """How ranks are drawn while training, and what a step at a rank trains.
+class RankSampling:
+    """How ranks are sampled while training, and what a step at a rank trains.
 
     P(b) is 1/(R − r_min + 1) for "uniform". For "geometric(p)" it is proportional to p(1 − p)^(b−1)
     and renormalised over r_min … R: the mass outside of these ranks is shared out in proportion.
 
     Attributes:
         largest: R.
-        r_min: the smallest rank drawn.
+        r_min: the smallest rank sampled.
         dylora_mode: "normal" trains all components of the rank, "frozen" the last of them.
         dylora_dist: p_B.
         dylora_dense: the optimiser also moves the rows that a step does not train, by their

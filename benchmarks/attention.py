@@ -1,4 +1,4 @@
-"""Ways to compute attention on this CPU: the table behind the rule in `attention.py`.
+"""Ways to compute attention on this CPU: the table behind the rule in `attention/__init__.py`.
 
     python -m benchmarks.attention [--rounds 9] [--dtype bfloat16]
 
@@ -20,8 +20,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from transformers_patched import attention as module
-from transformers_patched import layout as layouts
+from transformers_patched.attention import grouped
+from transformers_patched.attention.padded import padded_attention
 from transformers_patched.layout import Layout
 
 # (sequences, shortest, longest, heads, head size, dropout): MRPC-like batches of MiniLM's 12 heads
@@ -41,18 +41,20 @@ def offsets(sequences: int, shortest: int, longest: int) -> Tensor:
 
 def contenders(cu_seqlens: Tensor, longest: int, query: Tensor, p: float) -> dict[str, Contender]:
     """The three ways as functions of packed q, k, v (T, heads, d)."""
-    chosen = layouts._cut
+    chosen = grouped._cut
     plans = {}
     for name, cut in (("one group", lambda order, *_: [order]), ("groups", chosen)):
-        layouts._cut = cut
-        plans[name] = Layout.packed(cu_seqlens, longest).head_plan(query)
+        grouped._cut = cut
+        plans[name] = grouped.grouped_products(Layout.packed(cu_seqlens, longest), query)
     layout = Layout.packed(cu_seqlens, longest)
 
     def products(name: str) -> Contender:
-        return lambda q, k, v: module._BatchedProducts.apply(q, k, v, plans[name], p)
+        return lambda q, k, v: grouped.GroupedAttention.apply(q, k, v, plans[name], p)
 
     def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return module._padded_attention(q, k, v, layout, p)
+        padded = [layout.pad(x).transpose(1, 2) for x in (q, k, v)]  # (B, heads, L, d)
+        scale, bias = q.shape[-1] ** -0.5, layout.bias(q.dtype)
+        return padded_attention(*padded, bias, layout, scale, p, len(q))
 
     return {"one group": products("one group"), "groups": products("groups"), "fused": fused}
 

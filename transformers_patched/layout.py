@@ -10,24 +10,17 @@ exactly once, so no gradient is ever added up.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import groupby
+from collections.abc import Hashable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# The lowest number added to the score of a padding key. It is finite, so that a row without any key
-# has a softmax; and representable in bf16, whose range is that of fp32.
-LOWEST = torch.finfo(torch.bfloat16).min
 # Rounding up keeps the shapes of matrix products few, see `Layout.fill`: (the smallest step, the
 # share of the number that a step may be).
 ROW_STEP = 32, 1 / 16
-LENGTH_STEP = 16, 1 / 8
 NO_STEP = 1, 0.0
-# Where lengths are not rounded, sequences at least this fraction as long as the longest of their
-# group share its matrix products.
-SHORTEST_IN_GROUP = 0.85
 
 
 class Layout:
@@ -64,7 +57,7 @@ class Layout:
         self.cu_seqlens = cu_seqlens
         self._bias: dict[torch.dtype, Tensor] = {}
         self._rows: tuple[Tensor, Tensor] | None = None
-        self._plans: dict[tuple[int, tuple[int, float]], HeadPlan] = {}
+        self.cache: dict[Hashable, Any] = {}  # what others work out once per layout
 
     @property
     def is_packed(self) -> bool:
@@ -234,17 +227,6 @@ class Layout:
         """(B·L,) bool, True at padding; None where there is none."""
         return None if self.key_mask is None else ~self.key_mask.flatten()
 
-    def head_plan(self, query: Tensor) -> HeadPlan:
-        """How attention on a CPU lays out rows and scores of queries (..., heads, d); made once."""
-        step = LENGTH_STEP if query.dtype == torch.bfloat16 else NO_STEP
-        key = query.shape[-2], step
-        if key not in self._plans:
-            if self.is_packed:
-                self._plans[key] = _plan_packed(self.cu_seqlens, *key)
-            else:
-                self._plans[key] = _plan_padded(self, key[0])
-        return self._plans[key]
-
     # ------------------------------------------------------------------ masks for attention
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
@@ -256,6 +238,10 @@ class Layout:
             bias.masked_fill_(~self.key_mask, torch.finfo(dtype).min)
             self._bias[dtype] = bias[:, None, None, :]
         return self._bias[dtype]
+
+    def clear_empty(self, x: Tensor) -> Tensor:
+        """Zeroes what belongs to sequences without any real token, in `x` (B, ., ., .)."""
+        return x if self.nonempty is None else x * self.nonempty[:, None, None, None]
 
 
 def round_up(number: int, step: tuple[int, float]) -> int:
@@ -295,173 +281,6 @@ class _MoveRows(torch.autograd.Function):
 def _beside(mask: Tensor, x: Tensor) -> Tensor:
     """`mask` (rows,) with as many dimensions as `x` (rows, ...)."""
     return mask.view(-1, *[1] * (x.dim() - 1))
-
-
-# ---------------------------------------------------------------------- plans for batched products
-
-
-@dataclass(frozen=True)
-class Group:
-    """Sequences of similar length that share their matrix products.
-
-    Attributes:
-        count: Products in the batch: sequences of the group times heads.
-        length: L, the length of the longest of them.
-        row: Where the group's count·L rows of d numbers start among all rows.
-        score: Where its count·L·L scores start among all scores.
-        bias: (count, 1, L) fp32, 0 at real keys and the lowest bf16 number elsewhere, or None.
-    """
-
-    count: int
-    length: int
-    row: int
-    score: int
-    bias: Tensor | None
-
-    def matrices(self, x: Tensor) -> Tensor:
-        """This group's (count, L, d) among all rows (rows, d), which are contiguous."""
-        n, d = self.length, x.shape[1]
-        return x.as_strided((self.count, n, d), (n * d, d, 1), self.row * d)
-
-    def squares(self, x: Tensor) -> Tensor:
-        """This group's (count, L, L) among all scores (scores,)."""
-        n = self.length
-        return x.as_strided((self.count, n, n), (n * n, n, 1), self.score)
-
-
-class HeadPlan:
-    """Rows (group, sequence, head, position) of d numbers, and how tokens move there and back.
-
-    One `index_select` over rows of a single head pads *and* transposes the packed tokens
-    (T, heads, d); its inverse brings context and gradients back.
-    """
-
-    def __init__(
-        self,
-        heads: int,
-        groups: list[Group],
-        forth: Tensor | None,
-        back: Tensor | None,
-        holes: Tensor | None,
-    ) -> None:
-        self.heads = heads
-        self.groups = groups
-        last = groups[-1]
-        self.num_rows = last.row + last.count * last.length
-        self.num_scores = last.score + last.count * last.length**2
-        self.forth, self.back, self.holes = forth, back, holes
-        self._bias: dict[torch.dtype, list[Tensor | None]] = {}
-
-    def gather(self, x: Tensor, zero_padding: bool = False) -> Tensor:
-        """(*tokens, heads, d) to (rows, d); padding repeats some token unless it is to be zero."""
-        if self.forth is None:  # (B, L, heads, d)
-            return x.transpose(1, 2).reshape(self.num_rows, -1)
-        rows = x.reshape(-1, x.shape[-1]).index_select(0, self.forth)
-        if zero_padding and self.holes is not None:
-            rows.index_fill_(0, self.holes, 0)
-        return rows
-
-    def scatter(self, rows: Tensor, num_rows: int | None = None) -> Tensor:
-        """(rows, d) to (*tokens, heads, d), the inverse of `gather`; filler rows get zeros.
-
-        Args:
-            rows: one row per head, sequence and position.
-            num_rows: with packed tokens, how many rows to return, filler included; default T.
-        """
-        d = rows.shape[-1]
-        if self.back is None:
-            group = self.groups[0]
-            padded = rows.view(-1, self.heads, group.length, d).transpose(1, 2)
-            return padded.contiguous()
-        real = len(self.back)
-        total = real if num_rows is None else num_rows * self.heads
-        tokens = rows.new_empty(total, d)
-        torch.index_select(rows, 0, self.back, out=tokens[:real])
-        tokens[real:].zero_()
-        return tokens.view(-1, self.heads, d)
-
-    def biases(self, dtype: torch.dtype) -> list[Tensor | None]:
-        """The bias of every group in `dtype`."""
-        if dtype not in self._bias:
-            self._bias[dtype] = [
-                None
-                if group.bias is None
-                else group.bias.clamp(min=max(LOWEST, torch.finfo(dtype).min)).to(dtype)
-                for group in self.groups
-            ]
-        return self._bias[dtype]
-
-
-def _key_bias(real: Tensor, heads: int) -> Tensor:
-    """(n, 1, L) bool, True at real keys, to (n·heads, 1, L) fp32: 0 there and LOWEST elsewhere."""
-    return torch.zeros(real.shape).masked_fill_(~real, LOWEST).repeat_interleave(heads, dim=0)
-
-
-def _plan_padded(layout: Layout, heads: int) -> HeadPlan:
-    """One group, the rectangle as it is."""
-    count, length = layout.num_sequences * heads, layout.length
-    bias = None
-    if layout.key_mask is not None:
-        bias = _key_bias(layout.key_mask[:, None], heads)
-    return HeadPlan(heads, [Group(count, length, 0, 0, bias)], None, None, None)
-
-
-def _plan_packed(cu_seqlens: Tensor, heads: int, step: tuple[int, float]) -> HeadPlan:
-    """Sequences sorted by length and cut into groups: short ones do not pay for long ones.
-
-    The length of a group is rounded up by `step`, see `round_up`.
-    """
-    offsets = cu_seqlens.tolist()
-    lengths = [end - start for start, end in zip(offsets, offsets[1:], strict=False)]
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    groups: list[Group] = []
-    forth, real = [], []
-    row = score = 0
-    head = torch.arange(heads)[:, None]  # (h, 1)
-    for members in _cut(order, lengths, step):
-        length = round_up(lengths[members[0]], step)
-        starts = torch.tensor([offsets[i] for i in members])[:, None, None]
-        sizes = torch.tensor([lengths[i] for i in members])[:, None, None]
-        position = torch.arange(length)
-        inside = position < sizes  # (members, 1, L)
-        forth.append(((starts + position * inside) * heads + head).flatten())  # (members, h, L)
-        real.append(inside.expand(-1, heads, -1).flatten())
-        bias = None
-        if lengths[members[-1]] < length:  # some key of some member is padding
-            bias = _key_bias(inside, heads)
-        count = len(members) * heads
-        groups.append(Group(count, length, row, score, bias))
-        row, score = row + count * length, score + count * length**2
-    there, is_real = torch.cat(forth), torch.cat(real)
-    occupied = is_real.nonzero().flatten()
-    back = torch.empty_like(occupied)
-    back[there[occupied]] = occupied
-    holes = (~is_real).nonzero().flatten()
-    return HeadPlan(heads, groups, there, back, holes if holes.numel() else None)
-
-
-def _cut(order: list[int], lengths: list[int], step: tuple[int, float]) -> list[list[int]]:
-    """Groups sequences, which are given longest first.
-
-    With NO_STEP similar lengths share a group. Else one rounded length does, in groups of 1, 2, 4,
-    ... members: every shape has been met after a few batches. A bf16 product of a new shape costs
-    a CPU 0.7 ms and 0.8 MB, where computing it takes 0.02 to 0.1 ms.
-    """
-    groups: list[list[int]] = []
-    if step == NO_STEP:
-        for i in order:
-            if groups and lengths[i] >= SHORTEST_IN_GROUP * lengths[groups[-1][0]]:
-                groups[-1].append(i)
-            else:
-                groups.append([i])
-        return groups
-    for _, same in groupby(order, key=lambda i: round_up(lengths[i], step)):
-        members = list(same)
-        while members:
-            size = 1 << (len(members).bit_length() - 1)
-            groups.append(members[:size])
-            members = members[size:]
-    return groups
 
 
 def _check_offsets(offsets: list[int], max_seqlen: int, num_tokens: int | None) -> tuple[int, int]:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 import peft_custom
 import transformers_patched as ours
-from transformers_patched import attention, dropout, layout
+from transformers_patched import dropout, layout
+from transformers_patched.attention import grouped
 
 hf = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -82,18 +83,18 @@ def masks(monkeypatch: pytest.MonkeyPatch) -> Masks:
     """Both sides draw from it, with p itself in force."""
     made = Masks()
     made.groups = []
-    cut = layout._cut
+    cut = grouped._cut
 
     def noted(order: list[int], lengths: list[int], step: Any) -> list[list[int]]:
         groups = cut(order, lengths, step)
         made.groups = [(list(g), layout.round_up(lengths[g[0]], step)) for g in groups]
         return groups
 
-    monkeypatch.setattr(layout, "_cut", noted)
+    monkeypatch.setattr(grouped, "_cut", noted)
     monkeypatch.setattr(torch.nn.functional, "dropout", made.peer)
     monkeypatch.setattr(dropout, "draw_mask", made.hidden)
-    monkeypatch.setattr(attention, "draw_mask", made.scores)
-    for module in (dropout, attention):
+    monkeypatch.setattr(grouped, "draw_mask", made.scores)
+    for module in (dropout, grouped):
         monkeypatch.setattr(module, "scale_in_force", lambda p, device: 1 / (1 - p))
     return made
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from loralib.dropout_masks import scale_in_force
 from transformers_patched import attention as module
 from transformers_patched.attention import attention, attention_probabilities
+from transformers_patched.attention.grouped import softmax_gradient
 from transformers_patched.layout import Layout
 
 LENGTHS = [3, 17, 1, 9, 16, 5, 2]
@@ -58,7 +59,7 @@ def test_packed_padded_and_the_formula_agree(heads: int, d: int) -> None:
 
 @pytest.mark.parametrize("make", [packed, padded])
 def test_the_fused_kernel_of_long_sequences_agrees(make, monkeypatch) -> None:
-    monkeypatch.setattr(module, "_BatchedProducts", None)  # so that nothing else can be at work
+    monkeypatch.setattr(module, "GroupedAttention", None)  # so that nothing else can be at work
     monkeypatch.setattr(module, "LONGEST_PRODUCTS", 8)
     monkeypatch.setattr(module, "LONGEST_PRODUCTS_PADDED_FP32", 8)
     q, k, v = draw(sum(LENGTHS), 2, 8)
@@ -224,7 +225,7 @@ def test_gradient_of_softmax_on_either_side_of_a_vector(dtype: torch.dtype, leng
     torch.manual_seed(0)
     P = torch.randn(3, length, length).softmax(-1).to(dtype)
     G = torch.randn(3, length, length).to(dtype)
-    found = module._softmax_gradient(G, P)
+    found = softmax_gradient(G, P)
     p, g = P.double(), G.double()
     expected = p * (g - (p * g).sum(-1, keepdim=True))
     assert found.dtype == dtype

@@ -21,10 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from loralib.dropout_masks import draw_mask, masked, scale_in_force
-
-from ...dropout import dropout
-from ...layout import HeadPlan, Layout
+from ...attention.grouped import GroupedProducts, grouped_products, product
+from ...attention.padded import padded_attention, padded_probabilities
+from ...layout import Layout
 
 # ---------------------------------------------------------------------- relative positions
 
@@ -123,18 +122,13 @@ def disentangled_attention(
     """
     layout.check_tokens(query, "query")
     if _on_cpu(query):
-        plan = layout.head_plan(query)
-        c2p, p2c = _tables(pos_key, pos_query, positions, plan.groups[0].length)
-        context = _GroupedProducts.apply(query, key, value, c2p, p2c, plan, scale, p)
-        return _clear_empty(context, layout)
+        products = grouped_products(layout, query)
+        c2p, p2c = _tables(pos_key, pos_query, positions, products.groups[0].length)
+        context = _Disentangled.apply(query, key, value, c2p, p2c, products, scale, p)
+        return layout.clear_empty(context)
     q, k, v = (layout.pad(x).transpose(1, 2) for x in (query, key, value))  # (B, h, L, d)
     bias = _bias(q, k, *_tables(pos_key, pos_query, positions, layout.length), layout, scale)
-    if p > 0.0 and q.device.type == "cpu":
-        context = dropout(_probabilities(q, k, bias, scale), p) @ v
-    else:
-        context = F.scaled_dot_product_attention(q, k, v, bias, dropout_p=p, scale=scale)
-    context = layout.unpad(_clear_empty(context.transpose(1, 2), layout))
-    return context if context.shape == query.shape else layout.fill(context)
+    return padded_attention(q, k, v, bias, layout, scale, p, len(query))
 
 
 def _on_cpu(x: Tensor) -> bool:
@@ -153,7 +147,7 @@ def disentangled_probabilities(
     """The softmax of `disentangled_attention` as (B, heads, L, L), padded whatever the layout."""
     q, k = (layout.pad(x).transpose(1, 2) for x in (query, key))
     bias = _bias(q, k, *_tables(pos_key, pos_query, positions, layout.length), layout, scale)
-    return _clear_empty(_probabilities(q, k, bias, scale), layout)
+    return layout.clear_empty(padded_probabilities(q, k, bias, scale))
 
 
 def _tables(
@@ -184,26 +178,15 @@ def _bias(
     return bias
 
 
-def _probabilities(q: Tensor, k: Tensor, bias: Tensor | None, s: float) -> Tensor:
-    scores = (q @ k.transpose(-1, -2)) * s  # (B, h, L, L)
-    return torch.softmax(scores if bias is None else scores + bias, dim=-1)
-
-
-def _clear_empty(x: Tensor, layout: Layout) -> Tensor:
-    """Zeroes what belongs to sequences without any real token."""
-    return x if layout.nonempty is None else x * layout.nonempty[:, None, None, None]
-
-
 # ---------------------------------------------------------------------- batched products on a CPU
 
 
-class _GroupedProducts(torch.autograd.Function):
+class _Disentangled(torch.autograd.Function):
     """O = D(P) V with P = softmax(S + mask), D(P) = c M∘P, as batched matrix products per group.
 
-    With G = dL/dO, and B(dS) the windows' gradient, a band in zeros:
+    With dV and dS as `GroupedProducts.score_gradients` gives them, and B(dS) the gradient of the
+    shifted views, a band in zeros:
 
-        dV = D(P)ᵀ G
-        dS = P ∘ (c M∘(G Vᵀ) - rowsum(P ∘ c M∘(G Vᵀ)))
         dq = s (dS k  + B(dS) K),    dK = s B(dS)ᵀ q
         dk = s (dSᵀ q + B(dSᵀ) Q),   dQ = s B(dSᵀ)ᵀ k
 
@@ -218,59 +201,44 @@ class _GroupedProducts(torch.autograd.Function):
         value: Tensor,
         c2p: Tensor | None,
         p2c: Tensor | None,
-        plan: HeadPlan,
+        products: GroupedProducts,
         s: float,
         p: float,
     ) -> Tensor:
-        q, k, v = plan.gather(query), plan.gather(key), plan.gather(value)  # (rows, d)
-        probabilities = q.new_empty(plan.num_scores)
-        for group, bias in zip(plan.groups, plan.biases(q.dtype), strict=True):
-            scores = group.squares(probabilities)
-            qg, kg = group.matrices(q), group.matrices(k)
+        q, k, v = (products.gather(x) for x in (query, key, value))  # (rows, d)
+        probabilities = q.new_empty(products.num_scores)  # (scores,)
+        for group, bias in zip(products.groups, products.biases(q.dtype), strict=True):
+            scores = group.squares(probabilities)  # (n·h, L, L)
+            qg, kg = group.matrices(q), group.matrices(k)  # (n·h, L, d)
             zero = q.new_zeros(()) if bias is None else bias
             torch.baddbmm(zero, qg, kg.transpose(1, 2), alpha=s, out=scores)
-            by_head = scores.unflatten(0, (-1, plan.heads)).transpose(0, 1)  # (h, n, L, L)
+            by_head = scores.unflatten(0, (-1, products.heads)).transpose(0, 1)  # (h, n, L, L)
             room = scores.new_empty(*by_head.shape[:-1], 2 * group.length)
             if c2p is not None:
                 by_head += _position_term(qg, c2p, s, room)
             if p2c is not None:
                 by_head.transpose(-1, -2).add_(_position_term(kg, p2c, s, room))
             scores.copy_(torch.softmax(scores, dim=-1))
-        keep, dropped, c = None, probabilities, 1.0
-        if p > 0.0:
-            keep, c = draw_mask(probabilities, p), scale_in_force(p, q.device)
-            dropped = masked(probabilities, keep)
-        context = torch.empty_like(v)
-        for group in plan.groups:
-            _product(group.squares(dropped), group.matrices(v), c, group.matrices(context))
+        context, keep, c = products.weighted_values(probabilities, v, p)
         ctx.save_for_backward(q, k, v, c2p, p2c, probabilities, keep)
-        ctx.plan, ctx.s, ctx.c = plan, s, c
+        ctx.products, ctx.s, ctx.c = products, s, c
         ctx.num_rows = query.shape[0]
-        return plan.scatter(context, ctx.num_rows)
+        return products.scatter(context, ctx.num_rows)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, c2p, p2c, probabilities, keep = ctx.saved_tensors
-        plan, s, c = ctx.plan, ctx.s, ctx.c
-        g = plan.gather(grad, zero_padding=True)
-        dp, dropped = torch.empty_like(probabilities), probabilities
-        for group in plan.groups:
-            _product(group.matrices(g), group.matrices(v).transpose(1, 2), c, group.squares(dp))
-        if keep is not None:
-            dropped, dp = masked(probabilities, keep), masked(dp, keep)
+        products, s = ctx.products, ctx.s
+        g = products.gather(grad, zero_padding=True)  # (rows, d)
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         dc2p = torch.zeros_like(c2p) if ctx.needs_input_grad[3] else None
         dp2c = torch.zeros_like(p2c) if ctx.needs_input_grad[4] else None
-        for group in plan.groups:
-            qg, kg = group.matrices(q), group.matrices(k)
-            pd, gg = group.squares(dropped), group.matrices(g)
-            _product(pd.transpose(1, 2), gg, c, group.matrices(dv))
-            probs = group.squares(probabilities)
-            ds = torch.ops.aten._softmax_backward_data(group.squares(dp), probs, -1, probs.dtype)
-            _product(ds, kg, s, group.matrices(dq))
-            _product(ds.transpose(1, 2), qg, s, group.matrices(dk))
-            by_head = ds.unflatten(0, (-1, plan.heads)).transpose(0, 1)  # (h, n, L, L)
+        for group, ds in products.score_gradients(g, probabilities, v, keep, ctx.c, dv):
+            qg, kg = group.matrices(q), group.matrices(k)  # (n·h, L, d)
+            product(ds, kg, s, group.matrices(dq))
+            product(ds.transpose(1, 2), qg, s, group.matrices(dk))
+            by_head = ds.unflatten(0, (-1, products.heads)).transpose(0, 1)  # (h, n, L, L)
             band = ds.new_zeros(*by_head.shape[:-1], 2 * group.length)
             if c2p is not None:
                 windows(band).copy_(by_head)
@@ -278,7 +246,7 @@ class _GroupedProducts(torch.autograd.Function):
             if p2c is not None:
                 windows(band).copy_(by_head.transpose(-1, -2))
                 _position_gradients(band, kg, p2c, s, group.matrices(dk), dp2c)
-        dq, dk, dv = (plan.scatter(x, ctx.num_rows) for x in (dq, dk, dv))
+        dq, dk, dv = (products.scatter(x, ctx.num_rows) for x in (dq, dk, dv))
         return dq, dk, dv, dc2p, dp2c, None, None, None
 
 
@@ -290,7 +258,7 @@ def _position_term(x: Tensor, table: Tensor, s: float, room: Tensor) -> Tensor:
         room: (h, n, L, 2L), where the product is put.
     """
     middle = _middle(table, x.shape[1])
-    _product(_rows_by_head(x, table), middle.transpose(1, 2), s, room.flatten(1, 2))
+    product(_rows_by_head(x, table), middle.transpose(1, 2), s, room.flatten(1, 2))
     return windows(room)
 
 
@@ -320,8 +288,3 @@ def _middle(table: Tensor, length: int) -> Tensor:
     """The rows (h, 2·length, d) of a longer table that sequences of `length` read."""
     longest = table.shape[1] // 2
     return table[:, longest - length : longest + length]
-
-
-def _product(a: Tensor, b: Tensor, factor: float, out: Tensor) -> None:
-    """out = factor · a b, batched; the factor is applied inside the product."""
-    torch.baddbmm(out, a, b, beta=0.0, alpha=factor, out=out)

@@ -100,7 +100,7 @@ class Data:
         )
 
     def training_batches(self, split: EncodedSplit) -> Any:
-        """The windows of every epoch."""
+        """The global batches of every epoch."""
         from examples.data.batches import TrainingBatches
 
         processes = self.share["processes"]
@@ -248,7 +248,7 @@ def _do(run: program.Run, data: Data, evaluated: dict[str, str], accelerator: Ac
     if train is not None:
         run.say(
             f"{data.task.name}: {len(splits['train']):,} training rows, {trainer.total_steps:,} "
-            f"steps of {train.global_batch} rows"
+            f"steps of {train.global_batch_size} rows"
         )
     figures = run.train() if train is not None else {}
     metrics = trainer.evaluate(final=True) if sets else {}

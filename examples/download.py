@@ -20,7 +20,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from examples.data.readers import Rows, find_split, read_hub, read_split
+from examples.data.readers import RawSplit, find_split, read_hub, read_split
 from examples.data.tables import DataError, write_table
 from examples.data.tasks import GLUE_TASKS, TASKS, Task, plain_name
 
@@ -113,7 +113,7 @@ def _present(task: Task, parent: Path) -> Path | None:
     return next((path for path in found if not path.name.startswith(".")), None)
 
 
-def _hub_reader(task: Task) -> Callable[[str], Rows]:
+def _hub_reader(task: Task) -> Callable[[str], RawSplit]:
     if find_spec("datasets") is None:
         raise DownloadError(
             f"fetching {task.name} needs the datasets package: pip install 'rankwise[data]' "
@@ -123,7 +123,7 @@ def _hub_reader(task: Task) -> Callable[[str], Rows]:
     assert task.hub is not None  # `names` lets no other task through
     name, config = task.hub
 
-    def read(split: str) -> Rows:
+    def read(split: str) -> RawSplit:
         try:
             return read_hub(task, name, config, split)
         except DataError as error:
@@ -138,7 +138,7 @@ def _hub_reader(task: Task) -> Callable[[str], Rows]:
     return read
 
 
-def _export(task: Task, read: Callable[[str], Rows], folder: Path, split: str) -> int:
+def _export(task: Task, read: Callable[[str], RawSplit], folder: Path, split: str) -> int:
     """Writes one split, and reads it back to be sure; its number of rows."""
     rows = read(split)
     columns = {"idx": rows.ids, **dict(zip(task.text, rows.text, strict=True))}

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from examples.data.batches import Batch
     from examples.data.encode import EncodedSplit
-    from examples.data.readers import Rows
+    from examples.data.readers import RawSplit
     from examples.data.tasks import Task
     from examples.evaluation.prediction import EvaluationSet
 
@@ -58,7 +58,7 @@ class Data:
             raise OptionError("--train_file is needed: it says the columns and the labels")
         return self.rows("train").task
 
-    def rows(self, split: str) -> Rows:
+    def rows(self, split: str) -> RawSplit:
         """Reads a split from wherever the options say."""
         from examples.data.readers import read_file, read_hub, read_split
 
@@ -72,12 +72,12 @@ class Data:
             raise OptionError(f"--{split}_file is needed")
         return read_file(self.task, path, split)
 
-    def read(self, split: str, most: int | None) -> Rows:
+    def read(self, split: str, most: int | None) -> RawSplit:
         """Reads a split and keeps its first rows."""
         rows = self.rows(split)
         return rows.take(range(most)) if most is not None and most < len(rows) else rows
 
-    def encode(self, rows: Rows, tokenizer: Any) -> EncodedSplit:
+    def encode(self, rows: RawSplit, tokenizer: Any) -> EncodedSplit:
         """Token ids of the rows, from the cache where they are there."""
         from examples.data.encode import encode
 
@@ -100,7 +100,7 @@ class Data:
         )
 
     def training_batches(self, split: EncodedSplit) -> Any:
-        """The windows of every epoch."""
+        """The global batches of every epoch."""
         from examples.data.batches import TrainingBatches
 
         processes = self.share["processes"]
@@ -248,7 +248,7 @@ def _do(run: program.Run, data: Data, evaluated: dict[str, str], accelerator: Ac
     if train is not None:
         run.say(
             f"{data.task.name}: {len(splits['train']):,} training rows, {trainer.total_steps:,} "
-            f"steps of {train.global_batch} rows"
+            f"steps of {train.global_batch_size} rows"
         )
     figures = run.train() if train is not None else {}
     metrics = trainer.evaluate(final=True) if sets else {}
@@ -257,7 +257,9 @@ def _do(run: program.Run, data: Data, evaluated: dict[str, str], accelerator: Ac
     run.finish(metrics, figures)
 
 
-def _predict(run: program.Run, data: Data, split: str, rows: Rows, encoded: EncodedSplit) -> None:
+def _predict(
+    run: program.Run, data: Data, split: str, rows: RawSplit, encoded: EncodedSplit
+) -> None:
     """Writes the predictions of a test split, each view's into a folder of its own."""
     from examples.evaluation.prediction import predict
 

@@ -1,9 +1,9 @@
 """Which rows meet in which step, and how they become tensors.
 
-One optimiser step is a *window*: a global batch of rows, formed first, then split over processes
-and micro-batches. So p processes of b rows see what one process of p·b rows sees. The order is
-f(seed, epoch) through a counter-based generator: any epoch, any window, can be entered directly,
-which is how a resumed run skips what it has done.
+One optimiser step takes a *global batch* of rows: it is formed first, then split over processes
+and into micro-batches. So p processes of b rows see what one process of p·b rows sees. The order is
+f(seed, epoch) through a counter-based generator: any epoch, any global batch, can be entered
+directly, which is how a resumed run skips what it has done.
 
     random   rows in random order
     bucket   random order, but rows of like length meet: within every CHUNK global batches rows
@@ -32,9 +32,9 @@ class Batch:
     Attributes:
         rows: (b,) row numbers.
         tokens: real tokens, padding not counted.
-        weight: its share of the window's rows: Σ weight · mean loss over all batches of all
-            processes is the mean loss of the window. 0 marks a batch that only keeps a process
-            in step with the others, which have one more.
+        weight: its share of the global batch's rows: Σ weight · mean loss over all micro-batches of
+            all processes is the mean loss of the global batch. 0 marks a batch that only keeps a
+            process in step with the others, which have one more.
     """
 
     rows: np.ndarray
@@ -43,31 +43,37 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Window:
-    """One optimiser step of one process: its micro-batches, and the rows of all processes."""
+class GlobalBatch:
+    """One optimiser step: the micro-batches of this process.
+
+    Attributes:
+        index: which of its epoch.
+        micro_batches: this process's, at least one.
+        rows: how many rows all processes have together.
+    """
 
     index: int
-    batches: tuple[Batch, ...]
+    micro_batches: tuple[Batch, ...]
     rows: int
 
     @property
     def tokens(self) -> int:
         """Real tokens of this process."""
-        return sum(batch.tokens for batch in self.batches if batch.weight)
+        return sum(batch.tokens for batch in self.micro_batches if batch.weight)
 
 
 class TrainingBatches:
-    """The windows of every epoch of a split.
+    """The global batches of every epoch of a split.
 
     Args:
         split: encoded rows.
         batch_size: rows per micro-batch and process.
-        accumulation: micro-batches per window and process.
+        accumulation: micro-batches per global batch and process.
         processes: how many there are; `process` is this one's number.
         seed: of the order.
         order: "bucket" or "random".
         max_tokens: micro-batches hold at most this many tokens instead of `batch_size` rows; the
-            window keeps its rows and gets as many micro-batches as that takes.
+            global batch keeps its rows and gets as many micro-batches as that takes.
     """
 
     def __init__(
@@ -97,27 +103,27 @@ class TrainingBatches:
         self.split = split
         self.lengths = split.lengths
         self.batch_size = batch_size
-        self.global_batch = batch_size * accumulation * processes
+        self.global_batch_size = batch_size * accumulation * processes
         self.processes, self.process = processes, process
         self.seed, self.order, self.max_tokens = seed, order, max_tokens
 
     def __len__(self) -> int:
-        """Windows (optimiser steps) per epoch; the last may hold fewer rows."""
-        return -(-len(self.split) // self.global_batch)
+        """Global batches (optimiser steps) per epoch; the last may hold fewer rows."""
+        return -(-len(self.split) // self.global_batch_size)
 
-    def windows(self, epoch: int, start: int = 0) -> Iterator[Window]:
-        """The windows of an epoch, from number `start` on."""
+    def global_batches(self, epoch: int, start: int = 0) -> Iterator[GlobalBatch]:
+        """The global batches of an epoch, from number `start` on."""
         rows = self._epoch_order(epoch)
-        size = self.global_batch
+        size = self.global_batch_size
         for index in range(start, len(self)):
-            yield self._window(index, rows[index * size : (index + 1) * size])
+            yield self._split(index, rows[index * size : (index + 1) * size])
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         """(n,) row numbers; the global batches are consecutive pieces, the short one last."""
         rows = permutation(len(self.split), self.seed, epoch)
         if self.order == "random":
             return rows
-        size = self.global_batch
+        size = self.global_batch_size
         full = len(rows) // size * size
         pieces = [
             _by_length(piece, self.lengths).reshape(-1, size)
@@ -128,7 +134,7 @@ class TrainingBatches:
         batches = batches[permutation(len(batches), self.seed, epoch, stream=1)]
         return np.concatenate((batches.reshape(-1), rows[full:]))
 
-    def _window(self, index: int, rows: np.ndarray) -> Window:
+    def _split(self, index: int, rows: np.ndarray) -> GlobalBatch:
         """Splits a global batch; every process computes the same split and takes its own part."""
         if self.order == "bucket" or self.max_tokens is not None:
             rows = _by_length(rows, self.lengths)
@@ -146,7 +152,7 @@ class TrainingBatches:
         if len(mine) < share:
             filler = rows[:1]
             mine.append(Batch(filler, int(self.lengths[filler].sum()), 0.0))
-        return Window(index, tuple(mine), len(rows))
+        return GlobalBatch(index, tuple(mine), len(rows))
 
 
 def evaluation_batches(

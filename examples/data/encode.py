@@ -19,7 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from examples.data.readers import Rows
+from examples.data.readers import RawSplit
 
 if TYPE_CHECKING:
     from transformers_patched.tokenization import PreTrainedTokenizer
@@ -63,7 +63,7 @@ def default_cache_dir() -> Path:
 
 
 def encode(
-    rows: Rows,
+    raw: RawSplit,
     tokenizer: "PreTrainedTokenizer",
     max_length: int,
     *,
@@ -73,7 +73,7 @@ def encode(
     """Token ids of every row, cut to `max_length` (the longer sentence of a pair first).
 
     Args:
-        rows: from `examples.data.readers`.
+        raw: from `examples.data.readers`.
         tokenizer: from `transformers_patched`.
         max_length: tokens per row, special tokens included.
         cache_dir: where the arrays are kept; default `default_cache_dir()`.
@@ -88,15 +88,15 @@ def encode(
     path = None
     if cache:
         folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
-        path = folder / "encoded" / f"{_key(rows, tokenizer, max_length)}.safetensors"
+        path = folder / "encoded" / f"{_key(raw, tokenizer, max_length)}.safetensors"
     arrays = _load(path) if path is not None else None
     if arrays is None:
-        arrays = _tokenise(rows, tokenizer, max_length)
+        arrays = _tokenise(raw, tokenizer, max_length)
         if path is not None:
             _store(path, arrays)
     labels = None
-    if rows.labels is not None:
-        labels = np.asarray(rows.labels, np.float32 if rows.task.regression else np.int64)
+    if raw.labels is not None:
+        labels = np.asarray(raw.labels, np.float32 if raw.task.regression else np.int64)
     if tokenizer.pad_token_id is None:
         raise ValueError("this tokenizer has no pad_token: set one before encoding")
     return EncodedSplit(
@@ -110,11 +110,11 @@ def encode(
 
 
 def _tokenise(
-    rows: Rows, tokenizer: "PreTrainedTokenizer", max_length: int
+    raw: RawSplit, tokenizer: "PreTrainedTokenizer", max_length: int
 ) -> dict[str, np.ndarray]:
     pieces, lengths, first = [], [], []
-    for start in range(0, len(rows), CHUNK):
-        text = [column[start : start + CHUNK] for column in rows.text]
+    for start in range(0, len(raw), CHUNK):
+        text = [column[start : start + CHUNK] for column in raw.text]
         batch = tokenizer(
             *text,
             truncation=True,
@@ -146,11 +146,11 @@ def _flat(lists: Iterable[list[int]], total: int) -> np.ndarray:
     return np.fromiter((value for row in lists for value in row), np.int32, int(total))
 
 
-def _key(rows: Rows, tokenizer: "PreTrainedTokenizer", max_length: int) -> str:
+def _key(raw: RawSplit, tokenizer: "PreTrainedTokenizer", max_length: int) -> str:
     digest = hashlib.sha256()
-    for part in (VERSION, tokenizer.fingerprint(), str(max_length), str(len(rows.text))):
+    for part in (VERSION, tokenizer.fingerprint(), str(max_length), str(len(raw.text))):
         digest.update(part.encode() + b"\0")
-    for column in rows.text:
+    for column in raw.text:
         # Lengths first: the same characters split otherwise are other rows.
         digest.update(np.fromiter(map(len, column), np.int64, len(column)).tobytes())
         digest.update("".join(column).encode())

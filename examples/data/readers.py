@@ -27,7 +27,7 @@ INDEX_COLUMNS = ("idx", "index", "id")
 
 
 @dataclass(frozen=True)
-class Rows:
+class RawSplit:
     """One split in columns.
 
     Attributes:
@@ -56,7 +56,7 @@ class Rows:
         """`file, line 7`: where that row came from."""
         return f"{self.source}, {self.unit} {self.lines[row]}"
 
-    def take(self, rows: Sequence[int]) -> "Rows":
+    def take(self, rows: Sequence[int]) -> "RawSplit":
         """The rows of these numbers, in this order."""
         return replace(
             self,
@@ -70,7 +70,7 @@ class Rows:
 # -- the three ways in --------------------------------------------------------------------------
 
 
-def read_split(task: Task, data_dir: str | os.PathLike[str] | None, split: str) -> Rows:
+def read_split(task: Task, data_dir: str | os.PathLike[str] | None, split: str) -> RawSplit:
     """Reads one split: from `data_dir`, else from the bundled files, else from the hub.
 
     Args:
@@ -97,7 +97,7 @@ def read_split(task: Task, data_dir: str | os.PathLike[str] | None, split: str) 
     return _rows(join([read_table(path, task) for path in files], files[0].parent), task, split)
 
 
-def read_file(task: Task, path: str | os.PathLike[str], split: str = "train") -> Rows:
+def read_file(task: Task, path: str | os.PathLike[str], split: str = "train") -> RawSplit:
     """Reads one file of a task, or of one's own where `task` is `CUSTOM`.
 
     Of a custom training file the text columns are `sentence1` and `sentence2` where present, else
@@ -107,7 +107,7 @@ def read_file(task: Task, path: str | os.PathLike[str], split: str = "train") ->
     return _rows(read_table(Path(path), task), task, split)
 
 
-def read_hub(task: Task, name: str, config: str | None, split: str) -> Rows:
+def read_hub(task: Task, name: str, config: str | None, split: str) -> RawSplit:
     """Reads a split of a dataset on the hub (or of a local dataset folder) through `datasets`."""
     try:
         import datasets
@@ -173,7 +173,7 @@ def find_split(task: Task, data_dir: Path, split: str) -> list[Path]:
 # -- from columns to rows -----------------------------------------------------------------------
 
 
-def _rows(table: Table, task: Task, split: str) -> Rows:
+def _rows(table: Table, task: Task, split: str) -> RawSplit:
     if not table.lines:
         raise DataError(f"{table.source}: empty, there is no row in it")
     if task.name == CUSTOM.name and not task.text:
@@ -182,7 +182,7 @@ def _rows(table: Table, task: Task, split: str) -> Rows:
     labels = _labels(table, task, split)
     index = next((name for name in INDEX_COLUMNS if name in table.columns), None)
     ids = table.columns[index] if index else list(range(len(table.lines)))
-    return Rows(task, split, text, labels, ids, table.source, table.lines, table.unit)
+    return RawSplit(task, split, text, labels, ids, table.source, table.lines, table.unit)
 
 
 def _column(table: Table, column: str, task: Task) -> str:

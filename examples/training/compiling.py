@@ -8,15 +8,15 @@ from collections.abc import Callable
 from torch import nn
 
 
-def compile_and_compare(model: nn.Module, run_window: Callable[[], object], steps: int) -> str:
+def compile_and_compare(model: nn.Module, run_passes: Callable[[], object], steps: int) -> str:
     """Compiles `model` in place and says what that costs and gains.
 
-    `run_window` is called before and after, twice each: a first call warms up, or compiles; the
+    `run_passes` is called before and after, twice each: a first call warms up, or compiles; the
     second is timed. Compiling pays after cost / (gain per step) steps.
 
     Args:
         model: compiled with dynamic shapes, for batches differ in length.
-        run_window: forward and backward passes of one optimiser step, without the update.
+        run_passes: forward and backward passes of one optimiser step, without the update.
         steps: optimiser steps the run still has.
 
     Returns:
@@ -25,7 +25,7 @@ def compile_and_compare(model: nn.Module, run_window: Callable[[], object], step
 
     def seconds() -> float:
         began = time.perf_counter()
-        run_window()
+        run_passes()
         return time.perf_counter() - began
 
     seconds()

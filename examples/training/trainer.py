@@ -1,11 +1,11 @@
 """The one training loop. It knows no method and no task.
 
-It is given a model whose output has `.loss` and `.logits`, windows of batches, an optimiser, a
-schedule and evaluation sets that score logits. A *window* is one optimiser step: its micro-batches'
-mean losses are weighted by their share of the window's rows, over all processes, so neither the
+It is given a model whose output has `.loss` and `.logits`, global batches, an optimiser, a schedule
+and evaluation sets that score logits. One optimiser step takes one *global batch*: the mean losses
+of its micro-batches are weighted by their share of its rows, over all processes, so neither the
 number of processes, nor of micro-batches, nor their sizes change what is computed.
 
-Before every window the random generators are seeded with f(seed, step, process), see `sampling`. So
+Before every step the random generators are seeded with f(seed, step, process), see `sampling`. So
 step k draws the same dropout masks whether the run was interrupted, evaluated more often, or not:
 with the weights, the optimiser's and the hooks' state restored, a resumed run is the whole one.
 """
@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from examples.cli.groups import TrainingOptions
-from examples.data.batches import TrainingBatches, Window
+from examples.data.batches import GlobalBatch, TrainingBatches
 from examples.evaluation import prediction as evaluation
 from examples.evaluation.prediction import (
     Collate,
@@ -61,7 +61,7 @@ class Trainer:
         options: the training options.
         accelerator: devices, processes, precision.
         folder: where files go.
-        train: the windows; None where nothing is trained.
+        train: the global batches; None where nothing is trained.
         collate: batch -> arguments of the model.
         schedule: λ(step), see `examples.training.schedules`.
         total_steps: T.
@@ -138,8 +138,8 @@ class Trainer:
         self.began = time.perf_counter()
         while state.step < self.total_steps and not state.stopped:
             epoch, start = divmod(state.step, len(self.train_batches))
-            for window in self.train_batches.windows(epoch, start):
-                self.step(window)
+            for batch in self.train_batches.global_batches(epoch, start):
+                self.step(batch)
                 self._after_step()
                 if state.step >= self.total_steps or state.stopped:
                     break
@@ -147,35 +147,35 @@ class Trainer:
         self.bar.close()
 
     def _compile(self) -> None:
-        """Compiles the model, and measures on the next window whether that pays."""
+        """Compiles the model, and measures on the next global batch whether that pays."""
         epoch, start = divmod(self.progress.step, len(self.train_batches))
-        window = next(self.train_batches.windows(epoch, start))
+        batch = next(self.train_batches.global_batches(epoch, start))
 
-        def run_window() -> None:
-            self._passes(window, train=False)
+        def run_passes() -> None:
+            self._passes(batch, train=False)
             self.optimizer.zero_grad()
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
 
         left = self.total_steps - self.progress.step
-        self.bar.line(compile_and_compare(self.raw, run_window, left))
+        self.bar.line(compile_and_compare(self.raw, run_passes, left))
 
     def _batches_of_epoch(self, epoch: int) -> Iterator[dict[str, Any]]:
-        for window in self.train_batches.windows(epoch):
-            for batch in window.batches:
-                yield on_device(self.collate(batch), self.device)
+        for batch in self.train_batches.global_batches(epoch):
+            for micro_batch in batch.micro_batches:
+                yield on_device(self.collate(micro_batch), self.device)
 
     def _forward_loss(self, arguments: dict[str, Any]) -> Tensor:
         return self.loss(self.model(**arguments), arguments)
 
-    def step(self, window: Window) -> None:
+    def step(self, batch: GlobalBatch) -> None:
         """One optimiser step; under fp16 repeated with a smaller scale where it overflowed."""
         state = self.progress
         factor = self.schedule(state.step)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * factor
         for _ in range(RETRIES):
-            loss = self._passes(window)
+            loss = self._passes(batch)
             self.accelerator.unscale_gradients()
             for parameters, norm in self.clipped:
                 torch.nn.utils.clip_grad_norm_(parameters, norm)
@@ -186,26 +186,26 @@ class Trainer:
         else:
             raise self._diverged(state.step)
         state.step += 1
-        state.tokens += window.tokens
+        state.tokens += batch.tokens
         self.unseen.append(loss)
         self.bar.advance()
 
-    def _passes(self, window: Window, train: bool = True) -> Tensor:
-        """The window's loss and gradient, over all samples of the weights."""
+    def _passes(self, batch: GlobalBatch, train: bool = True) -> Tensor:
+        """The global batch's loss and gradient, over all samples of the weights."""
         where = self.options.seed, self.progress.step, self.accelerator.process_index
         inner = unwrap_optimizer(self.optimizer)
-        return over_samples(lambda: self._backward(window), inner, *where, train=train)
+        return over_samples(lambda: self._backward(batch), inner, *where, train=train)
 
-    def _backward(self, window: Window) -> Tensor:
+    def _backward(self, batch: GlobalBatch) -> Tensor:
         """Σ weight·loss of this process's micro-batches, its gradient added up on the way."""
         total = torch.zeros((), device=self.device)
         processes = self.accelerator.num_processes  # gradients are averaged over them, not summed
-        last = len(window.batches) - 1
-        for i, batch in enumerate(window.batches):
+        last = len(batch.micro_batches) - 1
+        for i, micro_batch in enumerate(batch.micro_batches):
             hold = i < last and processes > 1
             with self.accelerator.no_sync(self.model) if hold else nullcontext():
-                arguments = on_device(self.collate(batch), self.device)
-                loss = self._forward_loss(arguments).float() * batch.weight
+                arguments = on_device(self.collate(micro_batch), self.device)
+                loss = self._forward_loss(arguments).float() * micro_batch.weight
                 self.accelerator.backward(loss * processes)
             total += loss.detach()
         return total

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, default_collate
 from toy_tuner import ToyConfig
 
 from examples.cli.groups import TrainingOptions
-from examples.data.batches import Batch, Window
+from examples.data.batches import Batch, GlobalBatch
 from examples.training.run_folder import RunFolder
 from examples.training.trainer import Trainer
 from peft_custom import PeftModel, attach, attached_hooks, get_peft_model
@@ -226,7 +226,7 @@ def hugging_face(folder: Path, kill: int | None, **options: Any) -> dict[str, Te
     return outcome(made.model, callback_of(made).hooks)
 
 
-class Windows:
+class KilledBatches:
     """The rows in their order, one batch per step; stops at the step that the signal hits."""
 
     def __init__(self, kill: int | None) -> None:
@@ -235,12 +235,12 @@ class Windows:
     def __len__(self) -> int:
         return STEPS // EPOCHS
 
-    def windows(self, epoch: int, start: int = 0) -> Any:
+    def global_batches(self, epoch: int, start: int = 0) -> Any:
         for index in range(start, len(self)):
             if self.kill is not None and epoch * len(self) + index == self.kill:
                 raise Killed
             numbers = np.arange(index * ROWS, (index + 1) * ROWS)
-            yield Window(index, (Batch(numbers, 8 * ROWS),), ROWS)
+            yield GlobalBatch(index, (Batch(numbers, 8 * ROWS),), ROWS)
 
 
 def ours(folder: Path, kill: int | None, **options: Any) -> dict[str, Tensor] | None:
@@ -265,7 +265,7 @@ def ours(folder: Path, kill: int | None, **options: Any) -> dict[str, Tensor] | 
         arguments,
         Accelerator(cpu=True),
         run,
-        train=Windows(kill),
+        train=KilledBatches(kill),
         collate=lambda batch: default_collate([data[i] for i in batch.rows]),
         schedule=lambda step: 1.0,
         total_steps=STEPS,

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from examples.data.batches import (
     Batch,
+    GlobalBatch,
     TrainingBatches,
-    Window,
     collate,
     evaluation_batches,
     permutation,
@@ -36,10 +36,14 @@ def fake(n: int, seed: int = 0, low: int = 3, high: int = 60) -> EncodedSplit:
     return EncodedSplit(tokens.astype(np.int32), offsets, first, np.arange(n) % 3, 0, True)
 
 
-def same(a: Window, b: Window) -> bool:
-    return (a.index, a.rows, len(a.batches)) == (b.index, b.rows, len(b.batches)) and all(
+def same(a: GlobalBatch, b: GlobalBatch) -> bool:
+    return (a.index, a.rows, len(a.micro_batches)) == (
+        b.index,
+        b.rows,
+        len(b.micro_batches),
+    ) and all(
         np.array_equal(x.rows, y.rows) and x.weight == y.weight
-        for x, y in zip(a.batches, b.batches, strict=True)
+        for x, y in zip(a.micro_batches, b.micro_batches, strict=True)
     )
 
 
@@ -61,15 +65,15 @@ def test_an_epoch_over_all_processes(n: int, plan: dict, epoch: int) -> None:
     split = fake(n)
     every = [TrainingBatches(split, process=p, **plan) for p in range(plan["processes"])]
     size = plan["batch_size"] * plan["accumulation"] * plan["processes"]
-    windows = [list(batches.windows(epoch)) for batches in every]
-    assert {len(w) for w in windows} == {len(every[0])} == {-(-n // size)}
+    found = [list(batches.global_batches(epoch)) for batches in every]
+    assert {len(w) for w in found} == {len(every[0])} == {-(-n // size)}
     seen = []
-    for parts in zip(*windows, strict=True):
-        batches = [batch for part in parts for batch in part.batches if batch.weight]
+    for parts in zip(*found, strict=True):
+        batches = [batch for part in parts for batch in part.micro_batches if batch.weight]
         rows = np.concatenate([batch.rows for batch in batches])
         assert {part.rows for part in parts} == {len(rows)}
-        # Processes stay in step, and Σ weight · mean is the mean over the window.
-        assert len({len(part.batches) for part in parts}) == 1
+        # Processes stay in step, and Σ weight · mean is the mean over the global batch.
+        assert len({len(part.micro_batches) for part in parts}) == 1
         mean = sum(batch.weight * split.labels[batch.rows].mean() for batch in batches)
         assert mean == pytest.approx(split.labels[rows].mean())
         for batch in batches:
@@ -87,15 +91,15 @@ def test_an_epoch_over_all_processes(n: int, plan: dict, epoch: int) -> None:
 @QUICK
 def test_entering_in_the_middle(n: int, plan: dict, epoch: int, start: int) -> None:
     batches = TrainingBatches(fake(n), **plan)
-    rest = list(batches.windows(epoch))[start:]
-    again = list(TrainingBatches(fake(n), **plan).windows(epoch, start))
+    rest = list(batches.global_batches(epoch))[start:]
+    again = list(TrainingBatches(fake(n), **plan).global_batches(epoch, start))
     assert len(rest) == len(again)
     assert all(same(a, b) for a, b in zip(rest, again, strict=True))
 
 
 @pytest.mark.parametrize("order", ["bucket", "random"])
 @pytest.mark.parametrize("processes", [2, 4])
-def test_two_processes_see_the_windows_of_one(order: str, processes: int) -> None:
+def test_two_processes_see_the_global_batches_of_one(order: str, processes: int) -> None:
     split = fake(333)
     one = TrainingBatches(split, 8, order=order, seed=5)
     parts = [
@@ -103,26 +107,30 @@ def test_two_processes_see_the_windows_of_one(order: str, processes: int) -> Non
         for p in range(processes)
     ]
     for epoch in (0, 3):
-        for windows in zip(one.windows(epoch), *(p.windows(epoch) for p in parts), strict=True):
+        for found in zip(
+            one.global_batches(epoch), *(p.global_batches(epoch) for p in parts), strict=True
+        ):
             whole, *shares = (
-                sorted(np.concatenate([b.rows for b in w.batches if b.weight] or [[]]))
-                for w in windows
+                sorted(np.concatenate([b.rows for b in w.micro_batches if b.weight] or [[]]))
+                for w in found
             )
             assert whole == sorted(sum(shares, []))
 
 
 def test_accumulation_sees_the_windows_of_a_larger_batch() -> None:
     split = fake(100)
-    large = TrainingBatches(split, 12, seed=1).windows(2)
-    small = TrainingBatches(split, 4, accumulation=3, seed=1).windows(2)
+    large = TrainingBatches(split, 12, seed=1).global_batches(2)
+    small = TrainingBatches(split, 4, accumulation=3, seed=1).global_batches(2)
     for a, b in zip(large, small, strict=True):
-        assert sorted(a.batches[0].rows) == sorted(np.concatenate([x.rows for x in b.batches]))
+        assert sorted(a.micro_batches[0].rows) == sorted(
+            np.concatenate([x.rows for x in b.micro_batches])
+        )
 
 
 def test_epochs_and_seeds_differ_and_repeat() -> None:
     def order(seed: int, epoch: int, kind: str) -> list[int]:
-        windows = TrainingBatches(fake(200), 4, seed=seed, order=kind).windows(epoch)
-        return np.concatenate([w.batches[0].rows for w in windows]).tolist()
+        found = TrainingBatches(fake(200), 4, seed=seed, order=kind).global_batches(epoch)
+        return np.concatenate([w.micro_batches[0].rows for w in found]).tolist()
 
     for kind in ("bucket", "random"):
         assert order(0, 0, kind) == order(0, 0, kind)
@@ -146,17 +154,21 @@ def test_buckets_leave_little_padding_and_stay_random() -> None:
     split = fake(4000)
 
     def waste(order: str) -> float:
-        windows = list(TrainingBatches(split, 16, order=order).windows(0))
-        width = sum(split.lengths[w.batches[0].rows].max() * w.rows for w in windows)
+        found = list(TrainingBatches(split, 16, order=order).global_batches(0))
+        width = sum(split.lengths[w.micro_batches[0].rows].max() * w.rows for w in found)
         return width / split.lengths.sum()
 
     assert waste("bucket") < 1.06 < 1.5 < waste("random")
     # Batches come in no order of length, and a row's companions change with the epoch.
     batches = TrainingBatches(split, 16)
-    lengths = [split.lengths[w.batches[0].rows].mean() for w in batches.windows(0)]
+    lengths = [split.lengths[w.micro_batches[0].rows].mean() for w in batches.global_batches(0)]
     assert abs(np.corrcoef(lengths, np.arange(len(lengths)))[0, 1]) < 0.2
     mates = [
-        next(set(w.batches[0].rows) for w in batches.windows(e) if 7 in w.batches[0].rows)
+        next(
+            set(w.micro_batches[0].rows)
+            for w in batches.global_batches(e)
+            if 7 in w.micro_batches[0].rows
+        )
         for e in range(2)
     ]
     assert len(mates[0] & mates[1]) < 8
@@ -234,17 +246,17 @@ def test_a_real_batch_is_what_the_tokenizer_pads(
     tokenizer = AutoTokenizer.from_pretrained(minilm_dir)
     rows = read_split(get_task("mrpc"), real_data("glue"), "validation")
     split = encode(rows, tokenizer, 64, cache=False)
-    for window in list(TrainingBatches(split, 16).windows(0))[::5]:
-        picked = rows.take(window.batches[0].rows)
+    for batch in list(TrainingBatches(split, 16).global_batches(0))[::5]:
+        picked = rows.take(batch.micro_batches[0].rows)
         expected = tokenizer(
             *picked.text, truncation=True, max_length=64, padding=True, return_tensors="pt"
         )
-        ours = collate(split, window.batches[0])
+        ours = collate(split, batch.micro_batches[0])
         assert ours.pop("labels").tolist() == picked.labels
         assert set(ours) == set(expected)
         for name in ours:
             assert torch.equal(ours[name], expected[name]), name
-        fixed = collate(split, window.batches[0], width=64)
+        fixed = collate(split, batch.micro_batches[0], width=64)
         assert fixed["input_ids"].shape == (len(picked), 64)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from examples.data import encode as module
 from examples.data.encode import default_cache_dir, encode
-from examples.data.readers import Rows, read_split
+from examples.data.readers import RawSplit, read_split
 from examples.data.tasks import get_task
 from transformers_patched.tokenization import AutoTokenizer, PreTrainedTokenizer
 
@@ -28,7 +28,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizer:
 
 
 @pytest.fixture(scope="module")
-def rows() -> Rows:
+def rows() -> RawSplit:
     return read_split(get_task("wording"), None, "validation")
 
 
@@ -41,7 +41,7 @@ def same(a: module.EncodedSplit, b: module.EncodedSplit) -> bool:
 
 @pytest.mark.parametrize("max_length", [16, 64])
 def test_rows_are_what_the_tokenizer_says(
-    tokenizer: PreTrainedTokenizer, rows: Rows, max_length: int
+    tokenizer: PreTrainedTokenizer, rows: RawSplit, max_length: int
 ) -> None:
     split = encode(rows, tokenizer, max_length, cache=False)
     expected = tokenizer(*rows.text, truncation=True, max_length=max_length)
@@ -71,7 +71,7 @@ def test_both_kinds_of_real_tokenizer(real_data: Callable[[str], Path]) -> None:
 
 
 def test_chunks_do_not_show(
-    tokenizer: PreTrainedTokenizer, rows: Rows, monkeypatch: pytest.MonkeyPatch
+    tokenizer: PreTrainedTokenizer, rows: RawSplit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = encode(rows, tokenizer, 64, cache=False)
     monkeypatch.setattr(module, "CHUNK", 7)
@@ -79,7 +79,7 @@ def test_chunks_do_not_show(
 
 
 def test_the_second_time_comes_from_disk(
-    tokenizer: PreTrainedTokenizer, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tokenizer: PreTrainedTokenizer, rows: RawSplit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = encode(rows, tokenizer, 64, cache_dir=tmp_path)
     assert len(list(tmp_path.rglob("*.safetensors"))) == 1
@@ -97,7 +97,7 @@ def test_the_second_time_comes_from_disk(
 
 
 def test_whatever_the_tokens_depend_on_changes_the_key(
-    tokenizer: PreTrainedTokenizer, rows: Rows, tmp_path: Path
+    tokenizer: PreTrainedTokenizer, rows: RawSplit, tmp_path: Path
 ) -> None:
     def keys() -> int:
         return len(list(tmp_path.rglob("*.safetensors")))
@@ -135,7 +135,7 @@ def test_whatever_the_tokens_depend_on_changes_the_key(
     ],
 )
 def test_a_damaged_cache_is_noticed_and_made_anew(
-    tokenizer: PreTrainedTokenizer, rows: Rows, tmp_path: Path, damage: Callable[[bytes], bytes]
+    tokenizer: PreTrainedTokenizer, rows: RawSplit, tmp_path: Path, damage: Callable[[bytes], bytes]
 ) -> None:
     first = encode(rows, tokenizer, 64, cache_dir=tmp_path)
     (path,) = tmp_path.rglob("*.safetensors")
@@ -147,7 +147,7 @@ def test_a_damaged_cache_is_noticed_and_made_anew(
 
 
 def test_a_full_disk_costs_the_cache_only(
-    tokenizer: PreTrainedTokenizer, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tokenizer: PreTrainedTokenizer, rows: RawSplit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -160,7 +160,7 @@ def test_a_full_disk_costs_the_cache_only(
 
 
 def test_a_cache_folder_that_cannot_be(
-    tokenizer: PreTrainedTokenizer, rows: Rows, tmp_path: Path
+    tokenizer: PreTrainedTokenizer, rows: RawSplit, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
     with pytest.warns(UserWarning, match="cannot keep the encoded data"):
@@ -174,7 +174,7 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert default_cache_dir() == Path.home() / ".cache" / "rankwise"
 
 
-def test_what_cannot_be_encoded(tokenizer: PreTrainedTokenizer, rows: Rows) -> None:
+def test_what_cannot_be_encoded(tokenizer: PreTrainedTokenizer, rows: RawSplit) -> None:
     with pytest.raises(ValueError, match="max_length=65 is more than the 64 tokens"):
         encode(rows, tokenizer, 65, cache=False)
     with pytest.raises(ValueError, match="leaves no room"):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from examples.data.readers import Rows, read_file
+from examples.data.readers import RawSplit, read_file
 from examples.data.tables import FORMATS, DataError, read_table, write_table
 from examples.data.tasks import CUSTOM, TASKS, Task
 
@@ -48,7 +48,7 @@ PIECES = [
 ]
 
 
-def survives(data: bytes, kind: str, task: Task) -> Rows | None:
+def survives(data: bytes, kind: str, task: Task) -> RawSplit | None:
     """Reads `data`; anything but rows or a DataError that names the file fails the test."""
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -63,7 +63,7 @@ def survives(data: bytes, kind: str, task: Task) -> Rows | None:
     return rows
 
 
-def check(rows: Rows) -> None:
+def check(rows: RawSplit) -> None:
     """What every reader promises of its rows."""
     assert len(rows) > 0
     assert rows.labels is not None

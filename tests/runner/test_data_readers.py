@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.data.readers import Rows, find_split, read_file, read_hub, read_split
+from examples.data.readers import RawSplit, find_split, read_file, read_hub, read_split
 from examples.data.tables import DataError, read_table, write_table
 from examples.data.tasks import CUSTOM, GLUE_TASKS, TASKS, get_task
 
@@ -414,7 +414,7 @@ def test_rows_can_be_picked(tmp_path: Path) -> None:
     write_table(tmp_path / "x.jsonl", COLUMNS)
     rows = read_file(MRPC, tmp_path / "x.jsonl")
     picked = rows.take([1, 1, 0])
-    assert isinstance(picked, Rows)
+    assert isinstance(picked, RawSplit)
     assert (picked.text[0], picked.labels) == (["c", "c", "a b"], [0, 0, 1])
     assert picked.where(0).endswith("x.jsonl, line 2")
 

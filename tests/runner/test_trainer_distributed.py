@@ -24,7 +24,7 @@ OPTIONS = (
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """61 rows: the last window of an epoch is a short one, and so is the last evaluation batch."""
+    """61 rows: the last global batch of an epoch is short, and so is the last evaluation batch."""
     folder = tmp_path_factory.mktemp("home")
     tiny_bert(folder / "bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     pair_task(folder / "mrpc", {"train": 61, "validation": 21})

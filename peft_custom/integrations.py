@@ -16,8 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .hook_files import load_hooks_state, save_hooks_state, saved_token
-from .hooks import TrainingHooks, attach
+from .hooks import TrainingHooks, attach, load_hooks_state, save_hooks_state, saved_token
 
 NAME = "TunerCallback"
 

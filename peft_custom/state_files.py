@@ -7,7 +7,6 @@ Trees are dictionaries (with keys of any plain kind), lists, tuples, numbers, st
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +15,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .files import written_aside
+
 FILLER = {"": torch.zeros(0)}  # older safetensors refuse a file without a tensor
 
 
 def write_tree(path: Path, tree: Any, **metadata: str) -> None:
-    """Writes a tree, aside first and then renamed; `metadata` can be read without the tensors.
+    """Writes a tree whole or not at all; `metadata` can be read without the tensors.
 
     Raises:
         TypeError: something in the tree is no tensor and no plain value; its place is named.
     """
     tensors: dict[str, Tensor] = {}
     values = json.dumps(_pack(tree, "", tensors))
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with written_aside(path) as aside:
         save_file(tensors or FILLER, aside, metadata={"tree": values, **metadata})
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def read_metadata(path: Path) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """`TunerCallback`: the Hugging Face `Trainer` drives adaptive tuners.
 
-    from peft_custom.integrations import TunerCallback
+    from peft_custom.hf_trainer import TunerCallback
     Trainer(model=model, args=args, train_dataset=data, callbacks=[TunerCallback()]).train()
 
 `transformers` is imported when the name is first used, never with the package.

@@ -13,6 +13,10 @@ from torch import Tensor
 from .config import TaskType
 from .peft_model import PeftModel, for_task
 
+CLASSIFIER_NAMES = ("classifier", "score")
+SPAN_HEAD_NAMES = ("qa_outputs",)
+HEAD_NAMES = CLASSIFIER_NAMES + SPAN_HEAD_NAMES  # what task heads are called: trained in full
+
 
 def _given(**values: Any) -> dict[str, Any]:
     """The arguments that were given; a model need not know the others."""
@@ -60,14 +64,14 @@ class _EncoderTask(PeftModel):
 class PeftModelForSequenceClassification(_EncoderTask):
     """Adapters for classifying sequences; the head (`classifier` or `score`) trains along."""
 
-    head_names = ("classifier", "score")
+    head_names = CLASSIFIER_NAMES
 
 
 @for_task(TaskType.TOKEN_CLS)
 class PeftModelForTokenClassification(_EncoderTask):
     """Adapters for classifying tokens; the head (`classifier` or `score`) trains along."""
 
-    head_names = ("classifier", "score")
+    head_names = CLASSIFIER_NAMES
 
 
 @for_task(TaskType.CAUSAL_LM)
@@ -79,7 +83,7 @@ class PeftModelForCausalLM(_EncoderTask):
 class PeftModelForQuestionAnswering(PeftModel):
     """Adapters for finding answer spans; the head (`qa_outputs`) trains along."""
 
-    head_names = ("qa_outputs",)
+    head_names = SPAN_HEAD_NAMES
 
     def forward(
         self,

@@ -7,8 +7,9 @@ Trees are dictionaries (with keys of any plain kind), lists, tuples, numbers, st
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,10 +18,14 @@ from torch import Tensor
 
 from .files import written_aside
 
+Plain: TypeAlias = "bool | int | float | str | None"
+Json: TypeAlias = "Plain | list[Json] | dict[str, Json]"
+Tree: TypeAlias = "Plain | Tensor | Sequence[Tree] | Mapping[Any, Tree]"
+
 FILLER = {"": torch.zeros(0)}  # older safetensors refuse a file without a tensor
 
 
-def write_tree(path: Path, tree: Any, **metadata: str) -> None:
+def write_tree(path: Path, tree: Tree, **metadata: str) -> None:
     """Writes a tree whole or not at all; `metadata` can be read without the tensors.
 
     Raises:
@@ -60,7 +65,7 @@ def read_tree(path: Path) -> Any:
         raise ValueError(f"{path}: damaged or something else ({error})") from error
 
 
-def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+def _pack(value: Tree, path: str, tensors: dict[str, Tensor]) -> Json:
     """JSON for a tree; tensors become references, tuples and other keys than text are marked."""
     if isinstance(value, Tensor):
         while path in tensors:  # "a.b" may be one key or two
@@ -84,7 +89,7 @@ def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     )
 
 
-def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
+def _unpack(value: Json, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, list):
         return [_unpack(item, tensors) for item in value]
     if not isinstance(value, dict):

@@ -5,9 +5,13 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import TypeVar
 
 from torch import nn
+
+from ..protocols import TargetOptions
+
+ItemT = TypeVar("ItemT")
 
 # Attention projections adapted by default, by `config.model_type`.
 DEFAULT_TARGETS: dict[str, tuple[str, ...]] = {
@@ -66,7 +70,7 @@ def name_matches(name: str, entry: str) -> bool:
     return name == entry or name.endswith(f".{entry}")
 
 
-def pattern_value(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+def pattern_value(patterns: Mapping[str, ItemT], name: str, default: ItemT) -> ItemT:
     """Value of the first key that fits the end of `name` (a regular expression), else `default`."""
     for key, value in patterns.items():
         if re.fullmatch(rf"(.*\.)?({key})", name):
@@ -74,7 +78,7 @@ def pattern_value(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
     return default
 
 
-def check_patterns(option: str, patterns: Mapping[str, Any], names: Iterable[str]) -> None:
+def check_patterns(option: str, patterns: Mapping[str, object], names: Iterable[str]) -> None:
     """Raises when a key of `rank_pattern` or `alpha_pattern` fits no adapted module."""
     names = list(names)
     for key in patterns:
@@ -151,18 +155,16 @@ def layer_index(name: str, layers_pattern: list[str]) -> int | None:
     return None
 
 
-def as_list(value: Any) -> list[Any]:
+def as_list(value: ItemT | Iterable[ItemT] | None) -> list[ItemT]:
     """None → [], a scalar → [scalar], any collection → a list."""
     if value is None:
         return []
-    return (
-        sorted(value)
-        if isinstance(value, (set, frozenset))
-        else (list(value) if isinstance(value, (list, tuple)) else [value])
-    )
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def select_targets(candidates: list[tuple[str, nn.Module]], config: Any) -> list[str]:
+def select_targets(candidates: list[tuple[str, nn.Module]], config: TargetOptions) -> list[str]:
     """The names that `config` chooses, in model order.
 
     `target_modules` as a string is a regular expression for the whole name; as a list, exact names
@@ -208,7 +210,7 @@ def select_targets(candidates: list[tuple[str, nn.Module]], config: Any) -> list
     return kept
 
 
-def _excluded(name: str, excluded: Any) -> bool:
+def _excluded(name: str, excluded: str | Iterable[str] | None) -> bool:
     if excluded is None:
         return False
     if isinstance(excluded, str):

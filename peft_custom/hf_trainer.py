@@ -110,7 +110,9 @@ class _Callback:
             "not adapting"
         )
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: Any) -> None:
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: Any
+    ) -> None:
         """Writes the hooks' state into the Trainer's checkpoint."""
         if self.hooks is None or not self.hooks.adapts or not args.should_save:
             return
@@ -124,7 +126,12 @@ class _Callback:
         save_hooks_state(folder, self.hooks.state_dict(), token=self.saved.get("token", ""))
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **unused: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **unused: Any,
     ) -> None:
         """Adds the hooks' figures, as `tuner/<name>`, to the training logs."""
         if self.hooks is None or logs is None or "loss" not in logs:
@@ -137,7 +144,9 @@ class _Callback:
         if state.log_history:
             state.log_history[-1].update(figures)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: Any
+    ) -> None:
         """Detaches. Where the best checkpoint was loaded, the schedule goes back to it as well."""
         if self.hooks is None:
             return

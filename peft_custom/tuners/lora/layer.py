@@ -12,7 +12,7 @@ A and B are fp32 whatever the base's dtype.
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,24 @@ class Factor(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}"
+
+
+class LinearBinding(NamedTuple):
+    """All that `Linear.forward_one` reads."""
+
+    plain_base: bool
+    A: Factor
+    B: Factor
+    scaling: float
+    dropout: float
+
+
+class EmbeddingBinding(NamedTuple):
+    """All that `Embedding.forward_one` reads."""
+
+    A: Tensor  # (r, num)
+    B: Tensor  # (dim, r)
+    scaling: float
 
 
 class LoraLayer(LowRankLayer):
@@ -118,23 +136,28 @@ class Linear(LoraLayer):
         plain = type(base).forward is nn.Linear.forward or is_conv1d(base)
         return plain and "forward" not in base.__dict__
 
-    def bind(self, adapter: str) -> Any:
-        """(plain base?, A, B, scaling, dropout): all that `forward_one` reads."""
+    def bind(self, adapter: str) -> LinearBinding | None:
+        """What `forward_one` reads; None where that is not all that has to be added."""
         if any(other != adapter for other in self.pissa_initial):
             return None  # another adapter's PiSSA part has to be added back
         A, B = self.lora_A[adapter], self.lora_B[adapter]
-        return self._plain_base(), A, B, self._scaling[adapter], self.lora_dropout[adapter]
+        options = self._scaling[adapter], self.lora_dropout[adapter]
+        return LinearBinding(self._plain_base(), A, B, *options)
 
-    def forward_one(self, x: Tensor, bound: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def forward_one(self, x: Tensor, bound: LinearBinding, *args: Any, **kwargs: Any) -> Tensor:
         """x Wᵀ + b + s·drop(x)AᵀBᵀ, in one fused map where the base layer is a plain one."""
-        plain, A, B, scaling, p = bound
-        base = self.base_layer
-        p = p if self.training else 0.0
-        if not plain or base._forward_hooks or base._forward_pre_hooks or base._backward_hooks:
+        base, A, B = self.base_layer, bound.A.weight, bound.B.weight
+        p = bound.dropout if self.training else 0.0
+        if (
+            not bound.plain_base
+            or base._forward_hooks
+            or base._forward_pre_hooks
+            or base._backward_hooks
+        ):
             out = base(x, *args, **kwargs)
-            return out + lora.lora_update(x, A.weight, B.weight, scaling, p).to(out.dtype)
+            return out + lora.lora_update(x, A, B, bound.scaling, p).to(out.dtype)
         return lora.lora_linear(
-            x, base.weight, base.bias, A.weight, B.weight, scaling, p, self.fan_in_fan_out
+            x, base.weight, base.bias, A, B, bound.scaling, p, self.fan_in_fan_out
         )
 
     def increment(self, x: Tensor, adapter: str) -> Tensor:
@@ -219,15 +242,14 @@ class Embedding(LoraLayer):
         if init is False:
             A.normal_()
 
-    def bind(self, adapter: str) -> Any:
-        """(A, B, scaling)."""
-        return (*self.factors(adapter), self._scaling[adapter])
+    def bind(self, adapter: str) -> EmbeddingBinding:
+        """What `forward_one` reads."""
+        return EmbeddingBinding(*self.factors(adapter), self._scaling[adapter])
 
-    def forward_one(self, x: Tensor, bound: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def forward_one(self, x: Tensor, bound: EmbeddingBinding, *args: Any, **kwargs: Any) -> Tensor:
         """Looked-up row plus its low-rank correction."""
-        A, B, scaling = bound
         out = self.base_layer(x)
-        return out + self._lookup(x, A, B, scaling).to(out.dtype)
+        return out + self._lookup(x, *bound).to(out.dtype)
 
     def _lookup(self, ids: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
         return lora.lora_embedding(ids, A, B, scaling, padding_idx=self.base_layer.padding_idx)
@@ -269,11 +291,11 @@ class Conv2d(LoraLayer):
         hidden = F.conv2d(x, A.to(x.dtype), None, base.stride, padding, base.dilation)
         return F.conv2d(hidden, B.to(x.dtype)) * self._scaling[adapter]  # hidden: (n, r, h', w')
 
-    def bind(self, adapter: str) -> Any:
+    def bind(self, adapter: str) -> str:
         """The adapter's name: a convolution is heavy enough for `increment` to serve."""
         return adapter
 
-    def forward_one(self, x: Tensor, bound: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def forward_one(self, x: Tensor, bound: str, *args: Any, **kwargs: Any) -> Tensor:
         out = self.base_layer(x)
         return out + self.increment(x, bound).to(out.dtype)
 

@@ -19,7 +19,6 @@ from torch import Tensor
 from .files import written_aside
 
 Plain: TypeAlias = "bool | int | float | str | None"
-Json: TypeAlias = "Plain | list[Json] | dict[str, Json]"
 Tree: TypeAlias = "Plain | Tensor | Sequence[Tree] | Mapping[Any, Tree]"
 
 FILLER = {"": torch.zeros(0)}  # older safetensors refuse a file without a tensor
@@ -65,7 +64,7 @@ def read_tree(path: Path) -> Any:
         raise ValueError(f"{path}: damaged or something else ({error})") from error
 
 
-def _pack(value: Tree, path: str, tensors: dict[str, Tensor]) -> Json:
+def _pack(value: Tree, path: str, tensors: dict[str, Tensor]) -> Any:
     """JSON for a tree; tensors become references, tuples and other keys than text are marked."""
     if isinstance(value, Tensor):
         while path in tensors:  # "a.b" may be one key or two
@@ -89,7 +88,7 @@ def _pack(value: Tree, path: str, tensors: dict[str, Tensor]) -> Json:
     )
 
 
-def _unpack(value: Json, tensors: dict[str, Tensor]) -> Any:
+def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, list):
         return [_unpack(item, tensors) for item in value]
     if not isinstance(value, dict):

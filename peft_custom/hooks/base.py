@@ -129,7 +129,7 @@ class TrainingHooks:
 def _whole_steps(total_steps: int | None) -> int:
     """`total_steps` as a positive int, or the error that says what it is for."""
     try:
-        steps = operator.index(total_steps)
+        steps = 0 if total_steps is None else operator.index(total_steps)
     except TypeError:
         steps = 0
     if steps <= 0 or isinstance(total_steps, bool):

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import CONFIG_CLASSES, PeftConfig
+from ..protocols import TargetOptions
 from . import targets
 from .modules_to_save import BASE, ModulesToSaveWrapper, Routes
 from .parameters import decay_groups, trained_biases
@@ -197,7 +198,7 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
                 stacklevel=6,
             )
 
-    def _resolve(self, config: ConfigT) -> list[tuple[str, nn.Module]]:
+    def _resolve(self, config: TargetOptions) -> list[tuple[str, nn.Module]]:
         """Chosen (name, module) pairs; `target_modules` None and "all-linear" become entries."""
         opaque = (BaseTunerLayer, ModulesToSaveWrapper)
         modules = list(targets.walk(self.model, opaque))

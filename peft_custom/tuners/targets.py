@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -155,7 +155,7 @@ def layer_index(name: str, layers_pattern: list[str]) -> int | None:
     return None
 
 
-def as_list(value: ItemT | Iterable[ItemT] | None) -> list[ItemT]:
+def as_list(value: Any) -> list[Any]:
     """None → [], a scalar → [scalar], any collection → a list."""
     if value is None:
         return []

@@ -37,7 +37,7 @@ def write_tree(path: Path, tree: Tree, **metadata: str) -> None:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What was given beside the tree.
+    """Reads the `metadata` that `write_tree` was given.
 
     Raises:
         ValueError: the file is missing or damaged.

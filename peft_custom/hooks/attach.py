@@ -88,7 +88,7 @@ class AttachedHooks(TrainingHooks):
             set_finished(owner, part.finished)
 
     def _rewind(self) -> Callable[[], None]:
-        state = copy.deepcopy(self.state_dict())
+        state = copy.deepcopy(self.state_dict())  # live tensors go on changing
         return lambda: self._load(state)
 
     # --- preparation ----------------------------------------------------------------------------
@@ -255,7 +255,7 @@ def attach(
     inner = unwrap_optimizer(optimizer)
     owners = list(owners_in(model))
     watched = _adapter_parameters(model, owners, inner)
-    for owner in owners:
+    for owner in owners:  # before new hooks are made: they find the model as `remove` leaves it
         earlier = hooks_driving(owner)
         if earlier is not None:
             earlier.remove()

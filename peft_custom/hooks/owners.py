@@ -26,7 +26,7 @@ LayerT = TypeVar("LayerT", bound=nn.Module)
 class LayerOwner(Generic[LayerT]):
     """The owner of all layers of one kind that no tuner injected.
 
-    Made afresh whenever a model is looked at: `layers[0]` tells whether it is attached.
+    An instance is made each time a model is searched, so the attachment is kept for `layers[0]`.
     """
 
     def __init__(self, layers: list[LayerT]) -> None:

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from loralib import functional as lora
 
 from ..low_rank import LowRankLayer, linear_geometry
-from ..targets import is_conv1d
 from .pissa import principal_factors
 
 
@@ -34,24 +33,6 @@ class Factor(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}"
-
-
-class LinearBinding(NamedTuple):
-    """All that `Linear.forward_one` reads."""
-
-    plain_base: bool
-    A: Factor
-    B: Factor
-    scaling: float
-    dropout: float
-
-
-class EmbeddingBinding(NamedTuple):
-    """All that `Embedding.forward_one` reads."""
-
-    A: Tensor  # (r, num)
-    B: Tensor  # (dim, r)
-    scaling: float
 
 
 class LoraLayer(LowRankLayer):
@@ -118,6 +99,21 @@ class LoraLayer(LowRankLayer):
         self._rslora.pop(name, None)
 
 
+class Bound(NamedTuple):
+    """What `Linear.forward_one` reads: modules, as a move to another device makes new tensors.
+
+    Attributes:
+        A, B: the factors' modules.
+        scaling: s.
+        dropout: probability in training.
+    """
+
+    A: Factor
+    B: Factor
+    scaling: float
+    dropout: float
+
+
 class Linear(LoraLayer):
     """LoRA on `nn.Linear` or Hugging Face's `Conv1D` (whose weight is stored (in, out))."""
 
@@ -130,35 +126,21 @@ class Linear(LoraLayer):
         self.lora_A[adapter] = Factor((r, self.in_features), device)
         self.lora_B[adapter] = Factor((self.out_features, r), device)
 
-    def _plain_base(self) -> bool:
-        """Whether calling the base module is nothing but x Wᵀ + b."""
-        base = self.base_layer
-        plain = type(base).forward is nn.Linear.forward or is_conv1d(base)
-        return plain and "forward" not in base.__dict__
-
-    def bind(self, adapter: str) -> LinearBinding | None:
-        """What `forward_one` reads; None where that is not all that has to be added."""
+    def bind(self, adapter: str) -> Bound | None:
         if any(other != adapter for other in self.pissa_initial):
             return None  # another adapter's PiSSA part has to be added back
         A, B = self.lora_A[adapter], self.lora_B[adapter]
-        options = self._scaling[adapter], self.lora_dropout[adapter]
-        return LinearBinding(self._plain_base(), A, B, *options)
+        return Bound(A, B, self._scaling[adapter], self.lora_dropout[adapter])
 
-    def forward_one(self, x: Tensor, bound: LinearBinding, *args: Any, **kwargs: Any) -> Tensor:
+    def forward_one(self, x: Tensor, bound: Bound, *args: Any, **kwargs: Any) -> Tensor:
         """x Wᵀ + b + s·drop(x)AᵀBᵀ, in one fused map where the base layer is a plain one."""
-        base, A, B = self.base_layer, bound.A.weight, bound.B.weight
+        base = self.base_layer
         p = bound.dropout if self.training else 0.0
-        if (
-            not bound.plain_base
-            or base._forward_hooks
-            or base._forward_pre_hooks
-            or base._backward_hooks
-        ):
-            out = base(x, *args, **kwargs)
-            return out + lora.lora_update(x, A, B, bound.scaling, p).to(out.dtype)
-        return lora.lora_linear(
-            x, base.weight, base.bias, A, B, bound.scaling, p, self.fan_in_fan_out
-        )
+        own = bound.A.weight, bound.B.weight, bound.scaling, p
+        if self.base_is_plain():
+            return lora.lora_linear(x, base.weight, base.bias, *own, self.fan_in_fan_out)
+        out = base(x, *args, **kwargs)
+        return out + lora.lora_update(x, *own).to(out.dtype)
 
     def increment(self, x: Tensor, adapter: str) -> Tensor:
         A, B = self.factors(adapter)
@@ -242,11 +224,13 @@ class Embedding(LoraLayer):
         if init is False:
             A.normal_()
 
-    def bind(self, adapter: str) -> EmbeddingBinding:
-        """What `forward_one` reads."""
-        return EmbeddingBinding(*self.factors(adapter), self._scaling[adapter])
+    def bind(self, adapter: str) -> tuple[Tensor, Tensor, float]:
+        """(A, B, scaling): the arguments of `_lookup`."""
+        return (*self.factors(adapter), self._scaling[adapter])
 
-    def forward_one(self, x: Tensor, bound: EmbeddingBinding, *args: Any, **kwargs: Any) -> Tensor:
+    def forward_one(
+        self, x: Tensor, bound: tuple[Tensor, Tensor, float], *args: Any, **kwargs: Any
+    ) -> Tensor:
         """Looked-up row plus its low-rank correction."""
         out = self.base_layer(x)
         return out + self._lookup(x, *bound).to(out.dtype)

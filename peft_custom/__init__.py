@@ -8,7 +8,6 @@ Usage:
     model = PeftModel.from_pretrained(base_model, "adapter").merge_and_unload()
 """
 
-from . import tuners
 from .config import PeftConfig, PeftType, TaskType
 from .hooks import TrainingHooks, attach, attached_hooks
 from .mapping import get_peft_model, inject_adapter_in_model
@@ -19,7 +18,7 @@ from .save_and_load import (
     set_peft_model_state_dict,
 )
 from .status import get_layer_status, get_model_status
-from .tasks import (
+from .task_models import (
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,
     PeftModelForQuestionAnswering,
@@ -27,11 +26,49 @@ from .tasks import (
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
 )
+from .tuners.adalora import (
+    CRITERIA,
+    AdaLoraConfig,
+    AdaLoraModel,
+    SVDLinear,
+    VILoraConfig,
+    VILoraModel,
+    criterion,
+)
 from .tuners.base import BaseTuner, BaseTunerLayer, iter_adapters, register_tuner
+from .tuners.bim_lora import (
+    BimLoraConfig,
+    BIMLoRALinear,
+    BimLoraModel,
+    FeatureCollector,
+    ImplicitMLP,
+    MaskAllocator,
+    get_bim_lora_model,
+    load_bim_lora_model,
+    mark_only_bim_lora_as_trainable,
+    save_bim_lora_model,
+)
+from .tuners.dylora import DyLoraConfig, DyLoraLayer, DyLoraModel, configure_dylora
+from .tuners.lora import LoraConfig, LoraLayer, LoraModel
 
 __all__ = [
+    "AdaLoraConfig",
+    "AdaLoraModel",
+    "BIMLoRALinear",
     "BaseTuner",
     "BaseTunerLayer",
+    "BimLoraConfig",
+    "BimLoraModel",
+    "CRITERIA",
+    "DyLoraConfig",
+    "DyLoraLayer",
+    "DyLoraModel",
+    "FeatureCollector",
+    "ImplicitMLP",
+    "LoraConfig",
+    "LoraLayer",
+    "LoraModel",
+    "MaskAllocator",
     "PeftConfig",
     "PeftModel",
     "PeftModelForCausalLM",
@@ -41,22 +78,26 @@ __all__ = [
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
     "PeftType",
+    "SVDLinear",
     "TaskType",
     "TrainingHooks",
+    "VILoraConfig",
+    "VILoraModel",
     "attach",
     "attached_hooks",
+    "configure_dylora",
+    "criterion",
+    "get_bim_lora_model",
     "get_layer_status",
     "get_model_status",
     "get_peft_model",
     "get_peft_model_state_dict",
     "inject_adapter_in_model",
     "iter_adapters",
+    "load_bim_lora_model",
     "load_peft_weights",
+    "mark_only_bim_lora_as_trainable",
     "register_tuner",
+    "save_bim_lora_model",
     "set_peft_model_state_dict",
 ]
-
-# Each method's package says what it offers (`LoraConfig`, …); a new one needs no line here.
-for _package in tuners.load_all():
-    globals().update({name: getattr(_package, name) for name in _package.__all__})
-    __all__ += _package.__all__

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import enum
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
+
+from .files import find_file, written_aside
 
 CONFIG_NAME = "adapter_config.json"
 SAFETENSORS_NAME = "adapter_model.safetensors"
@@ -42,7 +43,7 @@ class PeftType(str, enum.Enum):
     ADALORA = "ADALORA"
 
 
-def inert(key: str, value: Any) -> bool:
+def inert(key: str, value: object) -> bool:
     """Whether an unknown configuration key changes nothing with this value."""
     if key in INFORMATIVE_KEYS or value is None or value is False:
         return True
@@ -51,7 +52,7 @@ def inert(key: str, value: Any) -> bool:
     return value in INERT_VALUES.get(key, ())
 
 
-def jsonable(value: Any) -> Any:
+def jsonable(value: object) -> Any:
     """Sets become sorted lists and enum members their values, all the way down."""
     if isinstance(value, enum.Enum):
         return value.value
@@ -163,43 +164,3 @@ class PeftConfig:
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}: not valid JSON ({error})") from error
         return cls.from_dict(values, source=str(path))
-
-
-@contextlib.contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; on success it takes the place of `path`, whole."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield aside
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def find_file(
-    folder_or_hub_id: str | os.PathLike[str], name: str, subfolder: str | None = None, **hub: Any
-) -> str | None:
-    """Path of a file in a local folder, else downloaded from the hub; None when it is not there."""
-    folder = Path(folder_or_hub_id)
-    if folder.is_dir():
-        path = folder / (subfolder or "") / name
-        return str(path) if path.is_file() else None
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils import (
-        EntryNotFoundError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-    )
-
-    try:
-        return hf_hub_download(str(folder_or_hub_id), name, subfolder=subfolder, **hub)
-    except LocalEntryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{folder_or_hub_id}: not a local folder, and the hub could not be asked for {name}"
-        ) from error
-    except EntryNotFoundError:
-        return None
-    except HFValidationError as error:
-        raise FileNotFoundError(
-            f"{folder_or_hub_id}: neither a local folder nor a hub id of the form owner/name"
-        ) from error

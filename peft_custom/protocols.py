@@ -28,7 +28,7 @@ class OptimizerWrapper(Protocol):
     optimizer: Optimizer
 
 
-AnyOptimizer: TypeAlias = "Optimizer | PosteriorOptimizer | OptimizerWrapper"
+AnyOptimizer: TypeAlias = Optimizer | OptimizerWrapper
 
 
 class TargetOptions(Protocol):

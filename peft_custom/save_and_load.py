@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .config import BIN_NAME, SAFETENSORS_NAME, find_file, written_aside
+from .config import BIN_NAME, SAFETENSORS_NAME
+from .files import find_file, written_aside
 from .hooks import warn_if_unfinished
 from .tuners.base import BaseTuner, iter_tuners
 from .tuners.modules_to_save import ModulesToSaveWrapper

@@ -1,4 +1,4 @@
-"""What state the adapters of a model are in, for people who wonder."""
+"""Reports which adapters of a model are active, merged and trainable."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def get_layer_status(model: nn.Module) -> list[LayerStatus]:
 
 
 def get_model_status(model: nn.Module) -> ModelStatus:
-    """The layers' states, summed up."""
+    """The state of all adapted layers together; "irregular" where they differ."""
     layers = get_layer_status(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no adapted layer")

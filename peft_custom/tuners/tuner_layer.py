@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .modules_to_save import Routes
+from .targets import is_conv1d
 
 
 class BaseTunerLayer(nn.Module):
@@ -16,7 +17,8 @@ class BaseTunerLayer(nn.Module):
 
     Subclasses list their containers (`ModuleDict`/`ParameterDict` keyed by adapter) in
     `adapter_containers` and implement `increment` and `get_delta_weight`; `bind` and `forward_one`
-    are the straight-line path for the common case of one active, unmerged adapter.
+    are the straight-line path for the common case of one active, unmerged adapter. What `bind`
+    returns is the method's own, a NamedTuple by custom.
     """
 
     adapter_containers: ClassVar[tuple[str, ...]] = ()
@@ -30,6 +32,7 @@ class BaseTunerLayer(nn.Module):
         self._routes: tuple[Routes, ...] | None = None  # by tokens, by samples
         self._kept: Tensor | None = None  # the unmerged base weight, while merged
         self._bound: Any = None  # what forward_one needs; None sends forward the long way
+        self._linear_base = False  # whether the base's forward is x Wᵀ + b, hooks aside
         self._live: tuple[str, ...] = ()  # active adapters that this layer has
         self.register_state_dict_post_hook(_store_unmerged_weight)
         self.register_load_state_dict_pre_hook(_unmerge_before_loading)
@@ -54,6 +57,16 @@ class BaseTunerLayer(nn.Module):
     def base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Output of the layer without any adapter."""
         return self.base_layer(x, *args, **kwargs)
+
+    def base_is_plain(self) -> bool:
+        """Whether calling the base layer is nothing but x Wᵀ + b at this moment.
+
+        Then one fused map may compute base and increment; otherwise the base must be called, for
+        its own forward (quantised layers, subclasses) or its hooks (offloading, FSDP, profilers).
+        """
+        base = self._modules["base_layer"]  # in every pass: spares nn.Module's slow look-up
+        hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks
+        return self._linear_base and not hooked
 
     def restore_base(self, adapter: str | None = None) -> None:
         """Undoes what `adapter`, or all of them, did to the base weight; usually nothing."""
@@ -117,6 +130,9 @@ class BaseTunerLayer(nn.Module):
         present = self.adapters
         on = self.adapters_enabled and not self.merged
         self._live = tuple(name for name in self.active_adapters if on and name in present)
+        base = self.base_layer
+        linear = type(base).forward is nn.Linear.forward or is_conv1d(base)
+        self._linear_base = linear and "forward" not in base.__dict__
         single = len(self._live) == 1 and self._routes is None
         self._bound = self.bind(self._live[0]) if single else None
 

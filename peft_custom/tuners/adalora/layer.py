@@ -13,14 +13,14 @@ r is init_r, or what a file's `rank_pattern` leaves of it; the scale is that of 
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from loralib import functional as lora
 
-from ..lora.layer import Linear
+from ..low_rank import LowRankLayer, linear_geometry
 from .functional import svd_linear, svd_update
 
 STD = 0.02  # of A and B at the start (Zhang et al. 2023), and of E where PEFT 0.11 draws it
@@ -36,13 +36,32 @@ class RankMask(nn.Module):
         self.register_buffer("keep", torch.ones(r, device=device))
 
 
-class SVDLinear(Linear):
+class Bound(NamedTuple):
+    """What `SVDLinear.forward_one` reads.
+
+    Attributes:
+        A, E, B: (r, in), (r, 1) and (out, r).
+        mask: the module of m: `load_state_dict` and `cut` may give it another tensor.
+        scaling: s.
+        dropout: probability in training.
+    """
+
+    A: nn.Parameter
+    E: nn.Parameter
+    B: nn.Parameter
+    mask: RankMask
+    scaling: float
+    dropout: float
+
+
+class SVDLinear(LowRankLayer):
     """AdaLoRA on `nn.Linear` or Hugging Face's `Conv1D` (whose weight is stored (in, out))."""
 
     adapter_containers: ClassVar[tuple[str, ...]] = ("lora_A", "lora_E", "lora_B")
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
+        self.in_features, self.out_features, self.fan_in_fan_out = linear_geometry(base_layer)
         self.patterns: dict[str, tuple[bool, ...]] = {}  # of init_r components, which there are
 
     def _make_containers(self) -> None:
@@ -52,7 +71,7 @@ class SVDLinear(Linear):
         self.lora_mask = nn.ModuleDict()
         self.ranknum = nn.ParameterDict()
 
-    def add_adapter(  # type: ignore[override]
+    def add_adapter(
         self,
         adapter: str,
         pattern: tuple[bool, ...],
@@ -63,9 +82,8 @@ class SVDLinear(Linear):
         """Creates and initialises adapter `adapter`, of the components that `pattern` keeps."""
         self.patterns[adapter] = pattern
         alpha = lora_alpha if lora_alpha > 0 else len(pattern)
-        super().add_adapter(
-            adapter, sum(pattern), alpha, lora_dropout, init_lora_weights=init_lora_weights
-        )
+        self._register(adapter, sum(pattern), alpha, lora_dropout)
+        self.initialise(adapter, init_lora_weights)
 
     def _create(self, adapter: str, r: int) -> None:
         device = self.base_layer.weight.device
@@ -131,22 +149,19 @@ class SVDLinear(Linear):
             if name in box:
                 del box[name]
 
-    def bind(self, adapter: str) -> Any:
-        """(plain base?, A, E, B, mask, scaling, dropout): all that `forward_one` reads."""
+    def bind(self, adapter: str) -> Bound:
         options = self._scaling[adapter], self.lora_dropout[adapter]
-        return self._plain_base(), *self.triplets(adapter), self.lora_mask[adapter], *options
+        return Bound(*self.triplets(adapter), self.lora_mask[adapter], *options)
 
-    def forward_one(self, x: Tensor, bound: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def forward_one(self, x: Tensor, bound: Bound, *args: Any, **kwargs: Any) -> Tensor:
         """x Wᵀ + b + s·(drop(x)Aᵀ ∘ E ∘ m)Bᵀ, in one fused map where the base is a plain one."""
-        plain, A, E, B, mask, scaling, p = bound
         base = self.base_layer
-        p = p if self.training else 0.0
-        if not plain or base._forward_hooks or base._forward_pre_hooks or base._backward_hooks:
-            out = base(x, *args, **kwargs)
-            return out + svd_update(x, A, E, B, mask.keep, scaling, p).to(out.dtype)
-        return svd_linear(
-            x, base.weight, base.bias, A, E, B, mask.keep, scaling, p, self.fan_in_fan_out
-        )
+        p = bound.dropout if self.training else 0.0
+        own = bound.A, bound.E, bound.B, bound.mask.keep, bound.scaling, p
+        if self.base_is_plain():
+            return svd_linear(x, base.weight, base.bias, *own, self.fan_in_fan_out)
+        out = base(x, *args, **kwargs)
+        return out + svd_update(x, *own).to(out.dtype)
 
     def increment(self, x: Tensor, adapter: str) -> Tensor:
         options = self.mask(adapter), self._scaling[adapter], self.dropout_now(adapter)

@@ -10,15 +10,15 @@ from typing import Any
 
 from torch import nn
 
-from ...config import written_aside
+from ...files import written_aside
 from ...mapping import inject_adapter_in_model
 from ...save_and_load import get_peft_model_state_dict, set_peft_model_state_dict, tuner_of
 from ...state_files import read_tree, write_tree
+from ...task_models import HEAD_NAMES
 from ..targets import name_matches
 from .config import BimLoraConfig
 from .layer import BIMLoRALinear
 
-HEADS = ("classifier", "score", "qa_outputs")  # modules trained in full
 OLD_SUFFIXES = (".pt", ".pth", ".bin")  # of pickles, which are neither written nor read
 SHAPING = ("r", "lora_alpha", "block_size", "target_modules", "modules_to_save", "enable_masking")
 
@@ -54,7 +54,7 @@ def get_bim_lora_model(
     )  # fmt: skip
     names = [name for name, _ in model.named_modules()]
     if own.modules_to_save is None:
-        heads = [h for h in HEADS if any(name_matches(name, h) for name in names)]
+        heads = [h for h in HEAD_NAMES if any(name_matches(name, h) for name in names)]
         own.modules_to_save = heads or None
     if not isinstance(own.target_modules, str) and own.target_modules is not None:
         present = [t for t in own.target_modules if any(name_matches(n, t) for n in names)]

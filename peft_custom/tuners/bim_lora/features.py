@@ -27,8 +27,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ...config import written_aside
 from ...distributed import world_size
+from ...files import written_aside
 from ..targets import layer_index
 from ..tuner_layer import iter_adapters
 from .functional import block_counts

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..targets import is_conv1d
+from ..low_rank import linear_geometry
 from ..tuner_layer import BaseTunerLayer
 from . import functional as bim
 from .config import BimLoraConfig
@@ -66,6 +66,12 @@ class BlockFactors(nn.Module):
     def extra_repr(self) -> str:
         r, columns = self.lora_A.shape
         return f"in={columns}, out={self.lora_B.shape[0]}, r={r}, block={self.block}"
+
+
+class Bound(NamedTuple):
+    """What `forward_one` reads; a tuple, so that the module is registered once."""
+
+    factors: BlockFactors
 
 
 def first_temperature(config: BimLoraConfig) -> float:
@@ -138,10 +144,7 @@ class BIMLoRALinear(BaseTunerLayer):
 
     def _put_around(self, base: nn.Module) -> None:
         super().__init__(base)
-        self.fan_in_fan_out = is_conv1d(base) or bool(getattr(base, "fan_in_fan_out", False))
-        rows, columns = base.weight.shape
-        sizes = (columns, rows) if self.fan_in_fan_out else (rows, columns)
-        self.out_features, self.in_features = sizes
+        self.in_features, self.out_features, self.fan_in_fan_out = linear_geometry(base)
         self.bim = nn.ModuleDict()
         self.watch: Watch | None = None  # while features are collected: (x, y) -> y
         self.bypass = False  # meanwhile, leave the adapters out
@@ -160,23 +163,15 @@ class BIMLoRALinear(BaseTunerLayer):
                 f.block_scores.requires_grad_(False)
 
     # --- computing ------------------------------------------------------------------------------
-    def _plain_base(self) -> bool:
-        """Whether calling the base module is nothing but x Wᵀ + c."""
-        base = self.base_layer
-        plain = type(base).forward is nn.Linear.forward or is_conv1d(base)
-        return plain and "forward" not in base.__dict__
+    def bind(self, adapter: str) -> Bound | None:
+        """None while features are collected."""
+        return Bound(self.bim[adapter]) if self.watch is None else None
 
-    def bind(self, adapter: str) -> Any:
-        """(factors,), a tuple so that they are registered once; None while features are collected,
-        and around special bases."""
-        return (self.bim[adapter],) if self.watch is None and self._plain_base() else None
-
-    def forward_one(self, x: Tensor, bound: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Base and increment in one map."""
-        (f,), base = bound, self.base_layer
-        if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks:
+    def forward_one(self, x: Tensor, bound: Bound, *args: Any, **kwargs: Any) -> Tensor:
+        """Base and increment in one map, where the base layer is a plain one."""
+        if not self.base_is_plain():
             return self.forward_several(x, self._live, *args, **kwargs)
-        training = self.training
+        f, base, training = bound.factors, self.base_layer, self.training
         weight = base.weight
         if not training and not torch.is_grad_enabled() and weight.dtype == x.dtype:
             if x.dtype in (torch.float32, torch.float64) and _no_autocast(x):

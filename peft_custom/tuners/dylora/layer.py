@@ -1,11 +1,11 @@
 """DyLoRA on a layer: y = base(x) + (α/b)·B[:, :b](A[:b](dropout(x))), 1 ≤ b ≤ R (Algorithm 1).
 
-Shapes and names of A and B are LoRA's at rank R. The rank in force is a `loralib.NestedRank`.
+Shapes and names of A and B are LoRA's at rank R; a `loralib.dylora.NestedRank` says b.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,22 +65,36 @@ class DyLoraLayer(NestedLayer, plain.LoraLayer):
         raise NotImplementedError
 
 
+class NestedBound(NamedTuple):
+    """What `Linear.forward_one` reads.
+
+    Attributes:
+        A, B: the factors' modules, at rank R.
+        alpha: α, the scale times the rank.
+        dropout: probability in training.
+        nested: says the rank.
+    """
+
+    A: plain.Factor
+    B: plain.Factor
+    alpha: float
+    dropout: float
+    nested: NestedRank
+
+
 class Linear(DyLoraLayer, plain.Linear):
     """DyLoRA on `nn.Linear` or Hugging Face's `Conv1D` (whose weight is stored (in, out))."""
 
-    def bind(self, adapter: str) -> Any:
-        """(plain base?, A, B, α, dropout, ranks): all that `forward_one` reads."""
-        is_plain, A, B, _, p = super().bind(adapter)
-        return is_plain, A, B, self._alpha(adapter), p, self.nested[adapter]
+    def bind(self, adapter: str) -> NestedBound:
+        A, B, nested = self.lora_A[adapter], self.lora_B[adapter], self.nested[adapter]
+        return NestedBound(A, B, self._alpha(adapter), self.lora_dropout[adapter], nested)
 
-    def forward_one(self, x: Tensor, bound: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def forward_one(self, x: Tensor, bound: NestedBound, *args: Any, **kwargs: Any) -> Tensor:
         """Base and update in one fused map where the base layer is a plain one."""
-        is_plain, A, B, alpha, p, nested = bound
         base = self.base_layer
-        own = A.weight, B.weight, alpha, p if self.training else 0.0, nested
-        if is_plain and not (
-            base._forward_hooks or base._forward_pre_hooks or base._backward_hooks
-        ):
+        p = bound.dropout if self.training else 0.0
+        own = bound.A.weight, bound.B.weight, bound.alpha, p, bound.nested
+        if self.base_is_plain():
             return self._map(x, base.weight, base.bias, *own)
         out = base(x, *args, **kwargs)
         return out + self._update(x, *own).to(out.dtype)
@@ -96,6 +110,7 @@ class Linear(DyLoraLayer, plain.Linear):
         p: float,
         nested: NestedRank,
     ) -> Tensor:
+        """The update, with the base's x Wᵀ + b where its weight is given, (..., out)."""
         transposed = self.fan_in_fan_out
         if nested.batched is not None:
             rank_scales = nested.batched.scales(x, x.shape[:-1].numel())
@@ -105,18 +120,20 @@ class Linear(DyLoraLayer, plain.Linear):
         active = nested.current(self.training)
         return lora.lora_linear(x, weight, bias, A, B, alpha / active.rank, p, transposed, active)
 
-    def _update(self, x: Tensor, *own: Any) -> Tensor:
-        return self._map(x, None, None, *own)
+    def _update(
+        self, x: Tensor, A: Tensor, B: Tensor, alpha: float, p: float, nested: NestedRank
+    ) -> Tensor:
+        return self._map(x, None, None, A, B, alpha, p, nested)
 
 
 class Embedding(DyLoraLayer, plain.Embedding):
     """DyLoRA on `nn.Embedding`: row i of the table plus (α/b)·B[:, :b] A[:b, i]."""
 
-    def bind(self, adapter: str) -> Any:
+    def bind(self, adapter: str) -> str:
         """The adapter's name: `increment` reads the rest."""
         return adapter
 
-    def forward_one(self, x: Tensor, bound: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def forward_one(self, x: Tensor, bound: str, *args: Any, **kwargs: Any) -> Tensor:
         out = self.base_layer(x)
         return out + self.increment(x, bound).to(out.dtype)
 

@@ -10,22 +10,19 @@ from torch import nn
 
 from loralib import DyLoRALayer
 
-from ... import hooks
+from ...hooks import LayerOwner, register_layer_owner
 from .hooks import DyLoraHooks, NestedFactors, NestedGroup
 from .sampling import RankSampling
 
 
-class LoralibLayers:
-    """The loralib DyLoRA layers of one model; equal to any other such object of the same layers."""
+@register_layer_owner
+class LoralibLayers(LayerOwner[DyLoRALayer]):
+    """The loralib DyLoRA layers of one model."""
 
-    def __init__(self, layers: list[DyLoRALayer]) -> None:
-        self.layers = layers
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, LoralibLayers) and other.layers[0] is self.layers[0]
-
-    def __hash__(self) -> int:
-        return id(self.layers[0])
+    @classmethod
+    def layers_in(cls, model: nn.Module) -> list[DyLoRALayer]:
+        """Those that are adapted (of rank above 0)."""
+        return [m for m in model.modules() if isinstance(m, DyLoRALayer) and m.adapted]
 
     def adapter_parameters(self) -> Iterator[nn.Parameter]:
         """All factors."""
@@ -51,18 +48,6 @@ class LoralibLayers:
         return DyLoraHooks([NestedGroup(found.pop(), layers)], optimizer, total_steps, seed)
 
 
-def _layers(model: nn.Module) -> list[DyLoRALayer]:
-    return [m for m in model.modules() if isinstance(m, DyLoRALayer) and m.adapted]
-
-
-def _find(model: nn.Module) -> Iterator[LoralibLayers]:
-    if layers := _layers(model):
-        yield LoralibLayers(layers)
-
-
-hooks.owner_finders.append(_find)
-
-
 def configure_dylora(model: nn.Module, **options: Any) -> None:
     """Says how `attach` trains loralib's DyLoRA layers in `model`; without it, by the defaults.
 
@@ -70,7 +55,7 @@ def configure_dylora(model: nn.Module, **options: Any) -> None:
         model: any module with such layers.
         options: `r_min`, `dylora_mode`, `dylora_dist`, `dylora_dense`, as in `DyLoraConfig`.
     """
-    layers = _layers(model)
+    layers = LoralibLayers.layers_in(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no loralib DyLoRA layers to configure")
     for layer in layers:

@@ -18,21 +18,61 @@ entry and averages the entries that have it (Yadav et al. 2023).
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..modules_to_save import ModulesToSaveWrapper
+from .config import LoraConfig
 from .layer import LoraLayer
-
-if TYPE_CHECKING:
-    from .model import LoraModel
 
 RULES = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 TYPES = ("svd", "linear", "cat", *RULES, *(f"{rule}_svd" for rule in RULES))
+
+Factors = tuple[Tensor, Tensor]  # A (r, …) and B (…, r) as matrices
+
+
+@dataclass(frozen=True)
+class Combination:
+    """How adapters are combined.
+
+    Attributes:
+        kind: see the table at the top of the module.
+        svd_rank: rank of an SVD result; default: the largest source rank.
+        svd_clamp: quantile at which the SVD's factors are clamped.
+        svd_driver: cuSOLVER's driver.
+        density: part of the entries that pruning rules keep.
+        majority_sign_method: "total" or "frequency", for the ties rules.
+    """
+
+    kind: str
+    svd_rank: int | None = None
+    svd_clamp: float | None = None
+    svd_driver: str | None = None
+    density: float | None = None
+    majority_sign_method: str = "total"
+
+    def __post_init__(self) -> None:
+        if self.majority_sign_method not in ("total", "frequency"):
+            raise ValueError(
+                f"majority_sign_method={self.majority_sign_method!r}: 'total' or 'frequency'"
+            )
+        if self.kind not in TYPES:
+            raise ValueError(f"combination_type={self.kind!r}: use one of {', '.join(TYPES)}")
+        prunes = any(rule in self.kind for rule in RULES)
+        if prunes and not (self.density is not None and 0 < self.density <= 1):
+            raise ValueError(
+                f"density={self.density!r}: the part of the entries that {self.kind} keeps, above "
+                "0 to 1"
+            )
+
+    @property
+    def truncates(self) -> bool:
+        """Whether the result is an SVD of the summed increments."""
+        return self.kind.endswith("svd")
 
 
 def prune_by_magnitude(tensor: Tensor, density: float) -> Tensor:
@@ -97,128 +137,73 @@ def truncate(
 
 @torch.no_grad()
 def combined_factors(
-    layer: LoraLayer,
-    sources: list[tuple[str, float]],
-    kind: str,
-    rank: int,
-    options: dict[str, Any],
-) -> tuple[Tensor, Tensor]:
+    layer: LoraLayer, sources: list[tuple[str, float]], how: Combination
+) -> Factors:
     """A and B, as matrices, of the combination of `sources` (adapter, weight) in one layer."""
     parts = [
         (A.flatten(1), B.flatten(1), weight * layer.scaling[name])
         for name, weight in sources
         for A, B in [layer.factors(name)]
     ]
-    if kind == "cat":
+    if how.kind == "cat":
         return torch.cat([s * A for A, _, s in parts]), torch.cat([B for _, B, _ in parts], dim=1)
-    density, method = options["density"], options["majority_sign_method"]
-    if kind.endswith("svd"):
-        rule = "linear" if kind == "svd" else kind.removesuffix("_svd")
+    density, method = how.density, how.majority_sign_method
+    if how.truncates:
+        rule = "linear" if how.kind == "svd" else how.kind.removesuffix("_svd")
         factors = [(layer.factors(name), layer.scaling[name]) for name, _ in sources]
-        deltas = [s * (B.flatten(1) @ A.flatten(1)) for (A, B), s in factors]
+        deltas = [s * (B.flatten(1) @ A.flatten(1)) for (A, B), s in factors]  # (out, in) each
         total = combine(deltas, [w for _, w in sources], rule, density, method)
-        return truncate(total, rank, options["svd_clamp"], options["svd_driver"])
+        rank = how.svd_rank or max(layer.r[name] for name, _ in sources)
+        return truncate(total, rank, how.svd_clamp, how.svd_driver)
+    # √|s| goes into each factor, the sign into A alone, so that the product has s
     roots = [math.sqrt(abs(s)) for _, _, s in parts]
     signed = [math.copysign(root, s) for root, (_, _, s) in zip(roots, parts, strict=True)]
-    A = combine([A for A, _, _ in parts], signed, kind, density, method)
-    return A, combine([B for _, B, _ in parts], roots, kind, density, method)
+    A = combine([A for A, _, _ in parts], signed, how.kind, density, method)
+    return A, combine([B for _, B, _ in parts], roots, how.kind, density, method)
 
 
-def _checked(
-    tuner: LoraModel, adapters: list[str], weights: list[float], kind: str, density: float | None
-) -> None:
-    if kind not in TYPES:
-        raise ValueError(f"combination_type={kind!r}: use one of {', '.join(TYPES)}")
-    if not adapters or len(adapters) != len(weights):
-        raise ValueError(f"{len(adapters)} adapters and {len(weights)} weights: one weight each")
-    for name in adapters:
-        tuner.adapter_config(name)
-    if any(rule in kind for rule in RULES) and not (density is not None and 0 < density <= 1):
-        raise ValueError(
-            f"density={density!r}: the part of the entries that {kind} keeps, above 0 to 1"
-        )
-    for module in tuner.model.modules():
-        if isinstance(module, ModulesToSaveWrapper):
-            having = [name for name in adapters if name in module.modules_to_save]
-            if len(having) > 1:
-                raise ValueError(
-                    f"adapters {having} each saved the same module in full; there is "
-                    "no one head for their combination"
-                )
-        if isinstance(module, LoraLayer):
-            if any(name in module.pissa_initial for name in adapters):
-                raise ValueError(
-                    "a PiSSA adapter counts from a base of its own; save it with "
-                    "convert_pissa_to_lora=True, load that, and combine it then"
-                )
-
-
-def add_weighted_adapter(
-    tuner: LoraModel,
-    adapters: list[str],
-    weights: list[float],
-    adapter_name: str,
-    combination_type: str = "svd",
-    svd_rank: int | None = None,
-    svd_clamp: float | None = None,
-    svd_full_matrices: bool = True,
-    svd_driver: str | None = None,
-    density: float | None = None,
-    majority_sign_method: str = "total",
-) -> None:
-    """Adds adapter `adapter_name`, combined from `adapters` by `weights`; it is not activated.
+def combined_adapter(
+    layers: Iterable[tuple[str, LoraLayer]],
+    sources: list[tuple[str, float]],
+    configs: list[LoraConfig],
+    how: Combination,
+) -> tuple[LoraConfig, dict[str, Factors]]:
+    """Configuration and factors of a new adapter, combined from others.
 
     Args:
-        tuner: the LoRA tuner that has the adapters.
-        adapters: names of the sources.
-        weights: one weight each; negative ones subtract.
-        adapter_name: name of the result.
-        combination_type: see the table at the top of the module.
-        svd_rank: rank of an SVD result; default: the largest source rank.
-        svd_clamp: quantile at which the SVD's factors are clamped.
-        svd_full_matrices: accepted for PEFT's sake; the result is the same.
-        svd_driver: cuSOLVER's driver.
-        density: part of the entries that pruning rules keep.
-        majority_sign_method: "total" or "frequency", for the ties rules.
+        layers: names and layers of the model.
+        sources: (adapter, weight), at least one; negative weights subtract.
+        configs: the sources' configurations.
+        how: the kind of combination and its options.
+
+    Returns:
+        The configuration, and by layer name A and B as matrices.
+
+    Raises:
+        ValueError: ranks that differ where they must not, or a PiSSA source.
     """
-    del svd_full_matrices
-    if majority_sign_method not in ("total", "frequency"):
-        raise ValueError(f"majority_sign_method={majority_sign_method!r}: 'total' or 'frequency'")
-    kind = "linear" if len(adapters) == 1 and combination_type == "cat" else combination_type
-    _checked(tuner, adapters, weights, kind, density)
-    options = {
-        "density": density,
-        "majority_sign_method": majority_sign_method,
-        "svd_clamp": svd_clamp,
-        "svd_driver": svd_driver,
-    }
-    results: dict[str, tuple[Tensor, Tensor]] = {}
-    for name, layer in tuner.lora_layers():
-        sources = [(a, w) for a, w in zip(adapters, weights, strict=True) if a in layer.adapters]
-        if not sources:
+    if len(sources) == 1 and how.kind == "cat":
+        how = dataclasses.replace(how, kind="linear")
+    results: dict[str, Factors] = {}
+    for name, layer in layers:
+        if any(source in layer.pissa_initial for source, _ in sources):
+            raise ValueError(
+                "a PiSSA adapter counts from a base of its own; save it with "
+                "convert_pissa_to_lora=True, load that, and combine it then"
+            )
+        here = [(source, weight) for source, weight in sources if source in layer.adapters]
+        if not here:
             continue
-        ranks = [layer.r[a] for a, _ in sources]
-        if not kind.endswith("svd") and kind != "cat" and len(set(ranks)) > 1:
-            raise ValueError(f"{kind} needs equal ranks; {name} has {ranks} (use cat or svd)")
-        results[name] = combined_factors(layer, sources, kind, svd_rank or max(ranks), options)
-    tuner.add_adapter(adapter_name, _combined_config(tuner, adapters, results))
-    for name, layer in tuner.lora_layers():
-        if name in results:
-            for target, value in zip(layer.factors(adapter_name), results[name], strict=True):
-                target.data.copy_(value.view_as(target))
-    for module in tuner.model.modules():
-        if isinstance(module, ModulesToSaveWrapper):
-            for source in adapters:
-                if source in module.modules_to_save and adapter_name in module.modules_to_save:
-                    weights_of = module.modules_to_save[source].state_dict()
-                    module.modules_to_save[adapter_name].load_state_dict(weights_of)
+        ranks = [layer.r[source] for source, _ in here]
+        if not how.truncates and how.kind != "cat" and len(set(ranks)) > 1:
+            raise ValueError(f"{how.kind} needs equal ranks; {name} has {ranks} (use cat or svd)")
+        results[name] = combined_factors(layer, here, how)
+    return _combined_config(configs, results), results
 
 
-def _combined_config(
-    tuner: LoraModel, adapters: list[str], results: dict[str, tuple[Tensor, Tensor]]
-) -> Any:
+def _combined_config(sources: list[LoraConfig], results: dict[str, Factors]) -> LoraConfig:
     """The first source's configuration with the result's ranks, α = r and full module names."""
-    config = copy.deepcopy(tuner.peft_config[adapters[0]])
+    config = copy.deepcopy(sources[0])
     ranks = {name: A.shape[0] for name, (A, _) in results.items()}
     config.r = max(ranks.values())
     config.lora_alpha = config.r
@@ -227,6 +212,6 @@ def _combined_config(
     config.target_modules = sorted(results)
     config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
     config.use_rslora, config.bias, config.init_lora_weights = False, "none", True
-    heads = {e for name in adapters for e in tuner.peft_config[name].modules_to_save or []}
+    heads = {entry for source in sources for entry in source.modules_to_save or []}
     config.modules_to_save = sorted(heads) or None
     return config

@@ -12,7 +12,7 @@ A and B are fp32 whatever the base's dtype.
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from loralib import functional as lora
 
 from ..low_rank import LowRankLayer, linear_geometry
-from ..targets import is_conv1d
 from .pissa import principal_factors
 
 
@@ -79,7 +78,7 @@ class LoraLayer(LowRankLayer):
     def initialise(self, adapter: str, init: bool | str) -> None:
         """Draws A and B as `LoraConfig.init_lora_weights` says."""
         A, B = self.factors(adapter)
-        bound = 1.0 / math.sqrt(A[0].numel())  # kaiming_uniform(a=√5)
+        bound = 1.0 / math.sqrt(A[0].numel())  # kaiming_uniform(a=√5): 1/√fan_in
         if isinstance(init, str) and init.startswith("pissa"):
             self._initialise_pissa(adapter, init)
             return
@@ -87,7 +86,7 @@ class LoraLayer(LowRankLayer):
             A.normal_(0.0, 1.0 / self.r[adapter])
         else:
             A.uniform_(-bound, bound)
-        if init is False:
+        if init is False:  # B otherwise stays 0, and training starts from the base model
             B.uniform_(-1.0 / math.sqrt(self.r[adapter]), 1.0 / math.sqrt(self.r[adapter]))
 
     def _initialise_pissa(self, adapter: str, init: str) -> None:
@@ -98,6 +97,21 @@ class LoraLayer(LowRankLayer):
     def delete_adapter(self, name: str) -> None:
         super().delete_adapter(name)
         self._rslora.pop(name, None)
+
+
+class Bound(NamedTuple):
+    """What `Linear.forward_one` reads: modules, as a move to another device makes new tensors.
+
+    Attributes:
+        A, B: the factors' modules.
+        scaling: s.
+        dropout: probability in training.
+    """
+
+    A: Factor
+    B: Factor
+    scaling: float
+    dropout: float
 
 
 class Linear(LoraLayer):
@@ -112,30 +126,21 @@ class Linear(LoraLayer):
         self.lora_A[adapter] = Factor((r, self.in_features), device)
         self.lora_B[adapter] = Factor((self.out_features, r), device)
 
-    def _plain_base(self) -> bool:
-        """Whether calling the base module is nothing but x Wᵀ + b."""
-        base = self.base_layer
-        plain = type(base).forward is nn.Linear.forward or is_conv1d(base)
-        return plain and "forward" not in base.__dict__
-
-    def bind(self, adapter: str) -> Any:
-        """(plain base?, A, B, scaling, dropout): all that `forward_one` reads."""
+    def bind(self, adapter: str) -> Bound | None:
         if any(other != adapter for other in self.pissa_initial):
             return None  # another adapter's PiSSA part has to be added back
         A, B = self.lora_A[adapter], self.lora_B[adapter]
-        return self._plain_base(), A, B, self._scaling[adapter], self.lora_dropout[adapter]
+        return Bound(A, B, self._scaling[adapter], self.lora_dropout[adapter])
 
-    def forward_one(self, x: Tensor, bound: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def forward_one(self, x: Tensor, bound: Bound, *args: Any, **kwargs: Any) -> Tensor:
         """x Wᵀ + b + s·drop(x)AᵀBᵀ, in one fused map where the base layer is a plain one."""
-        plain, A, B, scaling, p = bound
         base = self.base_layer
-        p = p if self.training else 0.0
-        if not plain or base._forward_hooks or base._forward_pre_hooks or base._backward_hooks:
-            out = base(x, *args, **kwargs)
-            return out + lora.lora_update(x, A.weight, B.weight, scaling, p).to(out.dtype)
-        return lora.lora_linear(
-            x, base.weight, base.bias, A.weight, B.weight, scaling, p, self.fan_in_fan_out
-        )
+        p = bound.dropout if self.training else 0.0
+        own = bound.A.weight, bound.B.weight, bound.scaling, p
+        if self.base_is_plain():
+            return lora.lora_linear(x, base.weight, base.bias, *own, self.fan_in_fan_out)
+        out = base(x, *args, **kwargs)
+        return out + lora.lora_update(x, *own).to(out.dtype)
 
     def increment(self, x: Tensor, adapter: str) -> Tensor:
         A, B = self.factors(adapter)
@@ -219,15 +224,16 @@ class Embedding(LoraLayer):
         if init is False:
             A.normal_()
 
-    def bind(self, adapter: str) -> Any:
-        """(A, B, scaling)."""
+    def bind(self, adapter: str) -> tuple[Tensor, Tensor, float]:
+        """(A, B, scaling): the arguments of `_lookup`."""
         return (*self.factors(adapter), self._scaling[adapter])
 
-    def forward_one(self, x: Tensor, bound: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def forward_one(
+        self, x: Tensor, bound: tuple[Tensor, Tensor, float], *args: Any, **kwargs: Any
+    ) -> Tensor:
         """Looked-up row plus its low-rank correction."""
-        A, B, scaling = bound
         out = self.base_layer(x)
-        return out + self._lookup(x, A, B, scaling).to(out.dtype)
+        return out + self._lookup(x, *bound).to(out.dtype)
 
     def _lookup(self, ids: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
         return lora.lora_embedding(ids, A, B, scaling, padding_idx=self.base_layer.padding_idx)
@@ -269,11 +275,11 @@ class Conv2d(LoraLayer):
         hidden = F.conv2d(x, A.to(x.dtype), None, base.stride, padding, base.dilation)
         return F.conv2d(hidden, B.to(x.dtype)) * self._scaling[adapter]  # hidden: (n, r, h', w')
 
-    def bind(self, adapter: str) -> Any:
+    def bind(self, adapter: str) -> str:
         """The adapter's name: a convolution is heavy enough for `increment` to serve."""
         return adapter
 
-    def forward_one(self, x: Tensor, bound: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def forward_one(self, x: Tensor, bound: str, *args: Any, **kwargs: Any) -> Tensor:
         out = self.base_layer(x)
         return out + self.increment(x, bound).to(out.dtype)
 

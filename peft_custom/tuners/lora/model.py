@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from torch import Tensor, nn
 
 from ..base import BaseTuner, BaseTunerLayer, iter_adapters, register_tuner
 from ..modules_to_save import ModulesToSaveWrapper
 from ..targets import check_patterns, is_conv1d, pattern_value
-from .combine import add_weighted_adapter
+from .combine import Combination, combined_adapter
 from .config import LoraConfig
+from .export import as_plain_lora
 from .layer import Conv2d, Embedding, Linear, LoraLayer
-from .pissa import as_plain_lora
 
 
 @register_tuner("LORA", LoraConfig)
@@ -72,22 +71,20 @@ class LoraModel(BaseTuner[LoraConfig]):
     def export(
         self, adapter: str, convert_pissa_to_lora: bool | None = None
     ) -> tuple[LoraConfig, dict[str, Tensor]]:
-        """What goes into a file.
+        """Configuration and tensors as they go into a file.
 
-        A PiSSA adapter is relative to the residual base. As `"pissa"` it is written as it is, since
-        whoever loads it finds the same residual by the same SVD; one of the randomised kind (whose
-        SVD cannot be repeated), or any with `convert_pissa_to_lora=True`, becomes a plain LoRA
-        adapter of twice the rank for the original base.
+        A PiSSA adapter is relative to the residual base. An adapter of kind `"pissa"` is written as
+        it is: loading it repeats the SVD and finds the same residual. A randomised SVD cannot be
+        repeated, so `"pissa_niter_<k>"`, and any kind with `convert_pissa_to_lora=True`, becomes a
+        plain LoRA adapter of twice the rank for the original base.
         """
         config, tensors = super().export(adapter)
         init = str(config.init_lora_weights)
-        convert = (
-            init.startswith("pissa_niter")
-            if convert_pissa_to_lora is None
-            else (convert_pissa_to_lora)
-        )
+        convert = convert_pissa_to_lora
+        if convert is None:
+            convert = init.startswith("pissa_niter")
         if convert and init.startswith("pissa"):
-            return as_plain_lora(config, tensors, adapter, dict(self.lora_layers()))
+            return as_plain_lora(self.lora_layers(), adapter, config, tensors)
         if convert:
             raise ValueError(f"convert_pissa_to_lora: adapter {adapter!r} did not start from PiSSA")
         return config, tensors
@@ -124,7 +121,49 @@ class LoraModel(BaseTuner[LoraConfig]):
         weights: list[float],
         adapter_name: str,
         combination_type: str = "svd",
-        **options: Any,
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
     ) -> None:
-        """Adds a combination of adapters; see `combine.add_weighted_adapter`."""
-        add_weighted_adapter(self, adapters, weights, adapter_name, combination_type, **options)
+        """Adds adapter `adapter_name`, combined from `adapters` by `weights`; it is not activated.
+
+        Args:
+            adapters: names of the sources.
+            weights: one weight each; negative ones subtract.
+            adapter_name: name of the result.
+            combination_type: see the table at the top of `combine.py`.
+            svd_full_matrices: accepted for PEFT's sake; the result is the same.
+            svd_rank, svd_clamp, svd_driver, density, majority_sign_method: see `Combination`.
+        """
+        del svd_full_matrices
+        how = Combination(
+            combination_type, svd_rank, svd_clamp, svd_driver, density, majority_sign_method
+        )
+        if not adapters or len(adapters) != len(weights):
+            raise ValueError(
+                f"{len(adapters)} adapters and {len(weights)} weights: one weight each"
+            )
+        configs = [self.adapter_config(name) for name in adapters]
+        saved = [module for _, module in self._wrappers()]
+        for module in saved:
+            having = [name for name in adapters if name in module.modules_to_save]
+            if len(having) > 1:
+                raise ValueError(
+                    f"adapters {having} each saved the same module in full; there is "
+                    "no one head for their combination"
+                )
+        sources = list(zip(adapters, weights, strict=True))
+        config, results = combined_adapter(self.lora_layers(), sources, configs, how)
+        self.add_adapter(adapter_name, config)
+        for name, layer in self.lora_layers():
+            if name in results:
+                for target, value in zip(layer.factors(adapter_name), results[name], strict=True):
+                    target.data.copy_(value.view_as(target))
+        for module in saved:
+            copies = module.modules_to_save
+            for source in adapters:
+                if source in copies and adapter_name in copies:
+                    copies[adapter_name].load_state_dict(copies[source].state_dict())

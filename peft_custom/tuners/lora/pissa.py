@@ -2,16 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
-
-from .config import LoraConfig
-
-if TYPE_CHECKING:
-    from .layer import LoraLayer
 
 
 def principal_factors(weight: Tensor, r: int, scaling: float, init: str) -> tuple[Tensor, Tensor]:
@@ -40,26 +32,3 @@ def principal_factors(weight: Tensor, r: int, scaling: float, init: str) -> tupl
         right = rows.T
     root = torch.sqrt(values / scaling)  # (r,)
     return root[:, None] * right, left * root
-
-
-def as_plain_lora(
-    config: LoraConfig, tensors: dict[str, Tensor], adapter: str, layers: dict[str, LoraLayer]
-) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """The adapter relative to the original W: s·(BA − B₀A₀) = s·[B, −B₀][A; A₀], of rank 2r.
-
-    α grows with the rank so that s stays: by 2, or by √2 where s = α/√r.
-    """
-    result = dict(tensors)
-    for name, layer in layers.items():
-        if adapter in layer.pissa_initial:
-            A0, B0, _ = layer.pissa_initial[adapter]
-            key_A, key_B = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
-            result[key_A] = torch.cat([tensors[key_A], A0])
-            result[key_B] = torch.cat([tensors[key_B], -B0], dim=1)
-    growth = math.sqrt(2.0) if config.use_rslora else 2
-    config.r *= 2
-    config.lora_alpha *= growth
-    config.rank_pattern = {key: 2 * rank for key, rank in config.rank_pattern.items()}
-    config.alpha_pattern = {key: growth * alpha for key, alpha in config.alpha_pattern.items()}
-    config.init_lora_weights = True
-    return config, result

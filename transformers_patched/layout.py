@@ -1,8 +1,9 @@
 """Where the tokens of a batch are: padded to a rectangle, or packed one after the other.
 
-A `Layout` is made once per forward pass and handed to every layer. It holds what attention needs
-to know and would otherwise work out again in each layer: the mask in every form and dtype asked
-for, and for packed tokens the row maps between the packed (T, ...) and the padded (B, L, ...) form.
+A `SequenceLayout` is made once per forward pass and handed to every layer. It holds what attention
+needs to know and would otherwise work out again in each layer: the mask in every form and dtype
+asked for, and for packed tokens the row maps between the packed (T, ...) and the padded (B, L, ...)
+form.
 
 Both directions of such a move are one `index_select`, in the backward pass too: every token occurs
 exactly once, so no gradient is ever added up.
@@ -17,21 +18,22 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# Rounding up keeps the shapes of matrix products few, see `Layout.fill`: (the smallest step, the
-# share of the number that a step may be).
+# Rounding up keeps the shapes of matrix products few, see `SequenceLayout.round_up_rows`: (the
+# smallest step, the share of the number that a step may be).
 ROW_STEP = 32, 1 / 16
 NO_STEP = 1, 0.0
 
 
-class Layout:
+class SequenceLayout:
     """The places of the tokens of `num_sequences` sequences. Make one with `padded` or `packed`.
 
     Attributes:
         is_packed: Whether hidden states are (T, hidden) rather than (B, L, hidden).
         num_sequences: B, the number of sequences.
-        length: L, the length of the longest sequence, or of the padded rectangle.
+        max_seqlen: L, the length of the longest sequence, or of the padded rectangle.
         num_tokens: T, or B·L padded.
-        num_rows: Rows of the hidden states within an encoder: T rounded up (see `fill`), or B·L.
+        num_rows: Rows of the hidden states within an encoder: T rounded up, see `round_up_rows`; or
+            B·L padded.
         device: Where the tokens are.
         key_mask: (B, L) bool, True at real tokens of the padded form; None where all are real.
         nonempty: (B,) bool, False at sequences without any real token; None where there are none.
@@ -41,14 +43,14 @@ class Layout:
     def __init__(
         self,
         num_sequences: int,
-        length: int,
+        max_seqlen: int,
         num_tokens: int,
         device: torch.device,
         key_mask: Tensor | None,
         cu_seqlens: Tensor | None = None,
     ) -> None:
         self.num_sequences = num_sequences
-        self.length = length
+        self.max_seqlen = max_seqlen
         self.num_tokens = num_tokens
         self.num_rows = num_tokens if cu_seqlens is None else round_up(num_tokens, ROW_STEP)
         self.device = device
@@ -72,7 +74,7 @@ class Layout:
         batch: int,
         length: int,
         device: torch.device | str,
-    ) -> Layout:
+    ) -> SequenceLayout:
         """A rectangle (B, L) of tokens, of which `attention_mask` (B, L) marks the real ones.
 
         Args:
@@ -107,7 +109,9 @@ class Layout:
         return layout
 
     @classmethod
-    def packed(cls, cu_seqlens: Tensor, max_seqlen: int, num_tokens: int | None = None) -> Layout:
+    def packed(
+        cls, cu_seqlens: Tensor, max_seqlen: int, num_tokens: int | None = None
+    ) -> SequenceLayout:
         """Tokens (T,) of B sequences without padding; sequence i is cu_seqlens[i]:cu_seqlens[i+1].
 
         Args:
@@ -143,12 +147,12 @@ class Layout:
         """(B,) index of the first token of every sequence among the (flattened) tokens."""
         if self.cu_seqlens is not None:
             return self.cu_seqlens[:-1].long()
-        return torch.arange(0, self.num_tokens, self.length, device=self.device)
+        return torch.arange(0, self.num_tokens, self.max_seqlen, device=self.device)
 
     def position_ids(self, offset: int = 0) -> Tensor:
         """Positions within each sequence, from `offset`: (T,) packed, (1, L) padded."""
         if self.cu_seqlens is None:
-            return torch.arange(offset, offset + self.length, device=self.device)[None]
+            return torch.arange(offset, offset + self.max_seqlen, device=self.device)[None]
         starts = self.cu_seqlens[:-1].long()
         lengths = self.cu_seqlens.diff()
         shift = starts.repeat_interleave(lengths, output_size=self.num_tokens)
@@ -161,7 +165,7 @@ class Layout:
         numbers = torch.arange(self.num_sequences, device=self.device)
         return numbers.repeat_interleave(self.cu_seqlens.diff(), output_size=self.num_tokens)
 
-    def fill(self, x: Tensor) -> Tensor:
+    def round_up_rows(self, x: Tensor) -> Tensor:
         """(T, ...) to (num_rows, ...), where the rows after T are zeros and belong to nobody.
 
         Some of a CPU's kernels (bf16 products, GELU) are compiled for their very shape, which takes
@@ -173,13 +177,13 @@ class Layout:
             return x
         return nn.functional.pad(x, (0, 0) * (x.dim() - 1) + (0, self.num_rows - self.num_tokens))
 
-    def trim(self, x: Tensor) -> Tensor:
-        """(num_rows, ...) to (T, ...), the inverse of `fill`."""
+    def drop_filler(self, x: Tensor) -> Tensor:
+        """(num_rows, ...) to (T, ...), the inverse of `round_up_rows`."""
         return x[: self.num_tokens] if self.is_packed else x
 
     def check_tokens(self, x: Tensor, name: str) -> None:
         """Raises ValueError where the leading dimensions of `x` are not this layout's tokens."""
-        expected = (self.num_tokens,) if self.is_packed else (self.num_sequences, self.length)
+        expected = (self.num_tokens,) if self.is_packed else (self.num_sequences, self.max_seqlen)
         if self.is_packed and x.shape[:1] == (self.num_rows,):
             return  # filled
         if tuple(x.shape[: len(expected)]) != expected:
@@ -198,13 +202,13 @@ class Layout:
         x = x[: self.num_tokens]
         forth, back = self._token_rows()
         padded = _MoveRows.apply(x, forth, back, self._holes(), None)
-        return padded.view(self.num_sequences, self.length, *x.shape[1:])
+        return padded.view(self.num_sequences, self.max_seqlen, *x.shape[1:])
 
     def unpad(self, x: Tensor) -> Tensor:
         """(B, L, ...) to (T, ...), the inverse of `pad`; padded tokens are returned as they are."""
-        if tuple(x.shape[:2]) != (self.num_sequences, self.length):
+        if tuple(x.shape[:2]) != (self.num_sequences, self.max_seqlen):
             raise ValueError(
-                f"x must start with the dimensions {(self.num_sequences, self.length)}, "
+                f"x must start with the dimensions {(self.num_sequences, self.max_seqlen)}, "
                 f"not {tuple(x.shape)}"
             )
         if self.cu_seqlens is None:
@@ -216,10 +220,10 @@ class Layout:
         """(B·L,) packed row of each padded row, 0 at padding; (T,) padded row of each token."""
         if self._rows is None:
             starts = self.cu_seqlens[:-1].long()
-            forth = starts[:, None] + torch.arange(self.length, device=self.device)  # (B, L)
+            forth = starts[:, None] + torch.arange(self.max_seqlen, device=self.device)  # (B, L)
             if self.key_mask is not None:
                 forth = forth.masked_fill(~self.key_mask, 0)
-            back = self.sequence_ids() * self.length + self.position_ids()
+            back = self.sequence_ids() * self.max_seqlen + self.position_ids()
             self._rows = forth.flatten(), back
         return self._rows
 

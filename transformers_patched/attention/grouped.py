@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from loralib.masks import draw_mask, masked, scale_in_force
 
-from ..layout import NO_STEP, Layout, round_up
+from ..layout import NO_STEP, SequenceLayout, round_up
 
 # The lowest number added to the score of a padding key. It is finite, so that a row without any key
 # has a softmax; and bf16, which has the range of fp32, can represent it.
@@ -218,7 +218,7 @@ def softmax_gradient(grad: Tensor, probabilities: Tensor) -> Tensor:
 # ---------------------------------------------------------------------- which groups
 
 
-def grouped_products(layout: Layout, query: Tensor) -> GroupedProducts:
+def grouped_products(layout: SequenceLayout, query: Tensor) -> GroupedProducts:
     """The groups of `layout` for queries (*tokens, heads, d); made once per layout."""
     # bf16 products are compiled for their very shape, so lengths are rounded to a few (see `_cut`)
     step = LENGTH_STEP if query.dtype == torch.bfloat16 else NO_STEP
@@ -233,9 +233,9 @@ def grouped_products(layout: Layout, query: Tensor) -> GroupedProducts:
     return layout.cache[key]
 
 
-def _plan_padded(layout: Layout, heads: int) -> GroupedProducts:
+def _plan_padded(layout: SequenceLayout, heads: int) -> GroupedProducts:
     """One group, the rectangle as it is."""
-    count, length = layout.num_sequences * heads, layout.length
+    count, length = layout.num_sequences * heads, layout.max_seqlen
     bias = None
     if layout.key_mask is not None:
         bias = _key_bias(layout.key_mask[:, None], heads)

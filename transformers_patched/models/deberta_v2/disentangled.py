@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from ...attention.grouped import GroupedProducts, grouped_products, product
 from ...attention.padded import padded_attention, padded_probabilities
-from ...layout import Layout
+from ...layout import SequenceLayout
 
 # ---------------------------------------------------------------------- relative positions
 
@@ -102,7 +102,7 @@ def disentangled_attention(
     pos_key: Tensor | None,
     pos_query: Tensor | None,
     positions: RelativePositions,
-    layout: Layout,
+    layout: SequenceLayout,
     scale: float,
     p: float = 0.0,
 ) -> Tensor:
@@ -127,7 +127,7 @@ def disentangled_attention(
         context = _Disentangled.apply(query, key, value, c2p, p2c, products, scale, p)
         return layout.clear_empty(context)
     q, k, v = (layout.pad(x).transpose(1, 2) for x in (query, key, value))  # (B, h, L, d)
-    bias = _bias(q, k, *_tables(pos_key, pos_query, positions, layout.length), layout, scale)
+    bias = _bias(q, k, *_tables(pos_key, pos_query, positions, layout.max_seqlen), layout, scale)
     return padded_attention(q, k, v, bias, layout, scale, p, len(query))
 
 
@@ -141,12 +141,12 @@ def disentangled_probabilities(
     pos_key: Tensor | None,
     pos_query: Tensor | None,
     positions: RelativePositions,
-    layout: Layout,
+    layout: SequenceLayout,
     scale: float,
 ) -> Tensor:
     """The softmax of `disentangled_attention` as (B, heads, L, L), padded whatever the layout."""
     q, k = (layout.pad(x).transpose(1, 2) for x in (query, key))
-    bias = _bias(q, k, *_tables(pos_key, pos_query, positions, layout.length), layout, scale)
+    bias = _bias(q, k, *_tables(pos_key, pos_query, positions, layout.max_seqlen), layout, scale)
     return layout.clear_empty(padded_probabilities(q, k, bias, scale))
 
 
@@ -165,7 +165,7 @@ def _tables(
 
 
 def _bias(
-    q: Tensor, k: Tensor, c2p: Tensor | None, p2c: Tensor | None, layout: Layout, s: float
+    q: Tensor, k: Tensor, c2p: Tensor | None, p2c: Tensor | None, layout: SequenceLayout, s: float
 ) -> Tensor | None:
     """(B, heads, L, L) or broadcast to it: both position terms, and the mask of padding keys."""
     bias = layout.bias(q.dtype)

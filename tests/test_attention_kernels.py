@@ -220,7 +220,7 @@ def test_packed_and_padded_agree_with_the_formula_on_a_gpu(dtype: torch.dtype, p
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("length", [5, 31, 32, 40])
+@pytest.mark.parametrize("length", [5, 16, 31, 32, 40])
 def test_gradient_of_softmax_on_either_side_of_a_vector(dtype: torch.dtype, length: int) -> None:
     torch.manual_seed(0)
     P = torch.randn(3, length, length).softmax(-1).to(dtype)

@@ -200,8 +200,8 @@ class SequenceLayout:
         if self.cu_seqlens is None:
             return x
         x = x[: self.num_tokens]
-        forth, back = self._token_rows()
-        padded = _MoveRows.apply(x, forth, back, self._holes(), None)
+        indices, inverse = self._token_rows()
+        padded = _MoveRows.apply(x, indices, inverse, self._padding(), None)  # (B·L, ...)
         return padded.view(self.num_sequences, self.max_seqlen, *x.shape[1:])
 
     def unpad(self, x: Tensor) -> Tensor:
@@ -213,21 +213,21 @@ class SequenceLayout:
             )
         if self.cu_seqlens is None:
             return x
-        forth, back = self._token_rows()
-        return _MoveRows.apply(x.flatten(0, 1), back, forth, None, self._holes())
+        indices, inverse = self._token_rows()
+        return _MoveRows.apply(x.flatten(0, 1), inverse, indices, None, self._padding())
 
     def _token_rows(self) -> tuple[Tensor, Tensor]:
         """(B·L,) packed row of each padded row, 0 at padding; (T,) padded row of each token."""
         if self._rows is None:
-            starts = self.cu_seqlens[:-1].long()
-            forth = starts[:, None] + torch.arange(self.max_seqlen, device=self.device)  # (B, L)
+            starts = self.cu_seqlens[:-1].long()  # (B,)
+            indices = starts[:, None] + torch.arange(self.max_seqlen, device=self.device)  # (B, L)
             if self.key_mask is not None:
-                forth = forth.masked_fill(~self.key_mask, 0)
-            back = self.sequence_ids() * self.max_seqlen + self.position_ids()
-            self._rows = forth.flatten(), back
+                indices = indices.masked_fill(~self.key_mask, 0)
+            inverse = self.sequence_ids() * self.max_seqlen + self.position_ids()  # (T,)
+            self._rows = indices.flatten(), inverse
         return self._rows
 
-    def _holes(self) -> Tensor | None:
+    def _padding(self) -> Tensor | None:
         """(B·L,) bool, True at padding; None where there is none."""
         return None if self.key_mask is None else ~self.key_mask.flatten()
 
@@ -257,32 +257,32 @@ def round_up(number: int, step: tuple[int, float]) -> int:
 
 
 class _MoveRows(torch.autograd.Function):
-    """y = x[forth], zero at `holes_y`; dx = dy[back], zero at `holes_x`."""
+    """y = x[indices], zero where `padding_y`; dx = dy[inverse], zero where `padding_x`."""
 
     @staticmethod
     def forward(
         ctx,
         x: Tensor,
-        forth: Tensor,
-        back: Tensor,
-        holes_y: Tensor | None,
-        holes_x: Tensor | None,
+        indices: Tensor,
+        inverse: Tensor,
+        padding_y: Tensor | None,
+        padding_x: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(back, holes_x)
-        y = x.index_select(0, forth)
-        return y if holes_y is None else y.masked_fill_(_beside(holes_y, y), 0)
+        ctx.save_for_backward(inverse, padding_x)
+        y = x.index_select(0, indices)
+        return y if padding_y is None else y.masked_fill_(_like_rows(padding_y, y), 0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        back, holes_x = ctx.saved_tensors
-        dx = grad.index_select(0, back)
-        if holes_x is not None:
-            dx.masked_fill_(_beside(holes_x, dx), 0)
+        inverse, padding_x = ctx.saved_tensors
+        dx = grad.index_select(0, inverse)
+        if padding_x is not None:
+            dx.masked_fill_(_like_rows(padding_x, dx), 0)
         return dx, None, None, None, None
 
 
-def _beside(mask: Tensor, x: Tensor) -> Tensor:
+def _like_rows(mask: Tensor, x: Tensor) -> Tensor:
     """`mask` (rows,) with as many dimensions as `x` (rows, ...)."""
     return mask.view(-1, *[1] * (x.dim() - 1))
 

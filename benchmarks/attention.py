@@ -22,7 +22,7 @@ from torch import Tensor
 
 from transformers_patched.attention import grouped
 from transformers_patched.attention.padded import padded_attention
-from transformers_patched.layout import Layout
+from transformers_patched.layout import SequenceLayout
 
 # (sequences, shortest, longest, heads, head size, dropout): MRPC-like batches of MiniLM's 12 heads
 # of 32 and RoBERTa-base's 12 of 64, then longer ones.
@@ -45,8 +45,8 @@ def contenders(cu_seqlens: Tensor, longest: int, query: Tensor, p: float) -> dic
     plans = {}
     for name, cut in (("one group", lambda order, *_: [order]), ("groups", chosen)):
         grouped._cut = cut
-        plans[name] = grouped.grouped_products(Layout.packed(cu_seqlens, longest), query)
-    layout = Layout.packed(cu_seqlens, longest)
+        plans[name] = grouped.grouped_products(SequenceLayout.packed(cu_seqlens, longest), query)
+    layout = SequenceLayout.packed(cu_seqlens, longest)
 
     def products(name: str) -> Contender:
         return lambda q, k, v: grouped.GroupedAttention.apply(q, k, v, plans[name], p)

@@ -1,7 +1,7 @@
 """What the heads of all models share: outputs, losses, activations, and the places of tokens.
 
 Every function takes the tokens of a batch padded, (B, L, ...), or packed, (T, ...), with the
-`Layout` that tells which, and gives equal results for both.
+`SequenceLayout` that tells which, and gives equal results for both.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration import ConfigError, PretrainedConfig
-from .layout import Layout
+from .layout import SequenceLayout
 
 # ---------------------------------------------------------------------- outputs
 
@@ -97,7 +97,7 @@ def layout_of(
     attention_mask: Tensor | None,
     cu_seqlens: Tensor | None,
     max_seqlen: int | None,
-) -> Layout:
+) -> SequenceLayout:
     """Makes the layout of a call: packed where it has `cu_seqlens`, padded otherwise."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("give either input_ids or inputs_embeds")
@@ -108,17 +108,17 @@ def layout_of(
                 f"input of shape {tuple(tokens.shape)}: padded tokens are (batch, length); "
                 "packed ones, (tokens,), need cu_seqlens and max_seqlen"
             )
-        return Layout.padded(attention_mask, *tokens.shape, tokens.device)
+        return SequenceLayout.padded(attention_mask, *tokens.shape, tokens.device)
     if tokens.dim() != 1 or max_seqlen is None or attention_mask is not None:
         raise ValueError(
             "a packed call has tokens (T,), cu_seqlens and max_seqlen, and no attention_mask; here "
             f"tokens are {tuple(tokens.shape)}, max_seqlen is {max_seqlen} and attention_mask is "
             f"{'None' if attention_mask is None else 'given'}"
         )
-    return Layout.packed(cu_seqlens, max_seqlen, tokens.shape[0])
+    return SequenceLayout.packed(cu_seqlens, max_seqlen, tokens.shape[0])
 
 
-def first_tokens(hidden: Tensor, layout: Layout) -> Tensor:
+def first_tokens(hidden: Tensor, layout: SequenceLayout) -> Tensor:
     """(B, H): the hidden state of the first token of every sequence; (B, H) stays as it is."""
     if hidden.dim() == 2 and hidden.shape[0] == layout.num_sequences:
         return hidden
@@ -139,7 +139,7 @@ def flatten_choices(*tokens: Tensor | None) -> tuple[int, tuple[Tensor | None, .
     return given[0].shape[1], tuple(None if x is None else x.flatten(0, 1) for x in tokens)
 
 
-def count_choices(labels: Tensor | None, layout: Layout) -> int:
+def count_choices(labels: Tensor | None, layout: SequenceLayout) -> int:
     """The choices per question of a packed call, whose labels tell the number of questions."""
     if labels is None:
         raise ValueError("packed multiple choice without labels needs num_choices")
@@ -207,7 +207,7 @@ def span_loss(
     end_logits: Tensor,
     start_positions: Tensor,
     end_positions: Tensor,
-    layout: Layout,
+    layout: SequenceLayout,
 ) -> Tensor:
     """Mean of the cross-entropies of a span's start and end over the tokens of its sequence.
 
@@ -223,10 +223,10 @@ def span_loss(
     def one(logits: Tensor, positions: Tensor) -> Tensor:
         logits = layout.pad(logits).float()  # (B, L)
         positions = positions.view(-1).clamp(min=0)
-        inside = positions < layout.length
+        inside = positions < layout.max_seqlen
         if layout.key_mask is not None:
             logits = logits.masked_fill(~layout.key_mask, torch.finfo(logits.dtype).min)
-            column = positions.clamp(max=layout.length - 1)[:, None]
+            column = positions.clamp(max=layout.max_seqlen - 1)[:, None]
             inside = inside & layout.key_mask.gather(1, column)[:, 0]
         return F.cross_entropy(logits, positions.where(inside, -100))
 

@@ -1,8 +1,9 @@
 """Where the tokens of a batch are: padded to a rectangle, or packed one after the other.
 
-A `Layout` is made once per forward pass and handed to every layer. It holds what attention needs
-to know and would otherwise work out again in each layer: the mask in every form and dtype asked
-for, and for packed tokens the row maps between the packed (T, ...) and the padded (B, L, ...) form.
+A `SequenceLayout` is made once per forward pass and handed to every layer. It holds what attention
+needs to know and would otherwise work out again in each layer: the mask in every form and dtype
+asked for, and for packed tokens the row maps between the packed (T, ...) and the padded (B, L, ...)
+form.
 
 Both directions of such a move are one `index_select`, in the backward pass too: every token occurs
 exactly once, so no gradient is ever added up.
@@ -17,21 +18,22 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# Rounding up keeps the shapes of matrix products few, see `Layout.fill`: (the smallest step, the
-# share of the number that a step may be).
+# Rounding up keeps the shapes of matrix products few, see `SequenceLayout.round_up_rows`: (the
+# smallest step, the share of the number that a step may be).
 ROW_STEP = 32, 1 / 16
 NO_STEP = 1, 0.0
 
 
-class Layout:
+class SequenceLayout:
     """The places of the tokens of `num_sequences` sequences. Make one with `padded` or `packed`.
 
     Attributes:
         is_packed: Whether hidden states are (T, hidden) rather than (B, L, hidden).
         num_sequences: B, the number of sequences.
-        length: L, the length of the longest sequence, or of the padded rectangle.
+        max_seqlen: L, the length of the longest sequence, or of the padded rectangle.
         num_tokens: T, or B·L padded.
-        num_rows: Rows of the hidden states within an encoder: T rounded up (see `fill`), or B·L.
+        num_rows: Rows of the hidden states within an encoder: T rounded up, see `round_up_rows`; or
+            B·L padded.
         device: Where the tokens are.
         key_mask: (B, L) bool, True at real tokens of the padded form; None where all are real.
         nonempty: (B,) bool, False at sequences without any real token; None where there are none.
@@ -41,14 +43,14 @@ class Layout:
     def __init__(
         self,
         num_sequences: int,
-        length: int,
+        max_seqlen: int,
         num_tokens: int,
         device: torch.device,
         key_mask: Tensor | None,
         cu_seqlens: Tensor | None = None,
     ) -> None:
         self.num_sequences = num_sequences
-        self.length = length
+        self.max_seqlen = max_seqlen
         self.num_tokens = num_tokens
         self.num_rows = num_tokens if cu_seqlens is None else round_up(num_tokens, ROW_STEP)
         self.device = device
@@ -72,7 +74,7 @@ class Layout:
         batch: int,
         length: int,
         device: torch.device | str,
-    ) -> Layout:
+    ) -> SequenceLayout:
         """A rectangle (B, L) of tokens, of which `attention_mask` (B, L) marks the real ones.
 
         Args:
@@ -107,7 +109,9 @@ class Layout:
         return layout
 
     @classmethod
-    def packed(cls, cu_seqlens: Tensor, max_seqlen: int, num_tokens: int | None = None) -> Layout:
+    def packed(
+        cls, cu_seqlens: Tensor, max_seqlen: int, num_tokens: int | None = None
+    ) -> SequenceLayout:
         """Tokens (T,) of B sequences without padding; sequence i is cu_seqlens[i]:cu_seqlens[i+1].
 
         Args:
@@ -143,12 +147,12 @@ class Layout:
         """(B,) index of the first token of every sequence among the (flattened) tokens."""
         if self.cu_seqlens is not None:
             return self.cu_seqlens[:-1].long()
-        return torch.arange(0, self.num_tokens, self.length, device=self.device)
+        return torch.arange(0, self.num_tokens, self.max_seqlen, device=self.device)
 
     def position_ids(self, offset: int = 0) -> Tensor:
         """Positions within each sequence, from `offset`: (T,) packed, (1, L) padded."""
         if self.cu_seqlens is None:
-            return torch.arange(offset, offset + self.length, device=self.device)[None]
+            return torch.arange(offset, offset + self.max_seqlen, device=self.device)[None]
         starts = self.cu_seqlens[:-1].long()
         lengths = self.cu_seqlens.diff()
         shift = starts.repeat_interleave(lengths, output_size=self.num_tokens)
@@ -161,7 +165,7 @@ class Layout:
         numbers = torch.arange(self.num_sequences, device=self.device)
         return numbers.repeat_interleave(self.cu_seqlens.diff(), output_size=self.num_tokens)
 
-    def fill(self, x: Tensor) -> Tensor:
+    def round_up_rows(self, x: Tensor) -> Tensor:
         """(T, ...) to (num_rows, ...), where the rows after T are zeros and belong to nobody.
 
         Some of a CPU's kernels (bf16 products, GELU) are compiled for their very shape, which takes
@@ -173,13 +177,13 @@ class Layout:
             return x
         return nn.functional.pad(x, (0, 0) * (x.dim() - 1) + (0, self.num_rows - self.num_tokens))
 
-    def trim(self, x: Tensor) -> Tensor:
-        """(num_rows, ...) to (T, ...), the inverse of `fill`."""
+    def drop_filler(self, x: Tensor) -> Tensor:
+        """(num_rows, ...) to (T, ...), the inverse of `round_up_rows`."""
         return x[: self.num_tokens] if self.is_packed else x
 
     def check_tokens(self, x: Tensor, name: str) -> None:
         """Raises ValueError where the leading dimensions of `x` are not this layout's tokens."""
-        expected = (self.num_tokens,) if self.is_packed else (self.num_sequences, self.length)
+        expected = (self.num_tokens,) if self.is_packed else (self.num_sequences, self.max_seqlen)
         if self.is_packed and x.shape[:1] == (self.num_rows,):
             return  # filled
         if tuple(x.shape[: len(expected)]) != expected:
@@ -196,34 +200,34 @@ class Layout:
         if self.cu_seqlens is None:
             return x
         x = x[: self.num_tokens]
-        forth, back = self._token_rows()
-        padded = _MoveRows.apply(x, forth, back, self._holes(), None)
-        return padded.view(self.num_sequences, self.length, *x.shape[1:])
+        indices, inverse = self._token_rows()
+        padded = _MoveRows.apply(x, indices, inverse, self._padding(), None)  # (B·L, ...)
+        return padded.view(self.num_sequences, self.max_seqlen, *x.shape[1:])
 
     def unpad(self, x: Tensor) -> Tensor:
         """(B, L, ...) to (T, ...), the inverse of `pad`; padded tokens are returned as they are."""
-        if tuple(x.shape[:2]) != (self.num_sequences, self.length):
+        if tuple(x.shape[:2]) != (self.num_sequences, self.max_seqlen):
             raise ValueError(
-                f"x must start with the dimensions {(self.num_sequences, self.length)}, "
+                f"x must start with the dimensions {(self.num_sequences, self.max_seqlen)}, "
                 f"not {tuple(x.shape)}"
             )
         if self.cu_seqlens is None:
             return x
-        forth, back = self._token_rows()
-        return _MoveRows.apply(x.flatten(0, 1), back, forth, None, self._holes())
+        indices, inverse = self._token_rows()
+        return _MoveRows.apply(x.flatten(0, 1), inverse, indices, None, self._padding())
 
     def _token_rows(self) -> tuple[Tensor, Tensor]:
         """(B·L,) packed row of each padded row, 0 at padding; (T,) padded row of each token."""
         if self._rows is None:
-            starts = self.cu_seqlens[:-1].long()
-            forth = starts[:, None] + torch.arange(self.length, device=self.device)  # (B, L)
+            starts = self.cu_seqlens[:-1].long()  # (B,)
+            indices = starts[:, None] + torch.arange(self.max_seqlen, device=self.device)  # (B, L)
             if self.key_mask is not None:
-                forth = forth.masked_fill(~self.key_mask, 0)
-            back = self.sequence_ids() * self.length + self.position_ids()
-            self._rows = forth.flatten(), back
+                indices = indices.masked_fill(~self.key_mask, 0)
+            inverse = self.sequence_ids() * self.max_seqlen + self.position_ids()  # (T,)
+            self._rows = indices.flatten(), inverse
         return self._rows
 
-    def _holes(self) -> Tensor | None:
+    def _padding(self) -> Tensor | None:
         """(B·L,) bool, True at padding; None where there is none."""
         return None if self.key_mask is None else ~self.key_mask.flatten()
 
@@ -253,32 +257,32 @@ def round_up(number: int, step: tuple[int, float]) -> int:
 
 
 class _MoveRows(torch.autograd.Function):
-    """y = x[forth], zero at `holes_y`; dx = dy[back], zero at `holes_x`."""
+    """y = x[indices], zero where `padding_y`; dx = dy[inverse], zero where `padding_x`."""
 
     @staticmethod
     def forward(
         ctx,
         x: Tensor,
-        forth: Tensor,
-        back: Tensor,
-        holes_y: Tensor | None,
-        holes_x: Tensor | None,
+        indices: Tensor,
+        inverse: Tensor,
+        padding_y: Tensor | None,
+        padding_x: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(back, holes_x)
-        y = x.index_select(0, forth)
-        return y if holes_y is None else y.masked_fill_(_beside(holes_y, y), 0)
+        ctx.save_for_backward(inverse, padding_x)
+        y = x.index_select(0, indices)
+        return y if padding_y is None else y.masked_fill_(_like_rows(padding_y, y), 0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        back, holes_x = ctx.saved_tensors
-        dx = grad.index_select(0, back)
-        if holes_x is not None:
-            dx.masked_fill_(_beside(holes_x, dx), 0)
+        inverse, padding_x = ctx.saved_tensors
+        dx = grad.index_select(0, inverse)
+        if padding_x is not None:
+            dx.masked_fill_(_like_rows(padding_x, dx), 0)
         return dx, None, None, None, None
 
 
-def _beside(mask: Tensor, x: Tensor) -> Tensor:
+def _like_rows(mask: Tensor, x: Tensor) -> Tensor:
     """`mask` (rows,) with as many dimensions as `x` (rows, ...)."""
     return mask.view(-1, *[1] * (x.dim() - 1))
 

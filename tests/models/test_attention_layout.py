@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from transformers_patched.attention.grouped import grouped_products
-from transformers_patched.layout import Layout
+from transformers_patched.layout import SequenceLayout
 
 LENGTHS = [4, 1, 6, 3]
 OFFSETS = torch.tensor([0, 4, 5, 11, 14], dtype=torch.int32)
 
 
-def layout() -> Layout:
-    return Layout.packed(OFFSETS, 6, 14)
+def layout() -> SequenceLayout:
+    return SequenceLayout.packed(OFFSETS, 6, 14)
 
 
 @pytest.mark.parametrize("rest", [(), (3,), (2, 5)])
@@ -34,7 +34,7 @@ def test_both_moves_have_exact_gradients() -> None:
 
 
 def test_padded_tokens_pass_through() -> None:
-    rectangle = Layout.padded(None, 2, 3, "cpu")
+    rectangle = SequenceLayout.padded(None, 2, 3, "cpu")
     x = torch.randn(2, 3, 4)
     assert rectangle.pad(x) is x and rectangle.unpad(x) is x
 
@@ -44,18 +44,18 @@ def test_places_of_tokens() -> None:
     assert layout().sequence_ids().tolist() == [0] * 4 + [1] + [2] * 6 + [3] * 3
     assert layout().cls_index().tolist() == [0, 4, 5, 11]
     assert layout().num_sequences == 4
-    rectangle = Layout.padded(None, 2, 3, "cpu")
+    rectangle = SequenceLayout.padded(None, 2, 3, "cpu")
     assert rectangle.cls_index().tolist() == [0, 3]
     assert rectangle.position_ids(1).tolist() == [[1, 2, 3]]
 
 
 def test_a_mask_of_ones_is_no_mask() -> None:
-    assert Layout.padded(torch.ones(2, 3, dtype=torch.long), 2, 3, "cpu").key_mask is None
-    assert Layout.packed(torch.tensor([0, 3, 6], dtype=torch.int32), 3).key_mask is None
+    assert SequenceLayout.padded(torch.ones(2, 3, dtype=torch.long), 2, 3, "cpu").key_mask is None
+    assert SequenceLayout.packed(torch.tensor([0, 3, 6], dtype=torch.int32), 3).key_mask is None
 
 
 def test_a_generous_max_seqlen_costs_nothing() -> None:
-    assert Layout.packed(OFFSETS, 512, 14).length == 6
+    assert SequenceLayout.packed(OFFSETS, 512, 14).max_seqlen == 6
 
 
 @pytest.mark.parametrize(
@@ -72,18 +72,18 @@ def test_a_generous_max_seqlen_costs_nothing() -> None:
 )
 def test_wrong_offsets_are_refused_in_words(offsets, max_seqlen, tokens, message) -> None:
     with pytest.raises(ValueError, match=message):
-        Layout.packed(torch.tensor(offsets, dtype=torch.int32), max_seqlen, tokens)
+        SequenceLayout.packed(torch.tensor(offsets, dtype=torch.int32), max_seqlen, tokens)
 
 
 def test_wrong_types_and_shapes_are_refused_in_words() -> None:
     with pytest.raises(TypeError, match="int32, not torch.float32"):
-        Layout.packed(torch.tensor([0.0, 2.0]), 2)
+        SequenceLayout.packed(torch.tensor([0.0, 2.0]), 2)
     with pytest.raises(ValueError, match=r"shape \(2, 3\)"):
-        Layout.padded(torch.ones(2, 4, dtype=torch.long), 2, 3, "cpu")
+        SequenceLayout.padded(torch.ones(2, 4, dtype=torch.long), 2, 3, "cpu")
     with pytest.raises(TypeError, match="bool or integer"):
-        Layout.padded(torch.zeros(2, 3), 2, 3, "cpu")
+        SequenceLayout.padded(torch.zeros(2, 3), 2, 3, "cpu")
     with pytest.raises(ValueError, match="padded layout"):
-        Layout.padded(None, 2, 3, "cpu").check_tokens(torch.zeros(3, 2, 1), "query")
+        SequenceLayout.padded(None, 2, 3, "cpu").check_tokens(torch.zeros(3, 2, 1), "query")
 
 
 def test_rounded_lengths_come_in_few_shapes() -> None:
@@ -93,7 +93,7 @@ def test_rounded_lengths_come_in_few_shapes() -> None:
         lengths = torch.randint(25, 90, (16,), generator=generator)
         cu_seqlens = torch.cat([torch.zeros(1), lengths.cumsum(0)]).int()
         query = torch.zeros(1, 2, 4, dtype=torch.bfloat16)
-        groups = grouped_products(Layout.packed(cu_seqlens, 90), query).groups
+        groups = grouped_products(SequenceLayout.packed(cu_seqlens, 90), query).groups
         assert sum(group.count for group in groups) == 16 * 2
         shapes = {(group.count, group.length) for group in groups}
         seen |= shapes

@@ -368,7 +368,7 @@ def test_the_products_of_a_cpu_equal_the_plain_formula(setting, packed, monkeypa
 def test_bf16_products_are_within_rounding_of_fp32() -> None:
     torch.manual_seed(0)
     lengths = [13, 40, 37, 9]
-    layout_of = disentangled.Layout.packed(
+    layout_of = disentangled.SequenceLayout.packed(
         torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32), 40
     )
     places = RelativePositions(40, 16, 64, "cpu")
@@ -388,7 +388,7 @@ def test_bf16_products_are_within_rounding_of_fp32() -> None:
 def test_attention_dropout_in_training() -> None:
     """Its mean over draws is the evaluation's context, and it follows the seed."""
     torch.manual_seed(0)
-    layout_of = disentangled.Layout.packed(torch.tensor([0, 5, 12], dtype=torch.int32), 7)
+    layout_of = disentangled.SequenceLayout.packed(torch.tensor([0, 5, 12], dtype=torch.int32), 7)
     places = RelativePositions(7, 4, 16, "cpu")
     q, k, v = torch.randn(3, 12, 2, 6)
     table = torch.randn(places.last - places.first, 2, 6)

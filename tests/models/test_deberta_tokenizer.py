@@ -12,13 +12,13 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transformers_patched.spm_file import CONTROL, UNKNOWN, read_spm
 from transformers_patched.tokenization import (
     AutoTokenizer,
     BertTokenizer,
     DebertaV2Tokenizer,
     DebertaV2TokenizerFast,
 )
+from transformers_patched.tokenization.spm import CONTROL, UNKNOWN, read_spm
 
 
 def train(folder: Path, **options: Any) -> Path:

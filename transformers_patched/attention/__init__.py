@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..layout import Layout
+from ..layout import SequenceLayout
 from .grouped import GroupedAttention, grouped_products
 from .padded import padded_attention, padded_probabilities
 
@@ -31,7 +31,9 @@ LONGEST_PRODUCTS = 512
 LONGEST_PRODUCTS_PADDED_FP32 = 256
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, p: float = 0.0) -> Tensor:
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout, p: float = 0.0
+) -> Tensor:
     """softmax(Q Kᵀ / sqrt(d)) V within every sequence of `layout`; padding is never attended to.
 
     Args:
@@ -48,7 +50,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, p: floa
     if query.device.type == "cpu" and not torch.compiler.is_compiling():
         wide_rectangle = not layout.is_packed and query.dtype == torch.float32
         longest = LONGEST_PRODUCTS_PADDED_FP32 if wide_rectangle else LONGEST_PRODUCTS
-        if p > 0.0 or layout.length <= longest:
+        if p > 0.0 or layout.max_seqlen <= longest:
             products = grouped_products(layout, query)
             return layout.clear_empty(GroupedAttention.apply(query, key, value, products, p))
     if query.is_cuda and layout.is_packed and p == 0.0 and _varlen_takes(query):
@@ -58,7 +60,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, p: floa
     return padded_attention(q, k, v, bias, layout, scale, p, len(query))
 
 
-def attention_probabilities(query: Tensor, key: Tensor, layout: Layout) -> Tensor:
+def attention_probabilities(query: Tensor, key: Tensor, layout: SequenceLayout) -> Tensor:
     """softmax(Q Kᵀ / sqrt(d)) as (B, heads, L, L), padded whatever the layout."""
     layout.check_tokens(query, "query")
     q, k = (layout.pad(x).transpose(1, 2) for x in (query, key))  # (B, heads, L, d)
@@ -66,7 +68,7 @@ def attention_probabilities(query: Tensor, key: Tensor, layout: Layout) -> Tenso
     return layout.clear_empty(padded_probabilities(q, k, layout.bias(q.dtype), scale))
 
 
-def _check_shapes(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> None:
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout) -> None:
     layout.check_tokens(query, "query")
     if key.shape != query.shape or value.shape != query.shape:
         raise ValueError(
@@ -81,8 +83,8 @@ def _varlen_takes(query: Tensor) -> bool:
     return query.dtype in (torch.float16, torch.bfloat16) and d % 8 == 0 and d <= 256
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
+def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    offsets, longest = layout.cu_seqlens, layout.length
+    offsets, longest = layout.cu_seqlens, layout.max_seqlen
     return varlen_attn(query, key, value, offsets, offsets, longest, longest)

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from loralib.dropout_masks import draw_mask, masked, scale_in_force
 
-from ..layout import NO_STEP, Layout, round_up
+from ..layout import NO_STEP, SequenceLayout, round_up
 
 # The lowest number added to the score of a padding key. It is finite, so that a row without any key
 # has a softmax; and bf16, which has the range of fp32, can represent it.
@@ -29,8 +29,9 @@ LENGTH_STEP = 16, 1 / 8  # of bf16 lengths, see `_cut` and `layout.round_up`
 # Where lengths are not rounded, sequences at least this fraction as long as the longest of their
 # group share its matrix products.
 SHORTEST_IN_GROUP = 0.85
-# Rows of fewer numbers do not fill a vector of torch's softmax kernels for narrow types.
-VECTOR = 32
+# torch's softmax kernels take narrow types in vectors of this many numbers.
+VECTOR = 32 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 16
+SHORT_ROW = 32  # rows of fewer numbers gain from fp32 where they do not fill their vectors
 
 
 @dataclass(frozen=True)
@@ -205,11 +206,11 @@ def product(a: Tensor, b: Tensor, factor: float, out: Tensor) -> None:
 def softmax_gradient(grad: Tensor, probabilities: Tensor) -> Tensor:
     """P ∘ (G - rowsum(P ∘ G)), (…, L, L).
 
-    torch takes narrow types one number at a time where a row is shorter than a vector, which costs
-    ten times as much as the way through fp32.
+    torch takes narrow types one number at a time where they do not fill a vector, which costs short
+    rows two to ten times as much as the way through fp32.
     """
-    dtype = probabilities.dtype
-    if dtype in (torch.bfloat16, torch.float16) and probabilities.shape[-1] < VECTOR:
+    dtype, n = probabilities.dtype, probabilities.shape[-1]
+    if dtype in (torch.bfloat16, torch.float16) and n < SHORT_ROW and n % VECTOR:
         grad, probabilities = grad.float(), probabilities.float()
     wide = probabilities.dtype
     return torch.ops.aten._softmax_backward_data(grad, probabilities, -1, wide).to(dtype)
@@ -218,7 +219,7 @@ def softmax_gradient(grad: Tensor, probabilities: Tensor) -> Tensor:
 # ---------------------------------------------------------------------- which groups
 
 
-def grouped_products(layout: Layout, query: Tensor) -> GroupedProducts:
+def grouped_products(layout: SequenceLayout, query: Tensor) -> GroupedProducts:
     """The groups of `layout` for queries (*tokens, heads, d); made once per layout."""
     # bf16 products are compiled for their very shape, so lengths are rounded to a few (see `_cut`)
     step = LENGTH_STEP if query.dtype == torch.bfloat16 else NO_STEP
@@ -233,9 +234,9 @@ def grouped_products(layout: Layout, query: Tensor) -> GroupedProducts:
     return layout.cache[key]
 
 
-def _plan_padded(layout: Layout, heads: int) -> GroupedProducts:
+def _plan_padded(layout: SequenceLayout, heads: int) -> GroupedProducts:
     """One group, the rectangle as it is."""
-    count, length = layout.num_sequences * heads, layout.length
+    count, length = layout.num_sequences * heads, layout.max_seqlen
     bias = None
     if layout.key_mask is not None:
         bias = _key_bias(layout.key_mask[:, None], heads)

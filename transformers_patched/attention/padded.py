@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..dropout import dropout
-from ..layout import Layout
+from ..layout import SequenceLayout
 
 
 def padded_attention(
@@ -15,7 +15,7 @@ def padded_attention(
     k: Tensor,
     v: Tensor,
     bias: Tensor | None,
-    layout: Layout,
+    layout: SequenceLayout,
     scale: float,
     p: float,
     num_rows: int,
@@ -39,7 +39,7 @@ def padded_attention(
     else:
         context = F.scaled_dot_product_attention(q, k, v, bias, dropout_p=p, scale=scale)
     context = layout.unpad(layout.clear_empty(context.transpose(1, 2)))
-    return context if context.shape[0] == num_rows else layout.fill(context)
+    return context if context.shape[0] == num_rows else layout.round_up_rows(context)
 
 
 def padded_probabilities(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:

@@ -2,8 +2,8 @@
 
 Module and parameter names are those of Hugging Face checkpoints, so that their weights load here
 and these weights load there. Hidden states are (*tokens, H), where the tokens of a batch are
-padded, (B, L), or packed without padding, (T,); a `Layout` knows which, and the same lines serve
-both.
+padded, (B, L), or packed without padding, (T,); a `SequenceLayout` knows which, and the same lines
+serve both.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ...heads import (
     masked_lm_loss,
     span_loss,
 )
-from ...layout import Layout
+from ...layout import SequenceLayout
 from ...pretrained import PreTrainedModel
 
 
@@ -68,16 +68,16 @@ class BertEmbeddings(nn.Module):
 
     def forward(
         self,
-        layout: Layout,
+        layout: SequenceLayout,
         input_ids: Tensor | None,
         token_type_ids: Tensor | None,
         position_ids: Tensor | None,
         inputs_embeds: Tensor | None,
     ) -> Tensor:
         if position_ids is None:
-            if layout.length > self.position_embeddings.num_embeddings:
+            if layout.max_seqlen > self.position_embeddings.num_embeddings:
                 raise ValueError(
-                    f"a sequence of {layout.length} tokens is longer than this model's "
+                    f"a sequence of {layout.max_seqlen} tokens is longer than this model's "
                     f"{self.position_embeddings.num_embeddings} positions: truncate it"
                 )
             position_ids = layout.position_ids()  # (1, L) or (T,)
@@ -103,7 +103,7 @@ class BertSelfAttention(nn.Module):
         self.dropout_prob = config.attention_probs_dropout_prob
 
     def forward(
-        self, hidden: Tensor, layout: Layout, output_attentions: bool
+        self, hidden: Tensor, layout: SequenceLayout, output_attentions: bool
     ) -> tuple[Tensor, Tensor | None]:
         heads = (*hidden.shape[:-1], self.num_heads, -1)
         query = self.query(hidden).view(heads)  # (*tokens, heads, d)
@@ -137,7 +137,7 @@ class BertAttention(nn.Module):
         self.output = BertSelfOutput(config)
 
     def forward(
-        self, hidden: Tensor, layout: Layout, output_attentions: bool, first_only: bool
+        self, hidden: Tensor, layout: SequenceLayout, output_attentions: bool, first_only: bool
     ) -> tuple[Tensor, Tensor | None]:
         context, weights = self.self(hidden, layout, output_attentions)
         if first_only:
@@ -184,7 +184,7 @@ class BertLayer(nn.Module):
         self.output = BertOutput(config)
 
     def forward(
-        self, hidden: Tensor, layout: Layout, output_attentions: bool, first_only: bool
+        self, hidden: Tensor, layout: SequenceLayout, output_attentions: bool, first_only: bool
     ) -> tuple[Tensor, Tensor | None]:
         hidden, weights = self.attention(hidden, layout, output_attentions, first_only)
         return self.output(self.intermediate(hidden), hidden), weights
@@ -201,14 +201,14 @@ class BertEncoder(nn.Module):
     def forward(
         self,
         hidden: Tensor,
-        layout: Layout,
+        layout: SequenceLayout,
         output_attentions: bool,
         output_states: bool,
         first_only: bool,
     ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
         states, attentions = [hidden], []
         if self.training:
-            hidden = layout.fill(hidden)
+            hidden = layout.round_up_rows(hidden)
         for layer in self.layer:
             options = layout, output_attentions, first_only and layer is self.layer[-1]
             if self.gradient_checkpointing and self.training:
@@ -216,10 +216,10 @@ class BertEncoder(nn.Module):
             else:
                 hidden, weights = layer(hidden, *options)
             if output_states:
-                states.append(layout.trim(hidden))
+                states.append(layout.drop_filler(hidden))
             attentions.append(weights)
         return (
-            layout.trim(hidden),
+            layout.drop_filler(hidden),
             tuple(states) if output_states else None,
             tuple(attentions) if output_attentions else None,
         )
@@ -232,7 +232,7 @@ class BertPooler(nn.Module):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden: Tensor, layout: Layout) -> Tensor:
+    def forward(self, hidden: Tensor, layout: SequenceLayout) -> Tensor:
         first = in_dtype_of(first_tokens(hidden, layout), self.dense)
         return torch.tanh(self.dense(first))  # (B, H)
 
@@ -270,7 +270,7 @@ class BertModel(BertPreTrainedModel):
         return_dict: bool | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
-        layout: Layout | None = None,  # a head that has made it passes it on
+        layout: SequenceLayout | None = None,  # a head that has made it passes it on
         first_only: bool = False,  # the head reads first tokens only: last_hidden_state is (B, H)
     ) -> BaseModelOutputWithPooling | tuple:
         if layout is None:

@@ -8,8 +8,8 @@ for every sequence and head: content to content, content to position (c2p) and p
 
 δ depends on i - j alone. So one product of all queries with K, its rows in the order of
 i - j = L-1, ..., -L, is a matrix (L, 2L) in which the L numbers that query i needs stand side by
-side, one place further left for every further query: a strided view (`windows`). No score is ever
-gathered by an index of its own, and no index (L, L) exists.
+side, one place further left for every further query: a strided view (`relative_shift`, known from
+Transformer-XL). No score is gathered by an index of its own, and no index (L, L) exists.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from ...attention.grouped import GroupedProducts, grouped_products, product
 from ...attention.padded import padded_attention, padded_probabilities
-from ...layout import Layout
+from ...layout import SequenceLayout
 
 # ---------------------------------------------------------------------- relative positions
 
@@ -86,7 +86,7 @@ def _reach(length: int, buckets: int, max_distance: int) -> int:
     return half + 1 + math.ceil(share * half)
 
 
-def windows(x: Tensor) -> Tensor:
+def relative_shift(x: Tensor) -> Tensor:
     """(..., L, 2L) to the view (..., L, L) with out[i, j] = x[i, L-1-i+j]; `x` is contiguous."""
     n = x.shape[-2]
     return x.flatten(-2)[..., n - 1 : -1].unflatten(-1, (n, 2 * n - 1))[..., :n]
@@ -102,7 +102,7 @@ def disentangled_attention(
     pos_key: Tensor | None,
     pos_query: Tensor | None,
     positions: RelativePositions,
-    layout: Layout,
+    layout: SequenceLayout,
     scale: float,
     p: float = 0.0,
 ) -> Tensor:
@@ -127,7 +127,7 @@ def disentangled_attention(
         context = _Disentangled.apply(query, key, value, c2p, p2c, products, scale, p)
         return layout.clear_empty(context)
     q, k, v = (layout.pad(x).transpose(1, 2) for x in (query, key, value))  # (B, h, L, d)
-    bias = _bias(q, k, *_tables(pos_key, pos_query, positions, layout.length), layout, scale)
+    bias = _bias(q, k, *_tables(pos_key, pos_query, positions, layout.max_seqlen), layout, scale)
     return padded_attention(q, k, v, bias, layout, scale, p, len(query))
 
 
@@ -141,19 +141,19 @@ def disentangled_probabilities(
     pos_key: Tensor | None,
     pos_query: Tensor | None,
     positions: RelativePositions,
-    layout: Layout,
+    layout: SequenceLayout,
     scale: float,
 ) -> Tensor:
     """The softmax of `disentangled_attention` as (B, heads, L, L), padded whatever the layout."""
     q, k = (layout.pad(x).transpose(1, 2) for x in (query, key))
-    bias = _bias(q, k, *_tables(pos_key, pos_query, positions, layout.length), layout, scale)
+    bias = _bias(q, k, *_tables(pos_key, pos_query, positions, layout.max_seqlen), layout, scale)
     return layout.clear_empty(padded_probabilities(q, k, bias, scale))
 
 
 def _tables(
     pos_key: Tensor | None, pos_query: Tensor | None, positions: RelativePositions, length: int
 ) -> tuple[Tensor | None, Tensor | None]:
-    """K and Q as (heads, 2·length, d), their rows in the order that `windows` asks for."""
+    """K and Q as (heads, 2·length, d), their rows in the order that `relative_shift` asks for."""
 
     def one(x: Tensor | None, rows: Tensor) -> Tensor | None:
         if x is None:
@@ -165,15 +165,15 @@ def _tables(
 
 
 def _bias(
-    q: Tensor, k: Tensor, c2p: Tensor | None, p2c: Tensor | None, layout: Layout, s: float
+    q: Tensor, k: Tensor, c2p: Tensor | None, p2c: Tensor | None, layout: SequenceLayout, s: float
 ) -> Tensor | None:
     """(B, heads, L, L) or broadcast to it: both position terms, and the mask of padding keys."""
     bias = layout.bias(q.dtype)
     if c2p is not None:
-        term = windows((q * s) @ c2p.transpose(-1, -2))
+        term = relative_shift((q * s) @ c2p.transpose(-1, -2))
         bias = term if bias is None else term + bias
     if p2c is not None:
-        term = windows((k * s) @ p2c.transpose(-1, -2)).transpose(-1, -2)
+        term = relative_shift((k * s) @ p2c.transpose(-1, -2)).transpose(-1, -2)
         bias = term if bias is None else term + bias
     return bias
 
@@ -241,17 +241,17 @@ class _Disentangled(torch.autograd.Function):
             by_head = ds.unflatten(0, (-1, products.heads)).transpose(0, 1)  # (h, n, L, L)
             band = ds.new_zeros(*by_head.shape[:-1], 2 * group.length)
             if c2p is not None:
-                windows(band).copy_(by_head)
+                relative_shift(band).copy_(by_head)
                 _position_gradients(band, qg, c2p, s, group.matrices(dq), dc2p)
             if p2c is not None:
-                windows(band).copy_(by_head.transpose(-1, -2))
+                relative_shift(band).copy_(by_head.transpose(-1, -2))
                 _position_gradients(band, kg, p2c, s, group.matrices(dk), dp2c)
         dq, dk, dv = (products.scatter(x, ctx.num_rows) for x in (dq, dk, dv))
         return dq, dk, dv, dc2p, dp2c, None, None, None
 
 
 def _position_term(x: Tensor, table: Tensor, s: float, room: Tensor) -> Tensor:
-    """Windows (h, n, L, L) of s x Tᵀ for the rows x (n·h, L, d) of a group.
+    """`relative_shift` (h, n, L, L) of s x Tᵀ for the rows x (n·h, L, d) of a group.
 
     Args:
         table: T, (h, 2·longest, d), which serves the groups of all lengths.
@@ -259,7 +259,7 @@ def _position_term(x: Tensor, table: Tensor, s: float, room: Tensor) -> Tensor:
     """
     middle = _middle(table, x.shape[1])
     product(_rows_by_head(x, table), middle.transpose(1, 2), s, room.flatten(1, 2))
-    return windows(room)
+    return relative_shift(room)
 
 
 def _position_gradients(
@@ -268,7 +268,7 @@ def _position_gradients(
     """Adds the gradients of `_position_term` to `dx` (n·h, L, d) and, where wanted, `dtable`.
 
     Args:
-        band: (h, n, L, 2L), the gradient of the windows in its place and zeros beside it.
+        band: (h, n, L, 2L), the gradient of the shifted view in its place and zeros around it.
     """
     h, n, length, _ = band.shape
     flat, middle = band.flatten(1, 2), _middle(table, length)  # (h, n·L, 2L), (h, 2L, d)

@@ -2,8 +2,8 @@
 
 Module and parameter names are those of Hugging Face checkpoints, so that their weights load here
 and these weights load there. Hidden states are (*tokens, H), where the tokens of a batch are
-padded, (B, L), or packed without padding, (T,); a `Layout` knows which, and the same lines serve
-both. Position enters through the scores of attention, see `disentangled.py`.
+padded, (B, L), or packed without padding, (T,); a `SequenceLayout` knows which, and the same lines
+serve both. Position enters through the scores of attention, see `disentangled.py`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from ...heads import (
     masked_lm_loss,
     span_loss,
 )
-from ...layout import Layout
+from ...layout import SequenceLayout
 from ...pretrained import PreTrainedModel
 from .disentangled import RelativePositions, disentangled_attention, disentangled_probabilities
 
@@ -81,7 +81,7 @@ class DebertaV2Embeddings(nn.Module):
 
     def forward(
         self,
-        layout: Layout,
+        layout: SequenceLayout,
         input_ids: Tensor | None,
         token_type_ids: Tensor | None,
         position_ids: Tensor | None,
@@ -99,19 +99,19 @@ class DebertaV2Embeddings(nn.Module):
             hidden = self.embed_proj(hidden)
         return self.dropout(clear_padding(self.LayerNorm(hidden), layout))  # (*tokens, H)
 
-    def positions(self, layout: Layout, position_ids: Tensor | None) -> Tensor:
+    def positions(self, layout: SequenceLayout, position_ids: Tensor | None) -> Tensor:
         """Position ids: those given, or (1, L) or (T,) counted from 0 in every sequence."""
         if position_ids is not None:
             return position_ids
-        if layout.length > self.position_embeddings.num_embeddings:
+        if layout.max_seqlen > self.position_embeddings.num_embeddings:
             raise ValueError(
-                f"a sequence of {layout.length} tokens is longer than this model's "
+                f"a sequence of {layout.max_seqlen} tokens is longer than this model's "
                 f"{self.position_embeddings.num_embeddings} positions: truncate it"
             )
         return layout.position_ids()
 
 
-def clear_padding(hidden: Tensor, layout: Layout) -> Tensor:
+def clear_padding(hidden: Tensor, layout: SequenceLayout) -> Tensor:
     """Zeroes the padding of a rectangle; packed tokens have none."""
     if layout.is_packed or layout.key_mask is None:
         return hidden
@@ -150,7 +150,7 @@ class DisentangledSelfAttention(nn.Module):
     def forward(
         self,
         hidden: Tensor,
-        layout: Layout,
+        layout: SequenceLayout,
         positions: RelativePositions | None,
         table: Tensor | None,
         output_attentions: bool,
@@ -210,7 +210,7 @@ class DebertaV2Attention(nn.Module):
     def forward(
         self,
         hidden: Tensor,
-        layout: Layout,
+        layout: SequenceLayout,
         positions: RelativePositions | None,
         table: Tensor | None,
         output_attentions: bool,
@@ -263,7 +263,7 @@ class DebertaV2Layer(nn.Module):
     def forward(
         self,
         hidden: Tensor,
-        layout: Layout,
+        layout: SequenceLayout,
         positions: RelativePositions | None,
         table: Tensor | None,
         output_attentions: bool,
@@ -286,7 +286,7 @@ class ConvLayer(nn.Module):
         self.LayerNorm = nn.LayerNorm(size, eps=config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
 
-    def forward(self, embedded: Tensor, hidden: Tensor, layout: Layout) -> Tensor:
+    def forward(self, embedded: Tensor, hidden: Tensor, layout: SequenceLayout) -> Tensor:
         """
         Args:
             embedded: (*tokens, H), zero at padding; every sequence is convolved on its own.
@@ -294,7 +294,7 @@ class ConvLayer(nn.Module):
         """
         local = self.conv(layout.pad(embedded).transpose(1, 2)).transpose(1, 2)  # (B, L, H)
         local = layout.unpad(local)
-        local = layout.fill(local) if len(local) != len(hidden) else local
+        local = layout.round_up_rows(local) if len(local) != len(hidden) else local
         local = self.activation(self.dropout(local))
         return clear_padding(self.LayerNorm(hidden + local), layout)
 
@@ -319,14 +319,14 @@ class DebertaV2Encoder(nn.Module):
     def forward(
         self,
         hidden: Tensor,
-        layout: Layout,
+        layout: SequenceLayout,
         output_attentions: bool,
         output_states: bool,
         first_only: bool,
     ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
         states, attentions, embedded = [hidden], [], hidden
         if self.training:
-            hidden = layout.fill(hidden)
+            hidden = layout.round_up_rows(hidden)
         places = layout, *self.relative_positions(layout)
         for i, layer in enumerate(self.layer):
             convolve = i == 0 and self.conv is not None  # which reads all tokens of the first layer
@@ -339,19 +339,23 @@ class DebertaV2Encoder(nn.Module):
             if convolve:
                 hidden = self.conv(embedded, hidden, layout)
             if output_states:
-                states.append(layout.trim(hidden))
+                states.append(layout.drop_filler(hidden))
             attentions.append(weights)
         return (
-            layout.trim(hidden),
+            layout.drop_filler(hidden),
             tuple(states) if output_states else None,
             tuple(attentions) if output_attentions else None,
         )
 
-    def relative_positions(self, layout: Layout) -> tuple[RelativePositions | None, Tensor | None]:
+    def relative_positions(
+        self, layout: SequenceLayout
+    ) -> tuple[RelativePositions | None, Tensor | None]:
         """What every layer reads: which row belongs to which i - j, and the rows in use (W, H)."""
         if self.rel_embeddings is None:
             return None, None
-        positions = RelativePositions(layout.length, self.buckets, self.max_distance, layout.device)
+        positions = RelativePositions(
+            layout.max_seqlen, self.buckets, self.max_distance, layout.device
+        )
         table = self.rel_embeddings.weight[positions.first : positions.last]
         return positions, table if self.LayerNorm is None else self.LayerNorm(table)
 
@@ -365,7 +369,7 @@ class ContextPooler(nn.Module):
         self.dropout = Dropout(config.pooler_dropout)
         self.activation = activation(config.pooler_hidden_act)
 
-    def forward(self, hidden: Tensor, layout: Layout) -> Tensor:
+    def forward(self, hidden: Tensor, layout: SequenceLayout) -> Tensor:
         first = in_dtype_of(first_tokens(hidden, layout), self.dense)
         return self.activation(self.dense(self.dropout(first)))  # (B, H)
 
@@ -402,7 +406,7 @@ class DebertaV2Model(DebertaV2PreTrainedModel):
         return_dict: bool | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
-        layout: Layout | None = None,  # a head that has made it passes it on
+        layout: SequenceLayout | None = None,  # a head that has made it passes it on
         first_only: bool = False,  # the head reads first tokens only: last_hidden_state is (B, H)
     ) -> BaseModelOutputWithPooling | tuple:
         if layout is None:

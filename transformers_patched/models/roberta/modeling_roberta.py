@@ -2,8 +2,8 @@
 
 Module and parameter names are those of Hugging Face checkpoints, so that their weights load here
 and these weights load there. Hidden states are (*tokens, H), where the tokens of a batch are
-padded, (B, L), or packed without padding, (T,); a `Layout` knows which, and the same lines serve
-both.
+padded, (B, L), or packed without padding, (T,); a `SequenceLayout` knows which, and the same lines
+serve both.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ...heads import (
     masked_lm_loss,
     span_loss,
 )
-from ...layout import Layout
+from ...layout import SequenceLayout
 from ...pretrained import PreTrainedModel
 
 
@@ -71,7 +71,7 @@ class RobertaEmbeddings(nn.Module):
 
     def forward(
         self,
-        layout: Layout,
+        layout: SequenceLayout,
         input_ids: Tensor | None,
         token_type_ids: Tensor | None,
         position_ids: Tensor | None,
@@ -87,12 +87,12 @@ class RobertaEmbeddings(nn.Module):
         hidden = words + types + self.position_embeddings(position_ids)  # (*tokens, H)
         return self.dropout(self.LayerNorm(hidden))
 
-    def positions(self, layout: Layout, input_ids: Tensor | None) -> Tensor:
+    def positions(self, layout: SequenceLayout, input_ids: Tensor | None) -> Tensor:
         """Position ids (*tokens): counted over tokens that are no padding."""
         room = self.position_embeddings.num_embeddings - self.padding_idx - 1
-        if layout.length > room and (layout.is_packed or layout.key_mask is None):
+        if layout.max_seqlen > room and (layout.is_packed or layout.key_mask is None):
             raise ValueError(
-                f"a sequence of {layout.length} tokens is longer than this model's {room} "
+                f"a sequence of {layout.max_seqlen} tokens is longer than this model's {room} "
                 "positions: truncate it"
             )
         if input_ids is None:
@@ -118,7 +118,7 @@ class RobertaSelfAttention(nn.Module):
         self.dropout_prob = config.attention_probs_dropout_prob
 
     def forward(
-        self, hidden: Tensor, layout: Layout, output_attentions: bool
+        self, hidden: Tensor, layout: SequenceLayout, output_attentions: bool
     ) -> tuple[Tensor, Tensor | None]:
         heads = (*hidden.shape[:-1], self.num_heads, -1)
         query = self.query(hidden).view(heads)  # (*tokens, heads, d)
@@ -152,7 +152,7 @@ class RobertaAttention(nn.Module):
         self.output = RobertaSelfOutput(config)
 
     def forward(
-        self, hidden: Tensor, layout: Layout, output_attentions: bool, first_only: bool
+        self, hidden: Tensor, layout: SequenceLayout, output_attentions: bool, first_only: bool
     ) -> tuple[Tensor, Tensor | None]:
         context, weights = self.self(hidden, layout, output_attentions)
         if first_only:
@@ -199,7 +199,7 @@ class RobertaLayer(nn.Module):
         self.output = RobertaOutput(config)
 
     def forward(
-        self, hidden: Tensor, layout: Layout, output_attentions: bool, first_only: bool
+        self, hidden: Tensor, layout: SequenceLayout, output_attentions: bool, first_only: bool
     ) -> tuple[Tensor, Tensor | None]:
         hidden, weights = self.attention(hidden, layout, output_attentions, first_only)
         return self.output(self.intermediate(hidden), hidden), weights
@@ -216,14 +216,14 @@ class RobertaEncoder(nn.Module):
     def forward(
         self,
         hidden: Tensor,
-        layout: Layout,
+        layout: SequenceLayout,
         output_attentions: bool,
         output_states: bool,
         first_only: bool,
     ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
         states, attentions = [hidden], []
         if self.training:
-            hidden = layout.fill(hidden)
+            hidden = layout.round_up_rows(hidden)
         for layer in self.layer:
             options = layout, output_attentions, first_only and layer is self.layer[-1]
             if self.gradient_checkpointing and self.training:
@@ -231,10 +231,10 @@ class RobertaEncoder(nn.Module):
             else:
                 hidden, weights = layer(hidden, *options)
             if output_states:
-                states.append(layout.trim(hidden))
+                states.append(layout.drop_filler(hidden))
             attentions.append(weights)
         return (
-            layout.trim(hidden),
+            layout.drop_filler(hidden),
             tuple(states) if output_states else None,
             tuple(attentions) if output_attentions else None,
         )
@@ -247,7 +247,7 @@ class RobertaPooler(nn.Module):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden: Tensor, layout: Layout) -> Tensor:
+    def forward(self, hidden: Tensor, layout: SequenceLayout) -> Tensor:
         first = in_dtype_of(first_tokens(hidden, layout), self.dense)
         return torch.tanh(self.dense(first))  # (B, H)
 
@@ -285,7 +285,7 @@ class RobertaModel(RobertaPreTrainedModel):
         return_dict: bool | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
-        layout: Layout | None = None,  # a head that has made it passes it on
+        layout: SequenceLayout | None = None,  # a head that has made it passes it on
         first_only: bool = False,  # the head reads first tokens only: last_hidden_state is (B, H)
     ) -> BaseModelOutputWithPooling | tuple:
         if layout is None:
@@ -314,7 +314,7 @@ class RobertaClassificationHead(nn.Module):
         self.dropout = Dropout(config.head_dropout)
         self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
 
-    def forward(self, hidden: Tensor, layout: Layout) -> Tensor:
+    def forward(self, hidden: Tensor, layout: SequenceLayout) -> Tensor:
         first = self.dropout(in_dtype_of(first_tokens(hidden, layout), self.dense))
         return self.out_proj(self.dropout(torch.tanh(self.dense(first))))  # (B, num_labels)
 

@@ -1,5 +1,7 @@
 """The tokenizer every model's tokenizer derives from: calls, padding, decoding, vocabulary."""
 
+from __future__ import annotations
+
 import json
 import os
 import warnings
@@ -10,8 +12,8 @@ from typing import Any
 import numpy as np
 from tokenizers import AddedToken, Encoding, Tokenizer, models
 
-from transformers_patched import tokenizer_files as files
-from transformers_patched.batch_encoding import (
+from . import files
+from .encoding import (
     FIELDS,
     BatchEncoding,
     columns,
@@ -22,7 +24,7 @@ from transformers_patched.batch_encoding import (
     tensors,
     truncation_strategy,
 )
-from transformers_patched.tokenizer_files import SPECIAL
+from .files import SPECIAL
 
 NO_LIMIT = int(1e30)  # model_max_length where no file states one, as in Transformers
 # What WordPiece decoding undoes: the blanks that splitting put around punctuation.
@@ -41,17 +43,17 @@ CLEAN_UP = (
 
 
 def _token_property(name: str) -> property:
-    def get(self: "PreTrainedTokenizer") -> str | None:
+    def get(self: PreTrainedTokenizer) -> str | None:
         return self._special.get(name)
 
-    def put(self: "PreTrainedTokenizer", token: "str | AddedToken | None") -> None:
+    def put(self: PreTrainedTokenizer, token: str | AddedToken | None) -> None:
         self._set_special(name, token)
 
     return property(get, put, doc=f"The {name}, or None.")
 
 
 def _id_property(name: str) -> property:
-    def get(self: "PreTrainedTokenizer") -> int | None:
+    def get(self: PreTrainedTokenizer) -> int | None:
         token = self._special.get(name)
         return None if token is None else self.backend_tokenizer.token_to_id(token)
 
@@ -122,7 +124,7 @@ class PreTrainedTokenizer:
         revision: str | None = None,
         local_files_only: bool = False,
         **overrides: Any,
-    ) -> "PreTrainedTokenizer":
+    ) -> PreTrainedTokenizer:
         """Reads a tokenizer from a folder, or from the hub where no such folder exists.
 
         Args:
@@ -142,7 +144,7 @@ class PreTrainedTokenizer:
     @classmethod
     def _from_folder(
         cls, folder: Path, config: dict[str, Any], name_or_path: str
-    ) -> "PreTrainedTokenizer":
+    ) -> PreTrainedTokenizer:
         return cls(cls._read_backend(folder, config), config, name_or_path)
 
     @classmethod

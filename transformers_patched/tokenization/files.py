@@ -3,6 +3,8 @@
 Every damaged or missing file ends in one error that names it.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import warnings
@@ -21,7 +23,7 @@ from tokenizers import (
     processors,
 )
 
-from transformers_patched.spm_file import CONTROL, USER_DEFINED, read_spm
+from .spm import CONTROL, USER_DEFINED, read_spm
 
 SPECIAL = (
     "bos_token",

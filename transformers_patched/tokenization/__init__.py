@@ -11,14 +11,16 @@ Calls, fields and numbers are those of Hugging Face's tokenizers, and
 `tokenizer.json` are ignored, as Transformers ignores them: each call states its own.
 """
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-from transformers_patched import tokenizer_files as files
-from transformers_patched.batch_encoding import BatchEncoding
-from transformers_patched.tokenizer_base import PreTrainedTokenizer
+from . import files
+from .base import PreTrainedTokenizer
+from .encoding import BatchEncoding
 
 __all__ = [
     "AutoTokenizer",

@@ -1,5 +1,7 @@
 """What goes into a tokenizer's call and what comes out of it: lists, arrays, `BatchEncoding`."""
 
+from __future__ import annotations
+
 import warnings
 from collections import UserDict
 from collections.abc import Callable, Mapping
@@ -36,7 +38,7 @@ class BatchEncoding(UserDict):
             return self.data[name]
         raise AttributeError(name)
 
-    def to(self, device: Any) -> "BatchEncoding":
+    def to(self, device: Any) -> BatchEncoding:
         """Moves every tensor to `device`, in place, and returns itself."""
         self.data = {k: v.to(device) if hasattr(v, "to") else v for k, v in self.data.items()}
         return self

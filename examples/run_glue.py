@@ -265,7 +265,7 @@ def _predict(
 
     found = data.evaluation_set(split, encoded)
     trainer = run.trainer
-    views = predict(trainer.raw, found, run.accelerator, trainer.predictor, final=True)
+    views = predict(trainer.unwrapped, found, run.accelerator, trainer.predictor, final=True)
     if not run.accelerator.is_main_process:
         return
     name = data.task.submission.get(split, f"{split}.tsv")

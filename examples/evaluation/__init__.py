@@ -6,11 +6,11 @@ from examples.evaluation.prediction import (
     PlainPredictor,
     Prediction,
     Predictor,
-    at_view,
     evaluate,
     on_device,
     predict,
-    worth_showing,
+    summary_metrics,
+    variant_metric,
 )
 
 __all__ = [
@@ -19,9 +19,9 @@ __all__ = [
     "PlainPredictor",
     "Prediction",
     "Predictor",
-    "at_view",
+    "variant_metric",
     "evaluate",
     "on_device",
     "predict",
-    "worth_showing",
+    "summary_metrics",
 ]

@@ -1,9 +1,10 @@
 """Predictions for the rows of a split, over any number of processes, and their metrics.
 
-A *view* is one way to predict with the weights there are: at a lower rank, or averaged over
-samples of them. Its name goes into the names of its metrics: `eval_[view_][set_]metric`, such as
-`eval_r4_mismatched_accuracy`. The plain view has the name "" and gives `eval_[set_]metric`; where
-a predictor has none, its last view stands for it. These plain values choose the best weights.
+A *variant* is one way to predict with the same weights: at a lower rank, or averaged over samples
+of them. Its name is part of its metrics' names: `eval_[variant_][set_]metric`, such as
+`eval_r4_mismatched_accuracy`. The plain variant has the name "" and gives `eval_[set_]metric`;
+without a plain variant, the last one is used as the plain one. The plain values choose the best
+weights.
 """
 
 from __future__ import annotations
@@ -27,28 +28,35 @@ Score = Callable[[np.ndarray], dict[str, float]]
 class Predictor(Protocol):
     """How a batch is predicted; a method (`Adapted.predictor`) or an optimiser may bring one.
 
-    A predictor with `probabilistic = True` returns the log-probabilities of averaged predictions as
-    logits, and its views get `examples.evaluation.glue.calibration` as well. One with
-    `stacked = True` puts the copies of a batch for all views into one forward pass, so it is given
-    batches of that much fewer rows: a pass never has more rows than the user allowed.
+    Two attributes are optional, and False where they are missing:
+
+    * `probabilistic`: the calibration metrics are computed too. They take softmax(logits) for the
+      predicted probabilities. So logits of averaged predictions must be their log-probabilities;
+      ordinary logits serve as they are. A run sets it where the user asks for calibration.
+    * `stacked`: all variants of a batch share one forward pass, in which each has a copy of it.
+      Batches get that many times fewer rows, so a pass has no more rows than the user allows.
     """
 
-    def views(self, final: bool) -> list[str]:
-        """Names of the views, the same on every process; `final` at the end of a run."""
+    def variants(self, final: bool) -> list[str]:
+        """Names of the variants, the same on every process; `final` at the end of a run."""
         ...
 
-    def outputs(self, model: nn.Module, arguments: dict[str, Any], views: list[str]) -> list[Any]:
-        """One output per view: `.logits` (b, …), and `.loss` (mean over b) or None."""
+    def outputs(
+        self, model: nn.Module, arguments: dict[str, Any], variants: list[str]
+    ) -> list[Any]:
+        """One output per variant: `.logits` (b, …), and `.loss` (mean over b) or None."""
         ...
 
 
 class PlainPredictor:
     """One forward pass."""
 
-    def views(self, final: bool) -> list[str]:
+    def variants(self, final: bool) -> list[str]:
         return [""]
 
-    def outputs(self, model: nn.Module, arguments: dict[str, Any], views: list[str]) -> list[Any]:
+    def outputs(
+        self, model: nn.Module, arguments: dict[str, Any], variants: list[str]
+    ) -> list[Any]:
         return [model(**arguments)]
 
 
@@ -82,16 +90,18 @@ class Prediction:
     loss: float | None
 
 
-def at_view(metric: str, view: str) -> str:
-    """The name that a metric such as `eval_f1` has at a view."""
-    return f"eval_{view}_{metric.removeprefix('eval_')}" if view else metric
+def variant_metric(metric: str, variant: str) -> str:
+    """The name that a metric such as `eval_f1` has at a variant."""
+    return f"eval_{variant}_{metric.removeprefix('eval_')}" if variant else metric
 
 
-def worth_showing(values: dict[str, float], main: str, views: Iterable[str]) -> dict[str, float]:
-    """What people want to read: the plain values, and of the other views the main metric."""
-    views = [view for view in views if view]
-    others = tuple(at_view("eval_", view) for view in views)
-    wanted = {at_view(main, view) for view in views}
+def summary_metrics(
+    values: dict[str, float], main: str, variants: Iterable[str]
+) -> dict[str, float]:
+    """The metrics of the summary: all plain ones, and the main one of every other variant."""
+    variants = [variant for variant in variants if variant]
+    others = tuple(variant_metric("eval_", variant) for variant in variants)
+    wanted = {variant_metric(main, variant) for variant in variants}
     return {n: v for n, v in values.items() if n in wanted or not n.startswith(others)}
 
 
@@ -102,7 +112,7 @@ def evaluate(
     predictor: Predictor,
     final: bool,
 ) -> dict[str, float]:
-    """Metrics of every set at every view.
+    """Metrics of every set at every variant.
 
     Raises:
         RunError: a set cannot be scored: no row, or logits that are not finite.
@@ -111,7 +121,7 @@ def evaluate(
     for data in sets:
         prefix = f"eval_{data.name}_" if data.name else "eval_"
         found = predict(model, data, accelerator, predictor, final)
-        for view, prediction in found.items():
+        for variant, prediction in found.items():
             try:
                 scores = data.score(prediction.logits)
             except ValueError as error:
@@ -120,7 +130,9 @@ def evaluate(
                 scores["loss"] = prediction.loss
             if data.calibration is not None and getattr(predictor, "probabilistic", False):
                 scores |= data.calibration(prediction.logits)
-            values |= {at_view(prefix + name, view): value for name, value in scores.items()}
+            values |= {
+                variant_metric(prefix + name, variant): value for name, value in scores.items()
+            }
     return values
 
 
@@ -139,33 +151,33 @@ def predict(
     predictor: Predictor,
     final: bool,
 ) -> dict[str, Prediction]:
-    """view -> its prediction; the plain view first, always there.
+    """variant -> its prediction; the plain variant first, always there.
 
     Args:
         model: not wrapped for several processes: their numbers of batches may differ.
         data: the rows.
         accelerator: device, precision, processes.
-        predictor: whose views these are.
+        predictor: whose variants these are.
         final: at the end of a run.
     """
-    views = predictor.views(final)
-    sums = [_Sum(data.rows) for _ in views]
-    copies = len(views) if getattr(predictor, "stacked", False) else 1
+    variants = predictor.variants(final)
+    sums = [_GatheredLogits(data.rows) for _ in variants]
+    copies = len(variants) if getattr(predictor, "stacked", False) else 1
     training = model.training
     model.eval()
     with torch.inference_mode(), accelerator.autocast():
         for batch in data.batches(copies):
             arguments = on_device(data.collate(batch), accelerator.device)
-            outputs = predictor.outputs(model, arguments, views)
+            outputs = predictor.outputs(model, arguments, variants)
             for one, output in zip(sums, outputs, strict=True):
                 one.add(batch, output)
     model.train(training)
-    found = dict(zip(views, (one.over_processes(accelerator) for one in sums), strict=True))
-    return {"": found.get("", found[views[-1]]), **found}
+    found = dict(zip(variants, (one.over_processes(accelerator) for one in sums), strict=True))
+    return {"": found.get("", found[variants[-1]]), **found}
 
 
-class _Sum:
-    """The rows of one view that this process has predicted, zeros elsewhere, and their loss."""
+class _GatheredLogits:
+    """The rows of one variant that this process has predicted, zeros elsewhere, and their loss."""
 
     def __init__(self, rows: int) -> None:
         self.rows = rows

@@ -308,7 +308,7 @@ class Trainer:
         row |= values | self.hooks.losses() | self.hooks.log()
         self.folder.add_line(METRICS, row)
         self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=state.step)
-        shown = evaluation.worth_showing(values, self.main_metric, self.predictor.views(False))
+        shown = evaluation.summary_metrics(values, self.main_metric, self.predictor.variants(False))
         shown = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
         self.bar.line(f"epoch {row['epoch']:g}  train_loss {row['train_loss']:.4f}  {shown}")
         value = values[self.main_metric]

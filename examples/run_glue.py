@@ -118,7 +118,8 @@ class Data:
     def evaluation_set(self, name: str, split: EncodedSplit) -> EvaluationSet:
         """A split to predict; scored where it has labels."""
         from examples.data.batches import evaluation_batches
-        from examples.evaluation.glue import calibration, compute
+        from examples.evaluation.calibration import calibration
+        from examples.evaluation.glue import compute
         from examples.evaluation.prediction import EvaluationSet
 
         def batches(copies: int) -> list[Batch]:

@@ -208,7 +208,7 @@ def test_two_processes_equal_one(home, tmp_path):
 
 
 def test_calibration_of_four_rows_by_hand():
-    from examples.evaluation.glue import calibration
+    from examples.evaluation.calibration import calibration
 
     p = np.array([[0.9, 0.1], [0.92, 0.08], [0.3, 0.7], [0.5, 0.5]])
     found = calibration(np.log(p) + 3.0, np.array([0, 1, 1, 0]))
@@ -221,7 +221,7 @@ def test_calibration_of_four_rows_by_hand():
 def test_calibration_equals_public_code():
     sklearn = pytest.importorskip("sklearn.metrics")
     stats = pytest.importorskip("scipy.stats")
-    from examples.evaluation.glue import calibration
+    from examples.evaluation.calibration import calibration
 
     rng = np.random.default_rng(0)
     logits, labels = 3 * rng.standard_normal((200, 5)), rng.integers(0, 5, 200)
@@ -240,7 +240,7 @@ def test_calibration_equals_public_code():
 
 
 def test_certain_predictions_have_finite_figures():
-    from examples.evaluation.glue import calibration
+    from examples.evaluation.calibration import calibration
 
     found = calibration(np.array([[0.0, -np.inf], [-np.inf, 0.0]]), np.array([0, 1]))
     assert found == {"nll": 0.0, "ece": 0.0, "entropy": 0.0}

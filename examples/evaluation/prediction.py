@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from examples.data.batches import Batch
+from examples.data.batches import Batch, on_device
 from examples.training.checkpoints import RunError
 
 Collate = Callable[[Batch], dict[str, Any]]
@@ -136,14 +136,6 @@ def evaluate(
     return values
 
 
-def on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """A batch with its tensors on the device."""
-    return {
-        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-        for key, value in batch.items()
-    }
-
-
 def predict(
     model: nn.Module,
     data: EvaluationSet,
@@ -151,17 +143,17 @@ def predict(
     predictor: Predictor,
     final: bool,
 ) -> dict[str, Prediction]:
-    """variant -> its prediction; the plain variant first, always there.
+    """The prediction of every variant, by its name; the plain one is always there, and first.
 
     Args:
         model: not wrapped for several processes: their numbers of batches may differ.
         data: the rows.
         accelerator: device, precision, processes.
-        predictor: whose variants these are.
+        predictor: gives the variants.
         final: at the end of a run.
     """
     variants = predictor.variants(final)
-    sums = [_GatheredLogits(data.rows) for _ in variants]
+    gathered = [_GatheredLogits(data.rows) for _ in variants]
     copies = len(variants) if getattr(predictor, "stacked", False) else 1
     training = model.training
     model.eval()
@@ -169,15 +161,22 @@ def predict(
         for batch in data.batches(copies):
             arguments = on_device(data.collate(batch), accelerator.device)
             outputs = predictor.outputs(model, arguments, variants)
-            for one, output in zip(sums, outputs, strict=True):
-                one.add(batch, output)
+            for logits, output in zip(gathered, outputs, strict=True):
+                logits.add(batch, output)
     model.train(training)
-    found = dict(zip(variants, (one.over_processes(accelerator) for one in sums), strict=True))
+    predictions = [logits.over_processes(accelerator) for logits in gathered]
+    found = dict(zip(variants, predictions, strict=True))
     return {"": found.get("", found[variants[-1]]), **found}
 
 
 class _GatheredLogits:
-    """The rows of one variant that this process has predicted, zeros elsewhere, and their loss."""
+    """Logits and loss of one variant: this process's rows, zeros for those of other processes.
+
+    Attributes:
+        logits: (rows, …) fp32 on the CPU, once there is a batch.
+        loss: Σ weight · mean loss over this process's batches, fp64.
+        labelled: the batches have labels, so there is a loss.
+    """
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
@@ -187,19 +186,18 @@ class _GatheredLogits:
     def add(self, batch: Batch, output: Any) -> None:
         if output.loss is not None:
             self.loss, self.labelled = self.loss + output.loss.double().cpu() * batch.weight, True
-        found = output.logits.float().cpu()
+        logits = output.logits.float().cpu()  # (b, …)
         if self.logits is None:
-            self.logits = torch.zeros(self.rows, *found.shape[1:])
-        self.logits[torch.from_numpy(batch.rows.copy())] = found  # rows may run backwards
+            self.logits = torch.zeros(self.rows, *logits.shape[1:])  # (rows, …)
+        # A copy: torch takes no array of negative stride, as reversed row numbers are.
+        self.logits[torch.from_numpy(batch.rows.copy())] = logits
 
     def over_processes(self, accelerator: Accelerator) -> Prediction:
-        """Each has filled in its own rows of a zero array, so the sum is the whole.
-
-        A process without any row learns from the others how wide the array is.
-        """
+        """All rows: every process has filled in its own ones, so the sum is the whole."""
         logits, loss, labelled = self.logits, self.loss, self.labelled
         if accelerator.num_processes > 1:
             device = accelerator.device
+            # A process without any batch learns from the others how wide the logits are.
             facts = [0 if logits is None else logits.shape[1], int(labelled)]
             facts = accelerator.gather(torch.tensor([facts], device=device)).amax(0).tolist()
             width, labelled = facts[0], bool(facts[1])

@@ -27,15 +27,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from examples.cli.groups import TrainingOptions
-from examples.data.batches import GlobalBatch, TrainingBatches
+from examples.data.batches import GlobalBatch, TrainingBatches, on_device
 from examples.evaluation import prediction as evaluation
-from examples.evaluation.prediction import (
-    Collate,
-    EvaluationSet,
-    PlainPredictor,
-    Predictor,
-    on_device,
-)
+from examples.evaluation.prediction import Collate, EvaluationSet, PlainPredictor, Predictor
 from examples.training import checkpoints
 from examples.training.checkpoints import Progress, RunError
 from examples.training.compiling import compile_and_compare

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from examples.data.batches import Batch, on_device
-from examples.training.checkpoints import RunError
+from examples.errors import RunError
 
 Collate = Callable[[Batch], dict[str, Any]]
 Score = Callable[[np.ndarray], dict[str, float]]

@@ -28,10 +28,11 @@ from torch.optim import Optimizer
 
 from examples.cli.groups import TrainingOptions
 from examples.data.batches import GlobalBatch, TrainingBatches, on_device
+from examples.errors import RunError
 from examples.evaluation import prediction as evaluation
 from examples.evaluation.prediction import Collate, EvaluationSet, PlainPredictor, Predictor
 from examples.training import checkpoints
-from examples.training.checkpoints import Progress, RunError
+from examples.training.checkpoints import Progress
 from examples.training.compiling import compile_and_compare
 from examples.training.progress import ProgressBar
 from examples.training.run_folder import LOG, METRICS, RunFolder

@@ -66,6 +66,10 @@ class Task:
     def label2id(self) -> dict[str, int]:
         return {name: index for index, name in enumerate(self.labels)}
 
+    def column_names(self, column: str) -> tuple[str, ...]:
+        """All names that a text column or "label" may have in a file, the hub's first."""
+        return (column, *self.aliases.get(column, ()))
+
     @property
     def test_splits(self) -> tuple[str, ...]:
         return tuple(self.submission) or ("test",)

@@ -329,20 +329,20 @@ def _join(tables: list[Table], folder: Path) -> Table:
 def write_table(path: str | os.PathLike[str], columns: Mapping[str, Sequence[Any]]) -> None:
     """Writes columns in the format of the file name's ending, so that `read_table` gives them back.
 
+    The file appears whole or not at all.
+
     Raises:
         DataError: the format cannot hold a value (a tab in TSV, NUL in text), or is unknown.
     """
+    # Not at the head of the file: it imports torch, which reading needs not.
+    from transformers_patched.checkpoint import write_atomically
+
     path = Path(path)
     write = WRITERS.get(path.suffix.lower())
     if write is None:
         raise DataError(f"{path}: unknown format {path.suffix!r}; known are {', '.join(FORMATS)}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        write(partial, columns)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_atomically(path, lambda aside: write(aside, columns))
 
 
 def _write_tsv(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:

@@ -61,22 +61,22 @@ class CutOptions(methods.LoraOptions):
 
 
 class CutPredictor:
-    """Views `r<b>` and `kept<b>`: the first b components, scaled by alpha / b or alpha / R."""
+    """Variants `r<b>` and `kept<b>`: the first b components, scaled by alpha / b or alpha / R."""
 
     def __init__(self, model: Any) -> None:
         self.factors = [p for name, p in model.named_parameters() if ".lora_B." in name]
 
-    def views(self, final: bool) -> list[str]:
+    def variants(self, final: bool) -> list[str]:
         return [*(f"kept{b}" for b in RANKS), *(f"r{b}" for b in RANKS)]
 
-    def outputs(self, model: Any, arguments: dict[str, Any], views: list[str]) -> list[Any]:
+    def outputs(self, model: Any, arguments: dict[str, Any], variants: list[str]) -> list[Any]:
         whole = [B.clone() for B in self.factors]
         found = []
-        for view in views:
-            b = int(view.lstrip("kept").lstrip("r"))
+        for variant in variants:
+            b = int(variant.lstrip("kept").lstrip("r"))
             for B, kept in zip(self.factors, whole, strict=True):
                 B.zero_()
-                B[:, :b] = kept[:, :b] * (1.0 if view.startswith("kept") else R / b)
+                B[:, :b] = kept[:, :b] * (1.0 if variant.startswith("kept") else R / b)
             found.append(model(**arguments))
         for B, kept in zip(self.factors, whole, strict=True):
             B.copy_(kept)

@@ -118,7 +118,8 @@ class Data:
     def evaluation_set(self, name: str, split: EncodedSplit) -> EvaluationSet:
         """A split to predict; scored where it has labels."""
         from examples.data.batches import evaluation_batches
-        from examples.evaluation.glue import calibration, compute
+        from examples.evaluation.calibration import calibration
+        from examples.evaluation.glue import compute
         from examples.evaluation.prediction import EvaluationSet
 
         def batches(copies: int) -> list[Batch]:
@@ -260,19 +261,19 @@ def _do(run: program.Run, data: Data, evaluated: dict[str, str], accelerator: Ac
 def _predict(
     run: program.Run, data: Data, split: str, rows: RawSplit, encoded: EncodedSplit
 ) -> None:
-    """Writes the predictions of a test split, each view's into a folder of its own."""
+    """Writes the predictions of a test split, each variant's into a folder of its own."""
     from examples.evaluation.prediction import predict
 
     found = data.evaluation_set(split, encoded)
     trainer = run.trainer
-    views = predict(trainer.raw, found, run.accelerator, trainer.predictor, final=True)
+    variants = predict(trainer.unwrapped, found, run.accelerator, trainer.predictor, final=True)
     if not run.accelerator.is_main_process:
         return
     name = data.task.submission.get(split, f"{split}.tsv")
-    for view, prediction in views.items():
-        path = run.folder.path / "submission" / view / name
+    for variant, prediction in variants.items():
+        path = run.folder.path / "submission" / variant / name
         write_submission(path, data.task, rows.ids, prediction.logits)
-        print(f"predictions of {split}{f' at {view}' if view else ''}: {path}")
+        print(f"predictions of {split}{f' at {variant}' if variant else ''}: {path}")
 
 
 if __name__ == "__main__":

@@ -15,9 +15,11 @@ of all rows end to end with `cu_seqlens`, no padding at all.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from examples.data.encode import EncodedSplit
 
@@ -256,6 +258,14 @@ def collate(
     if split.labels is not None:
         data["labels"] = torch.from_numpy(split.labels[rows])
     return data
+
+
+def on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """A batch with its tensors on the device."""
+    return {
+        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for key, value in batch.items()
+    }
 
 
 def _by_length(rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -7,19 +7,19 @@ checksum), reported and made anew; a full disk costs the cache, never the run.
 
 import hashlib
 import os
-import tempfile
 import warnings
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from examples.data.readers import RawSplit
+from transformers_patched.checkpoint import write_atomically
 
 if TYPE_CHECKING:
     from transformers_patched.tokenization import PreTrainedTokenizer
@@ -183,20 +183,14 @@ def _load(path: Path) -> dict[str, np.ndarray] | None:
 
 
 def _store(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Writes beside the place and renames, so that a reader sees all of a file or none."""
-    data: Any = save(arrays, metadata={"crc32": _checksum(arrays)})
-    temporary = None
+    """Keeps the arrays, whole or not at all; warns where that cannot be done."""
+    data = save(arrays, metadata={"crc32": _checksum(arrays)})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".partial")
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.replace(temporary, path)
+        write_atomically(path, lambda aside: aside.write_bytes(data))
     except OSError as error:
         warnings.warn(
             f"{path.parent}: cannot keep the encoded data ({error.strerror or error}); "
             "it will be made again next time, or set RANKWISE_CACHE to another folder",
             stacklevel=3,
         )
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)

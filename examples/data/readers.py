@@ -1,10 +1,12 @@
-"""Reads a split of a task from files or the hub into plain columns.
+"""Reads a split of a task: finds its files, then takes text and labels from their columns.
 
-Formats: official GLUE TSV (with and without header), TSV with header, CSV, JSON array, JSON lines,
-parquet (`examples.data.tables`), and ids on the hub. Whatever is wrong raises `DataError`, which
-names the file, the line and what to do. Labels are never guessed: a name must be one of the
-task's, a number must be one of its indices.
+Sources: official GLUE files, files of one's own (`examples.data.tables` reads the formats), and
+datasets on the hub. Whatever is wrong raises `DataError`, which names the file, the line and what
+to do. Labels are never guessed: a name must be one of the task's, a number must be one of its
+indices.
 """
+
+from __future__ import annotations
 
 import math
 import os
@@ -14,8 +16,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from examples.data.tables import FORMATS, DataError, Table, find, join, read_table
+from examples.data.tables import FORMATS, Table, TsvLayout, read_tables
 from examples.data.tasks import CUSTOM, Task, plain_name
+from examples.errors import DataError
 
 EMBEDDED = Path(__file__).resolve().parent / "embedded"
 SPLIT_FILES = {
@@ -56,7 +59,7 @@ class RawSplit:
         """`file, line 7`: where that row came from."""
         return f"{self.source}, {self.unit} {self.lines[row]}"
 
-    def take(self, rows: Sequence[int]) -> "RawSplit":
+    def take(self, rows: Sequence[int]) -> RawSplit:
         """The rows of these numbers, in this order."""
         return replace(
             self,
@@ -92,9 +95,7 @@ def read_split(task: Task, data_dir: str | os.PathLike[str] | None, split: str) 
             )
         return read_hub(task, *task.hub, split)
     files = find_split(task, Path(data_dir), split)
-    if len(files) == 1:
-        return read_file(task, files[0], split)
-    return _rows(join([read_table(path, task) for path in files], files[0].parent), task, split)
+    return _from_table(read_tables(files, _layout(task)), task, split)
 
 
 def read_file(task: Task, path: str | os.PathLike[str], split: str = "train") -> RawSplit:
@@ -104,7 +105,7 @@ def read_file(task: Task, path: str | os.PathLike[str], split: str = "train") ->
     the first two that are neither the label nor an index; the classes are its sorted labels, and
     float labels make it a regression. The result's `.task` says so: read the other files with it.
     """
-    return _rows(read_table(Path(path), task), task, split)
+    return _from_table(read_tables([Path(path)], _layout(task)), task, split)
 
 
 def read_hub(task: Task, name: str, config: str | None, split: str) -> RawSplit:
@@ -127,7 +128,13 @@ def read_hub(task: Task, name: str, config: str | None, split: str) -> RawSplit:
         ) from error
     count = len(next(iter(columns.values()), []))
     table = Table(f"{source}, split {split}", columns, list(range(count)), "row")
-    return _rows(table, task, split)
+    return _from_table(table, task, split)
+
+
+def _layout(task: Task) -> TsvLayout:
+    """How the official TSV files of a task are to be read."""
+    header = tuple(task.column_names(column) for column in task.text)
+    return TsvLayout(header, task.headerless, task.skip_short_rows)
 
 
 def find_split(task: Task, data_dir: Path, split: str) -> list[Path]:
@@ -170,10 +177,10 @@ def find_split(task: Task, data_dir: Path, split: str) -> list[Path]:
     )
 
 
-# -- from columns to rows -----------------------------------------------------------------------
+# -- from columns to text and labels ------------------------------------------------------------
 
 
-def _rows(table: Table, task: Task, split: str) -> RawSplit:
+def _from_table(table: Table, task: Task, split: str) -> RawSplit:
     if not table.lines:
         raise DataError(f"{table.source}: empty, there is no row in it")
     if task.name == CUSTOM.name and not task.text:
@@ -186,14 +193,23 @@ def _rows(table: Table, task: Task, split: str) -> RawSplit:
 
 
 def _column(table: Table, column: str, task: Task) -> str:
-    found = find(table.columns, column, task)
+    """The name under which a table has a column.
+
+    Raises:
+        DataError: it has none.
+    """
+    found = _find(table, column, task)
     if found is None:
-        wanted = " or ".join(repr(name) for name in (column, *task.aliases.get(column, ())))
+        wanted = " or ".join(map(repr, task.column_names(column)))
         raise DataError(
             f"{table.source}: no column {wanted}, which {task.name} needs; found "
             f"{', '.join(map(repr, table.columns))}"
         )
     return found
+
+
+def _find(table: Table, column: str, task: Task) -> str | None:
+    return next((name for name in task.column_names(column) if name in table.columns), None)
 
 
 def _text(table: Table, column: str) -> list[str]:
@@ -216,7 +232,7 @@ def _text(table: Table, column: str) -> list[str]:
 
 def _labels(table: Table, task: Task, split: str) -> list[int] | list[float] | None:
     testing = split.startswith("test")
-    if testing and find(table.columns, "label", task) is None:
+    if testing and _find(table, "label", task) is None:
         return None
     name = _column(table, "label", task)
     values = table.columns[name]

@@ -1,9 +1,14 @@
-"""Reads a data file of any known format into named columns, before its task is looked at.
+"""Reads data files of any known format into named columns, and writes them.
+
+What the columns mean is not known here: that is the task's, see `examples.data.readers`. Only a TSV
+file does not tell how it is to be read, so its reader is given a `TsvLayout`.
 
 TSV is never quoted, as in GLUE: a quote is a character like any other and a tab always separates.
 CSV is quoted as RFC 4180 says. Text is UTF-8, with or without a byte-order mark, lines ending in
 LF or CRLF. Whatever is wrong raises `DataError`, which names the file, the line and what to do.
 """
+
+from __future__ import annotations
 
 import csv
 import io
@@ -11,23 +16,42 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from examples.data.tasks import Task
+from examples.errors import DataError
 
 FORMATS = (".tsv", ".csv", ".jsonl", ".json", ".parquet")
 LONGEST_FIELD = 1 << 27  # characters in one CSV field
 
 
-class DataError(ValueError):
-    """A data file is missing or wrong; the message names it, the line and the reason."""
+@dataclass(frozen=True)
+class TsvLayout:
+    """What a TSV file does not say of itself.
+
+    Attributes:
+        header: names of each column that a header must have, any of which will do. A first line
+            without them is data.
+        headerless: number of columns -> their names, for files that start with data.
+        skip_short_rows: rows with too few columns are left out with a warning, not refused.
+    """
+
+    header: tuple[tuple[str, ...], ...] = ()
+    headerless: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    skip_short_rows: bool = False
 
 
 @dataclass(frozen=True)
 class Table:
-    """A file as read, before anything is known about its task: names and columns of values."""
+    """Named columns of n values, as the file has them.
+
+    Attributes:
+        source: the file, for messages.
+        columns: name -> n values.
+        lines: each row's line in the file (item of a JSON array, row of parquet).
+        unit: what `lines` counts.
+    """
 
     source: str
     columns: dict[str, list[Any]]
@@ -35,16 +59,35 @@ class Table:
     unit: str = "line"
 
     def fail(self, row: int, reason: str) -> DataError:
+        """The error to raise where something is wrong with a row."""
         return DataError(f"{self.source}, {self.unit} {self.lines[row]}: {reason}")
 
 
-def read_table(path: Path, task: Task) -> Table:
+# -- reading ------------------------------------------------------------------------------------
+
+
+def read_tables(paths: Sequence[Path], layout: TsvLayout | None = None) -> Table:
+    """Reads one file, or the shards of one table, which must have the same columns.
+
+    Raises:
+        DataError: see `read_table`.
+    """
+    tables = [read_table(path, layout) for path in paths]
+    return tables[0] if len(tables) == 1 else _join(tables, paths[0].parent)
+
+
+def read_table(path: Path, layout: TsvLayout | None = None) -> Table:
+    """Reads one file by the ending of its name; `layout` says how to read TSV.
+
+    Raises:
+        DataError: no such file, unknown format, no row, or something wrong in it.
+    """
     if not path.is_file():
         raise DataError(f"{path}: no such file")
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
+    kind = path.suffix.lower()
+    if kind not in FORMATS:
         raise DataError(f"{path}: unknown format {path.suffix!r}; known are {', '.join(FORMATS)}")
-    table = reader(path, task)
+    table = _read_tsv(path, layout or TsvLayout()) if kind == ".tsv" else READERS[kind](path)
     if not table.lines:
         raise DataError(f"{path}: empty, there is no row in it")
     return table
@@ -85,22 +128,23 @@ def _lines(text: str) -> Iterator[tuple[int, str]]:
             yield number, line
 
 
-def _read_tsv(path: Path, task: Task) -> Table:
+def _read_tsv(path: Path, layout: TsvLayout) -> Table:
     lines = _lines(_read_text(path))
     first = next(lines, None)
     if first is None:
         raise DataError(f"{path}: empty, there is no row in it")
     names = first[1].split("\t")
     body: Iterable[tuple[int, str]] = lines
-    if not _is_header(names, task) and len(names) in task.headerless:
-        names = list(task.headerless[len(names)])
+    is_header = all(any(name in names for name in known) for known in layout.header)
+    if not is_header and len(names) in layout.headerless:
+        names = list(layout.headerless[len(names)])
         body = [first, *lines]
     _check_names(path, names)
     rows, numbers, short = [], [], []
     for number, line in body:
         fields = line.split("\t")
         if len(fields) != len(names):
-            if task.skip_short_rows and len(fields) < len(names):
+            if layout.skip_short_rows and len(fields) < len(names):
                 short.append(number)
                 continue
             raise DataError(
@@ -118,7 +162,7 @@ def _read_tsv(path: Path, task: Task) -> Table:
     return Table(str(path), _transpose(names, rows), numbers)
 
 
-def _read_csv(path: Path, task: Task) -> Table:
+def _read_csv(path: Path) -> Table:
     previous = csv.field_size_limit(LONGEST_FIELD)
     try:
         reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
@@ -151,14 +195,14 @@ def _read_csv(path: Path, task: Task) -> Table:
     return Table(str(path), _transpose(names or [], rows), numbers)
 
 
-def _read_json(path: Path, task: Task) -> Table:
+def _read_json(path: Path) -> Table:
     """An array of objects, `{"data": [...]}`, or JSON lines under this name, as the hub has it."""
     text = _read_text(path)
     start = text.lstrip()[:1]
     if start != "[":
         first = next(_lines(text), (1, ""))[1]
         if start != "{" or _parses(first):
-            return _read_jsonl(path, task)
+            return _read_jsonl(path)
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -171,7 +215,7 @@ def _read_json(path: Path, task: Task) -> Table:
     return _from_objects(path, list(enumerate(items, 1)), "item")
 
 
-def _read_jsonl(path: Path, task: Task) -> Table:
+def _read_jsonl(path: Path) -> Table:
     items = []
     for number, line in _lines(_read_text(path)):
         if not line.strip():
@@ -225,7 +269,7 @@ def _from_objects(path: Path, items: list[tuple[int, Any]], unit: str) -> Table:
     return Table(str(path), columns, [number for number, _ in items], unit)
 
 
-def _read_parquet(path: Path, task: Task) -> Table:
+def _read_parquet(path: Path) -> Table:
     try:
         import pyarrow.parquet as parquet
     except ImportError as error:
@@ -242,17 +286,12 @@ def _read_parquet(path: Path, task: Task) -> Table:
     )
 
 
-READERS: dict[str, Callable[[Path, Task], Table]] = {
-    ".tsv": _read_tsv,
+READERS: dict[str, Callable[[Path], Table]] = {
     ".csv": _read_csv,
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".parquet": _read_parquet,
 }
-
-
-def _is_header(names: list[str], task: Task) -> bool:
-    return all(find(names, column, task) is not None for column in task.text)
 
 
 def _check_names(path: Path, names: list[str]) -> None:
@@ -268,7 +307,8 @@ def _transpose(names: list[str], rows: list[list[str]]) -> dict[str, list[Any]]:
     return {name: [row[i] for row in rows] for i, name in enumerate(names)}
 
 
-def join(tables: list[Table], folder: Path) -> Table:
+def _join(tables: list[Table], folder: Path) -> Table:
+    """The rows of all tables, one after another."""
     first = tables[0]
     for table in tables[1:]:
         if table.columns.keys() != first.columns.keys():
@@ -283,31 +323,26 @@ def join(tables: list[Table], folder: Path) -> Table:
     return Table(str(folder), columns, list(range(1, count + 1)), "row")
 
 
-def find(names: Iterable[str], column: str, task: Task) -> str | None:
-    names = set(names)
-    return next((name for name in (column, *task.aliases.get(column, ())) if name in names), None)
-
-
 # -- writing ------------------------------------------------------------------------------------
 
 
 def write_table(path: str | os.PathLike[str], columns: Mapping[str, Sequence[Any]]) -> None:
     """Writes columns in the format of the file name's ending, so that `read_table` gives them back.
 
+    The file appears whole or not at all.
+
     Raises:
         DataError: the format cannot hold a value (a tab in TSV, NUL in text), or is unknown.
     """
+    # Not at the head of the file: it imports torch, which reading needs not.
+    from transformers_patched.checkpoint import write_atomically
+
     path = Path(path)
     write = WRITERS.get(path.suffix.lower())
     if write is None:
         raise DataError(f"{path}: unknown format {path.suffix!r}; known are {', '.join(FORMATS)}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        write(partial, columns)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_atomically(path, lambda aside: write(aside, columns))
 
 
 def _write_tsv(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:

@@ -1,9 +1,10 @@
 """Predictions for the rows of a split, over any number of processes, and their metrics.
 
-A *view* is one way to predict with the weights there are: at a lower rank, or averaged over
-samples of them. Its name goes into the names of its metrics: `eval_[view_][set_]metric`, such as
-`eval_r4_mismatched_accuracy`. The plain view has the name "" and gives `eval_[set_]metric`; where
-a predictor has none, its last view stands for it. These plain values choose the best weights.
+A *variant* is one way to predict with the same weights: at a lower rank, or averaged over samples
+of them. Its name is part of its metrics' names: `eval_[variant_][set_]metric`, such as
+`eval_r4_mismatched_accuracy`. The plain variant has the name "" and gives `eval_[set_]metric`;
+without a plain variant, the last one is used as the plain one. The plain values choose the best
+weights.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from examples.data.batches import Batch
-from examples.training.checkpoints import RunError
+from examples.data.batches import Batch, on_device
+from examples.errors import RunError
 
 Collate = Callable[[Batch], dict[str, Any]]
 Score = Callable[[np.ndarray], dict[str, float]]
@@ -27,28 +28,35 @@ Score = Callable[[np.ndarray], dict[str, float]]
 class Predictor(Protocol):
     """How a batch is predicted; a method (`Adapted.predictor`) or an optimiser may bring one.
 
-    A predictor with `probabilistic = True` returns the log-probabilities of averaged predictions as
-    logits, and its views get `examples.evaluation.glue.calibration` as well. One with
-    `stacked = True` puts the copies of a batch for all views into one forward pass, so it is given
-    batches of that much fewer rows: a pass never has more rows than the user allowed.
+    Two attributes are optional, and False where they are missing:
+
+    * `probabilistic`: the calibration metrics are computed too. They take softmax(logits) for the
+      predicted probabilities. So logits of averaged predictions must be their log-probabilities;
+      ordinary logits serve as they are. A run sets it where the user asks for calibration.
+    * `stacked`: all variants of a batch share one forward pass, in which each has a copy of it.
+      Batches get that many times fewer rows, so a pass has no more rows than the user allows.
     """
 
-    def views(self, final: bool) -> list[str]:
-        """Names of the views, the same on every process; `final` at the end of a run."""
+    def variants(self, final: bool) -> list[str]:
+        """Names of the variants, the same on every process; `final` at the end of a run."""
         ...
 
-    def outputs(self, model: nn.Module, arguments: dict[str, Any], views: list[str]) -> list[Any]:
-        """One output per view: `.logits` (b, …), and `.loss` (mean over b) or None."""
+    def outputs(
+        self, model: nn.Module, arguments: dict[str, Any], variants: list[str]
+    ) -> list[Any]:
+        """One output per variant: `.logits` (b, …), and `.loss` (mean over b) or None."""
         ...
 
 
 class PlainPredictor:
     """One forward pass."""
 
-    def views(self, final: bool) -> list[str]:
+    def variants(self, final: bool) -> list[str]:
         return [""]
 
-    def outputs(self, model: nn.Module, arguments: dict[str, Any], views: list[str]) -> list[Any]:
+    def outputs(
+        self, model: nn.Module, arguments: dict[str, Any], variants: list[str]
+    ) -> list[Any]:
         return [model(**arguments)]
 
 
@@ -82,16 +90,18 @@ class Prediction:
     loss: float | None
 
 
-def at_view(metric: str, view: str) -> str:
-    """The name that a metric such as `eval_f1` has at a view."""
-    return f"eval_{view}_{metric.removeprefix('eval_')}" if view else metric
+def variant_metric(metric: str, variant: str) -> str:
+    """The name that a metric such as `eval_f1` has at a variant."""
+    return f"eval_{variant}_{metric.removeprefix('eval_')}" if variant else metric
 
 
-def worth_showing(values: dict[str, float], main: str, views: Iterable[str]) -> dict[str, float]:
-    """What people want to read: the plain values, and of the other views the main metric."""
-    views = [view for view in views if view]
-    others = tuple(at_view("eval_", view) for view in views)
-    wanted = {at_view(main, view) for view in views}
+def summary_metrics(
+    values: dict[str, float], main: str, variants: Iterable[str]
+) -> dict[str, float]:
+    """The metrics of the summary: all plain ones, and the main one of every other variant."""
+    variants = [variant for variant in variants if variant]
+    others = tuple(variant_metric("eval_", variant) for variant in variants)
+    wanted = {variant_metric(main, variant) for variant in variants}
     return {n: v for n, v in values.items() if n in wanted or not n.startswith(others)}
 
 
@@ -102,7 +112,7 @@ def evaluate(
     predictor: Predictor,
     final: bool,
 ) -> dict[str, float]:
-    """Metrics of every set at every view.
+    """Metrics of every set at every variant.
 
     Raises:
         RunError: a set cannot be scored: no row, or logits that are not finite.
@@ -111,7 +121,7 @@ def evaluate(
     for data in sets:
         prefix = f"eval_{data.name}_" if data.name else "eval_"
         found = predict(model, data, accelerator, predictor, final)
-        for view, prediction in found.items():
+        for variant, prediction in found.items():
             try:
                 scores = data.score(prediction.logits)
             except ValueError as error:
@@ -120,16 +130,10 @@ def evaluate(
                 scores["loss"] = prediction.loss
             if data.calibration is not None and getattr(predictor, "probabilistic", False):
                 scores |= data.calibration(prediction.logits)
-            values |= {at_view(prefix + name, view): value for name, value in scores.items()}
+            values |= {
+                variant_metric(prefix + name, variant): value for name, value in scores.items()
+            }
     return values
-
-
-def on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """A batch with its tensors on the device."""
-    return {
-        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-        for key, value in batch.items()
-    }
 
 
 def predict(
@@ -139,33 +143,40 @@ def predict(
     predictor: Predictor,
     final: bool,
 ) -> dict[str, Prediction]:
-    """view -> its prediction; the plain view first, always there.
+    """The prediction of every variant, by its name; the plain one is always there, and first.
 
     Args:
         model: not wrapped for several processes: their numbers of batches may differ.
         data: the rows.
         accelerator: device, precision, processes.
-        predictor: whose views these are.
+        predictor: gives the variants.
         final: at the end of a run.
     """
-    views = predictor.views(final)
-    sums = [_Sum(data.rows) for _ in views]
-    copies = len(views) if getattr(predictor, "stacked", False) else 1
+    variants = predictor.variants(final)
+    gathered = [_GatheredLogits(data.rows) for _ in variants]
+    copies = len(variants) if getattr(predictor, "stacked", False) else 1
     training = model.training
     model.eval()
     with torch.inference_mode(), accelerator.autocast():
         for batch in data.batches(copies):
             arguments = on_device(data.collate(batch), accelerator.device)
-            outputs = predictor.outputs(model, arguments, views)
-            for one, output in zip(sums, outputs, strict=True):
-                one.add(batch, output)
+            outputs = predictor.outputs(model, arguments, variants)
+            for logits, output in zip(gathered, outputs, strict=True):
+                logits.add(batch, output)
     model.train(training)
-    found = dict(zip(views, (one.over_processes(accelerator) for one in sums), strict=True))
-    return {"": found.get("", found[views[-1]]), **found}
+    predictions = [logits.over_processes(accelerator) for logits in gathered]
+    found = dict(zip(variants, predictions, strict=True))
+    return {"": found.get("", found[variants[-1]]), **found}
 
 
-class _Sum:
-    """The rows of one view that this process has predicted, zeros elsewhere, and their loss."""
+class _GatheredLogits:
+    """Logits and loss of one variant: this process's rows, zeros for those of other processes.
+
+    Attributes:
+        logits: (rows, …) fp32 on the CPU, once there is a batch.
+        loss: Σ weight · mean loss over this process's batches, fp64.
+        labelled: the batches have labels, so there is a loss.
+    """
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
@@ -175,19 +186,18 @@ class _Sum:
     def add(self, batch: Batch, output: Any) -> None:
         if output.loss is not None:
             self.loss, self.labelled = self.loss + output.loss.double().cpu() * batch.weight, True
-        found = output.logits.float().cpu()
+        logits = output.logits.float().cpu()  # (b, …)
         if self.logits is None:
-            self.logits = torch.zeros(self.rows, *found.shape[1:])
-        self.logits[torch.from_numpy(batch.rows.copy())] = found  # rows may run backwards
+            self.logits = torch.zeros(self.rows, *logits.shape[1:])  # (rows, …)
+        # A copy: torch takes no array of negative stride, as reversed row numbers are.
+        self.logits[torch.from_numpy(batch.rows.copy())] = logits
 
     def over_processes(self, accelerator: Accelerator) -> Prediction:
-        """Each has filled in its own rows of a zero array, so the sum is the whole.
-
-        A process without any row learns from the others how wide the array is.
-        """
+        """All rows: every process has filled in its own ones, so the sum is the whole."""
         logits, loss, labelled = self.logits, self.loss, self.labelled
         if accelerator.num_processes > 1:
             device = accelerator.device
+            # A process without any batch learns from the others how wide the logits are.
             facts = [0 if logits is None else logits.shape[1], int(labelled)]
             facts = accelerator.gather(torch.tensor([facts], device=device)).amax(0).tolist()
             width, labelled = facts[0], bool(facts[1])

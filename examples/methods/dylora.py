@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import loralib
-from examples.evaluation.prediction import at_view
+from examples.evaluation.prediction import variant_metric
 from examples.methods.common import Adapted, ModelSource, continued, with_loralib, with_peft
 from examples.methods.registry import DyLoraOptions
 from examples.training.run_folder import RANK_CURVE
@@ -44,28 +44,30 @@ def dylora(source: ModelSource, options: DyLoraOptions) -> Adapted:
 
 
 class RankPredictor:
-    """A view `r<b>` for every rank b that the options name; the last one is R."""
+    """A variant `r<b>` for every rank b that the options name; the last one is R."""
 
     stacked = True
 
     def __init__(self, options: DyLoraOptions) -> None:
         self.options = options
 
-    def views(self, final: bool) -> list[str]:
+    def variants(self, final: bool) -> list[str]:
         return [f"r{b}" for b in self.options.ranks(final)]
 
-    def outputs(self, model: nn.Module, arguments: dict[str, Any], views: list[str]) -> list[Any]:
+    def outputs(
+        self, model: nn.Module, arguments: dict[str, Any], variants: list[str]
+    ) -> list[Any]:
         """One pass over the batch repeated for every rank; then each rank's logits and loss.
 
         A model that cannot be stacked has one pass for every rank.
         """
         if not loralib.can_batch_ranks(model):
-            return [self._at(model, arguments, int(view[1:])) for view in views]
+            return [self._at(model, arguments, int(variant[1:])) for variant in variants]
         labels = arguments.get("labels")
         inputs = {name: value for name, value in arguments.items() if name != "labels"}
-        with loralib.batched_ranks(model, [int(view[1:]) for view in views]):
-            logits = model(**repeated(inputs, len(views))).logits.chunk(len(views))
-        losses = [None] * len(views)
+        with loralib.batched_ranks(model, [int(variant[1:]) for variant in variants]):
+            logits = model(**repeated(inputs, len(variants))).logits.chunk(len(variants))
+        losses = [None] * len(variants)
         if labels is not None:
             losses = [classification_loss(part, labels, model.config) for part in logits]
         pairs = zip(logits, losses, strict=True)
@@ -109,12 +111,12 @@ class RankReport:
     ) -> dict[str, Any]:
         """The best rank and the smallest good one; the curve goes into `folder`."""
         ranks, tolerance = self.options.ranks(final=True), self.options.dylora_tolerance
-        values = [metrics[at_view(main, f"r{b}")] for b in ranks]
+        values = [metrics[variant_metric(main, f"r{b}")] for b in ranks]
         found = chosen_ranks(ranks, values, tolerance, smaller=main.endswith("loss"))
         if folder is None:
             return found
-        names = [n for n in metrics if all(at_view(n, f"r{b}") in metrics for b in ranks)]
-        curve = {name: [metrics[at_view(name, f"r{b}")] for b in ranks] for name in names}
+        names = [n for n in metrics if all(variant_metric(n, f"r{b}") in metrics for b in ranks)]
+        curve = {name: [metrics[variant_metric(name, f"r{b}")] for b in ranks] for name in names}
         content = {"metric": main, **found, "tolerance": tolerance, "ranks": ranks, **curve}
         (folder / RANK_CURVE).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
         self._draw(folder / PICTURE, ranks, values, found, main, title)

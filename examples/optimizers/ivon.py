@@ -101,7 +101,7 @@ class PosteriorPredictor:
     of (seed, s) alone: all batches of an evaluation, and all processes, share the same S networks,
     so that a row's prediction does not depend on its batch; and evaluations of one run differ by
     its weights only, not by the luck of their draws. (An adapter that was cut on saving has
-    fewer weights, so other draws.) At the end of a run the view "mean" adds the prediction at m.
+    fewer weights, so other draws.) At the end of a run the variant "mean" adds the prediction at m.
 
     Args:
         optimizer: whose posterior it is.
@@ -109,7 +109,7 @@ class PosteriorPredictor:
         seed: of the run.
 
     Attributes:
-        inner: predicts at one draw; each of its views is averaged by itself.
+        inner: predicts at one draw; each of its variants is averaged by itself.
     """
 
     probabilistic = True
@@ -122,19 +122,21 @@ class PosteriorPredictor:
     def stacked(self) -> bool:
         return getattr(self.inner, "stacked", False)
 
-    def views(self, final: bool) -> list[str]:
-        views = self.inner.views(final)
-        return [*views, "mean"] if final and "" in views else views
+    def variants(self, final: bool) -> list[str]:
+        variants = self.inner.variants(final)
+        return [*variants, "mean"] if final and "" in variants else variants
 
-    def outputs(self, model: nn.Module, arguments: dict[str, Any], views: list[str]) -> list[Any]:
-        inner = [view for view in views if view != "mean"]
+    def outputs(
+        self, model: nn.Module, arguments: dict[str, Any], variants: list[str]
+    ) -> list[Any]:
+        inner = [variant for variant in variants if variant != "mean"]
         drawn = []
         for s in range(self.samples):
             noise = generator(self.seed, DRAWS, s)
             with self.optimizer.sampled_params(generator=noise):
                 drawn.append(self.inner.outputs(model, arguments, inner))
         averaged = [average(outputs, arguments) for outputs in zip(*drawn, strict=True)]
-        if "mean" in views:
+        if "mean" in variants:
             averaged += self.inner.outputs(model, arguments, [""])
         return averaged
 

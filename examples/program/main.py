@@ -411,7 +411,7 @@ class Run:
 
     def finish(self, metrics: dict[str, float], figures: dict[str, Any]) -> None:
         """Writes `all_results.json` and the learning curve, and prints the final table."""
-        from examples.evaluation.prediction import worth_showing
+        from examples.evaluation.prediction import summary_metrics
         from examples.plots.curves import learning_curve
         from examples.training.run_folder import CURVE, LOG, METRICS, RESULTS
 
@@ -442,7 +442,7 @@ class Run:
             self.folder.write_json(RESULTS, results)
             rows = (self.folder.read_lines(LOG), self.folder.read_lines(METRICS))
             why_not = learning_curve(curve, *rows, self.main_metric, title)
-        shown = worth_showing(results, self.main_metric, self.trainer.predictor.views(True))
+        shown = summary_metrics(results, self.main_metric, self.trainer.predictor.variants(True))
         print(table(title, shown, more))
         if figures:
             print(f"  learning curve        {why_not or curve}")

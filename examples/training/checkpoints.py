@@ -11,21 +11,19 @@ import json
 import os
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
+from examples.errors import RunError
 from peft_custom.state_files import read_tree, write_tree
 
 STATE = "state.safetensors"
 PROGRESS = "progress.json"
 ASIDE = ".tmp"
-
-
-class RunError(RuntimeError):
-    """A run that cannot start or go on; the message says why and what to do."""
+SAVED_AS = {"evals_without_gain": "worse"}  # names in checkpoints, which stay
 
 
 @dataclass
@@ -37,12 +35,22 @@ class Progress:
     seconds: float = 0.0
     best: float | None = None
     best_step: int | None = None
-    worse: int = 0  # evaluations since the best one
+    evals_without_gain: int = 0  # since the best one
     stopped: bool = False
     loss_sum: float = 0.0  # since the last evaluation
     loss_steps: int = 0
     log_sum: float = 0.0  # since the last line of the log
     log_steps: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields under their names in a checkpoint."""
+        return {SAVED_AS.get(name, name): value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> Progress:
+        """The opposite of `to_dict`."""
+        names = {old: name for name, old in SAVED_AS.items()}
+        return cls(**{names.get(key, key): value for key, value in saved.items()})
 
     def count(self, losses: list[float]) -> None:
         """Adds the losses of some steps to both means."""

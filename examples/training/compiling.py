@@ -24,9 +24,9 @@ def compile_and_compare(model: nn.Module, run_passes: Callable[[], object], step
     """
 
     def seconds() -> float:
-        began = time.perf_counter()
+        started = time.perf_counter()
         run_passes()
-        return time.perf_counter() - began
+        return time.perf_counter() - started
 
     seconds()
     plain = seconds()

@@ -20,7 +20,7 @@ class ProgressBar:
         self, total: int, done: int = 0, *, show: bool = True, plain: bool = False
     ) -> None:
         self.total, self.first, self.show = total, done, show
-        self.began = time.perf_counter()
+        self.started = time.perf_counter()
         self.facts: dict[str, str] = {}
         self.bar = None
         if show and not plain and sys.stderr.isatty():
@@ -59,7 +59,7 @@ class ProgressBar:
         done = step - self.first
         if done < 1:
             return "?"
-        seconds = int((time.perf_counter() - self.began) / done * (self.total - step))
+        seconds = int((time.perf_counter() - self.started) / done * (self.total - step))
         minutes, seconds = divmod(seconds, 60)
         hours, minutes = divmod(minutes, 60)
         return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

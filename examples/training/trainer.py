@@ -17,7 +17,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +27,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from examples.cli.groups import TrainingOptions
-from examples.data.batches import GlobalBatch, TrainingBatches
+from examples.data.batches import GlobalBatch, TrainingBatches, on_device
+from examples.errors import RunError
 from examples.evaluation import prediction as evaluation
-from examples.evaluation.prediction import (
-    Collate,
-    EvaluationSet,
-    PlainPredictor,
-    Predictor,
-    on_device,
-)
+from examples.evaluation.prediction import Collate, EvaluationSet, PlainPredictor, Predictor
 from examples.training import checkpoints
-from examples.training.checkpoints import Progress, RunError
+from examples.training.checkpoints import Progress
 from examples.training.compiling import compile_and_compare
 from examples.training.progress import ProgressBar
 from examples.training.run_folder import LOG, METRICS, RunFolder
@@ -46,7 +40,7 @@ from examples.training.sampling import over_samples
 from peft_custom.hooks import attach
 from peft_custom.step_driver import unwrap_optimizer
 
-LOOK_EVERY = 20  # steps between looks at the losses of an accelerator: each look waits for it
+LOSS_CHECK_EVERY = 20  # steps: reading the losses of an accelerator waits for all its work
 SUMS = ("tokens", "loss_sum", "log_sum")  # every process has its own part of these
 RETRIES = 30  # halvings of fp16's scale before a step is given up
 
@@ -68,7 +62,7 @@ class Trainer:
         evaluations: in order; the metric that chooses the best weights is the first one's.
         main_metric: its name, such as `eval_f1`; the smaller the better only for `eval_loss`.
         loss: (output, arguments) -> mean loss over the batch's rows.
-        predictor: default: the optimiser's, or else one forward pass.
+        predictor: how evaluation predicts; default: one forward pass.
     """
 
     def __init__(
@@ -92,22 +86,24 @@ class Trainer:
         self.train_batches, self.collate, self.schedule = train, collate, schedule
         self.total_steps, self.evaluations = total_steps, evaluations or []
         self.main_metric, self.loss = main_metric, loss
-        self.predictor = predictor or getattr(optimizer, "predictor", None) or PlainPredictor()
+        self.predictor = predictor or PlainPredictor()
         self.device = accelerator.device
         self.progress = Progress()
-        self.kept: dict[str, Any] | None = None  # of the best evaluation, where nothing is saved
-        self.unseen: list[Tensor] = []  # losses nobody has looked at yet
+        self.best_state: dict[str, Any] | None = (
+            None  # of the best evaluation, where nothing is saved
+        )
+        self.pending_losses: list[Tensor] = []  # on the device, not yet read
         if optimizer is None:
-            self.raw = self.model = model.to(self.device)
+            self.unwrapped = self.model = model.to(self.device)
             return
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         wrapped = isinstance(self.model, DistributedDataParallel)
-        self.raw = self.model.module if wrapped else self.model
-        self.hooks = attach(self.raw, self.optimizer, total_steps, seed=options.seed)
-        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
-        self.clipped = self._clipping()
+        self.unwrapped = self.model.module if wrapped else self.model
+        self.hooks = attach(self.unwrapped, self.optimizer, total_steps, seed=options.seed)
+        self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
+        self.clip_groups = self._make_clip_groups()
 
-    def _clipping(self) -> list[tuple[list[nn.Parameter], float]]:
+    def _make_clip_groups(self) -> list[tuple[list[nn.Parameter], float]]:
         """Parameters whose gradients are scaled down together, and to which norm."""
         common: list[nn.Parameter] = []
         own = []
@@ -135,7 +131,7 @@ class Trainer:
         self.model.train()
         if self.options.compile and state.step < self.total_steps:
             self._compile()
-        self.began = time.perf_counter()
+        self.started = time.perf_counter()
         while state.step < self.total_steps and not state.stopped:
             epoch, start = divmod(state.step, len(self.train_batches))
             for batch in self.train_batches.global_batches(epoch, start):
@@ -158,7 +154,7 @@ class Trainer:
                 torch.cuda.synchronize()
 
         left = self.total_steps - self.progress.step
-        self.bar.line(compile_and_compare(self.raw, run_passes, left))
+        self.bar.line(compile_and_compare(self.unwrapped, run_passes, left))
 
     def _batches_of_epoch(self, epoch: int) -> Iterator[dict[str, Any]]:
         for batch in self.train_batches.global_batches(epoch):
@@ -172,12 +168,12 @@ class Trainer:
         """One optimiser step; under fp16 repeated with a smaller scale where it overflowed."""
         state = self.progress
         factor = self.schedule(state.step)
-        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-            group["lr"] = peak * factor
+        for group, base_lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+            group["lr"] = base_lr * factor
         for _ in range(RETRIES):
             loss = self._passes(batch)
             self.accelerator.unscale_gradients()
-            for parameters, norm in self.clipped:
+            for parameters, norm in self.clip_groups:
                 torch.nn.utils.clip_grad_norm_(parameters, norm)
             self.optimizer.step()
             self.optimizer.zero_grad()
@@ -187,7 +183,7 @@ class Trainer:
             raise self._diverged(state.step)
         state.step += 1
         state.tokens += batch.tokens
-        self.unseen.append(loss)
+        self.pending_losses.append(loss)
         self.bar.advance()
 
     def _passes(self, batch: GlobalBatch, train: bool = True) -> Tensor:
@@ -213,32 +209,54 @@ class Trainer:
     # --- between steps --------------------------------------------------------------------------
 
     def _after_step(self) -> None:
-        state, options, step = self.progress, self.options, self.progress.step
-        if self.device.type == "cpu" or len(self.unseen) >= LOOK_EVERY:
-            self._look_at_losses()
-        if options.logging_steps and step % options.logging_steps == 0:
+        """Logs, evaluates and saves, each where it is due."""
+        state, options = self.progress, self.options
+        if self.device.type == "cpu" or len(self.pending_losses) >= LOSS_CHECK_EVERY:
+            self._check_losses()
+        if options.logging_steps and state.step % options.logging_steps == 0:
             self._log()
-        ended = step % len(self.train_batches) == 0 or step == self.total_steps
-        late = (step - 1) // len(self.train_batches) >= options.eval_after_epochs
-        by_steps = late and options.eval_steps and step % options.eval_steps == 0
-        at_end = step == self.total_steps or (ended and options.eval_strategy == "epoch")
-        due = (at_end or by_steps) and options.eval_strategy != "no"
-        due = due and self.evaluations and options.do_eval
-        better = due and self._evaluate_on_the_way()
-        if options.save_strategy == "no":
-            if better:
-                self.kept = copy.deepcopy({"weights": self.weights(), **self._posterior()})
-            return
-        regular = ended if options.save_strategy == "epoch" else step % options.save_steps == 0
-        if regular or better or step == self.total_steps or state.stopped:
-            self.save()
+        better = self._evaluation_is_due() and self._evaluate_on_the_way()
+        if options.save_strategy != "no":
+            # The best weights are read back from their checkpoint at the end of the run.
+            if self._save_is_due() or better:
+                self.save()
+        elif better:
+            self.best_state = copy.deepcopy({"weights": self.weights(), **self._posterior()})
 
-    def _look_at_losses(self) -> None:
-        if not self.unseen:
+    def _is_last_step(self) -> bool:
+        return self.progress.step == self.total_steps
+
+    def _ends_epoch(self) -> bool:
+        """The last epoch may be cut short by the number of steps."""
+        return self.progress.step % len(self.train_batches) == 0 or self._is_last_step()
+
+    def _evaluation_is_due(self) -> bool:
+        """At the end of the run, of every epoch if asked for, and every `eval_steps`."""
+        options, step = self.options, self.progress.step
+        if options.eval_strategy == "no" or not options.do_eval or not self.evaluations:
+            return False
+        if self._is_last_step() or (options.eval_strategy == "epoch" and self._ends_epoch()):
+            return True
+        if not options.eval_steps or step % options.eval_steps:
+            return False
+        epochs_done = (step - 1) // len(self.train_batches)
+        return epochs_done >= options.eval_after_epochs
+
+    def _save_is_due(self) -> bool:
+        """At the end of the run, however it ends, and every epoch or `save_steps`."""
+        options, step = self.options, self.progress.step
+        if self._is_last_step() or self.progress.stopped:
+            return True
+        if options.save_strategy == "epoch":
+            return self._ends_epoch()
+        return step % options.save_steps == 0
+
+    def _check_losses(self) -> None:
+        if not self.pending_losses:
             return
-        losses = torch.stack(self.unseen).double().tolist()
+        losses = torch.stack(self.pending_losses).double().tolist()
         first = self.progress.step - len(losses)
-        self.unseen.clear()
+        self.pending_losses.clear()
         for i, loss in enumerate(losses):
             if not math.isfinite(loss):
                 raise self._diverged(first + i)
@@ -249,7 +267,7 @@ class Trainer:
         return checkpoints.diverged(self.folder.path, step + 1, self.total_steps, rate)
 
     def _log(self) -> None:
-        self._look_at_losses()
+        self._check_losses()
         step, loss = self.progress.step, self._mean_loss("log")
         rate = self.optimizer.param_groups[0]["lr"]
         row = {"step": step, "epoch": self.epoch(), "loss": loss, "learning_rate": rate}
@@ -277,7 +295,7 @@ class Trainer:
 
     def _evaluate_on_the_way(self) -> bool:
         """Evaluates, logs, and says whether this is the best so far."""
-        self._look_at_losses()
+        self._check_losses()
         self._stop_clock()
         state = self.progress
         values = self.evaluate()
@@ -285,18 +303,18 @@ class Trainer:
         row |= values | self.hooks.losses() | self.hooks.log()
         self.folder.add_line(METRICS, row)
         self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=state.step)
-        shown = evaluation.worth_showing(values, self.main_metric, self.predictor.views(False))
+        shown = evaluation.summary_metrics(values, self.main_metric, self.predictor.variants(False))
         shown = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
         self.bar.line(f"epoch {row['epoch']:g}  train_loss {row['train_loss']:.4f}  {shown}")
         value = values[self.main_metric]
         self.bar.note(state.step, **{self.main_metric: value})
         better = self._is_better(value)
         if better:
-            state.best, state.best_step, state.worse = value, state.step, 0
+            state.best, state.best_step, state.evals_without_gain = value, state.step, 0
         elif self.hooks.finished:
-            state.worse += 1
+            state.evals_without_gain += 1
             patience = self.options.early_stopping_patience
-            if patience and state.worse >= patience:
+            if patience and state.evals_without_gain >= patience:
                 state.stopped = True
                 self.bar.line(f"no better {self.main_metric} in {patience} evaluations: stopping")
         self._start_clock()
@@ -314,29 +332,29 @@ class Trainer:
     def _stop_clock(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        self.progress.seconds += time.perf_counter() - self.began
+        self.progress.seconds += time.perf_counter() - self.started
 
     def _start_clock(self) -> None:
-        self.began = time.perf_counter()
+        self.started = time.perf_counter()
 
     # --- evaluation -----------------------------------------------------------------------------
 
     def evaluate(self, final: bool = False) -> dict[str, float]:
         """Metrics of every evaluation set; `final` at the end of a run."""
-        where = self.raw, self.evaluations, self.accelerator
+        where = self.unwrapped, self.evaluations, self.accelerator
         return evaluation.evaluate(*where, self.predictor, final)
 
     # --- saving and resuming --------------------------------------------------------------------
 
     def weights(self) -> dict[str, Tensor]:
         """What training changes: trainable parameters, and buffers that a state dict has."""
-        persistent = self.raw.state_dict(keep_vars=True)
-        found = {n: p for n, p in self.raw.named_parameters() if p.requires_grad}
-        return found | {n: b for n, b in self.raw.named_buffers() if n in persistent}
+        persistent = self.unwrapped.state_dict(keep_vars=True)
+        found = {n: p for n, p in self.unwrapped.named_parameters() if p.requires_grad}
+        return found | {n: b for n, b in self.unwrapped.named_buffers() if n in persistent}
 
     def save(self) -> None:
         """Writes a checkpoint, then removes those that are too many."""
-        self._look_at_losses()
+        self._check_losses()
         self._stop_clock()
         state, weights = self.progress, self.weights()
         if not all(bool(t.isfinite().all()) for t in weights.values() if t.is_floating_point()):
@@ -351,7 +369,7 @@ class Trainer:
                 "scaler": scaler.state_dict() if scaler is not None else None,
                 "processes": self.accelerator.num_processes,
                 "total_steps": self.total_steps,
-                "progress": asdict(state) | sums,
+                "progress": state.to_dict() | sums,
             }
             figures = content["progress"] | {"epoch": self.epoch()}
             checkpoints.save(self.folder.path, state.step, content, figures)
@@ -374,7 +392,7 @@ class Trainer:
         self.hooks.load_state_dict(content["hooks"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(content["scaler"])
-        self.progress = Progress(**content["progress"])
+        self.progress = Progress.from_dict(content["progress"])
         if not self.accelerator.is_main_process:  # the main process goes on with the sums of all
             for name in SUMS:
                 setattr(self.progress, name, 0)
@@ -393,7 +411,7 @@ class Trainer:
         step = self.progress.best_step
         if step is None or not self.options.load_best_model_at_end:
             return
-        folder, content = self.folder.path / f"checkpoint-{step}", self.kept
+        folder, content = self.folder.path / f"checkpoint-{step}", self.best_state
         if content is None and step != self.progress.step:
             content = checkpoints.read_state(folder / checkpoints.STATE)
         if content is not None:

@@ -155,7 +155,7 @@ def test_what_is_written_is_read_back(kind: str, data: Any) -> None:
         path = Path(folder) / f"x{kind}"
         write_table(path, columns)
         read = read_file(TASKS["mrpc"], path)
-        table = read_table(path, TASKS["mrpc"])
+        table = read_table(path)
     assert list(read.text) == [columns["sentence1"], columns["sentence2"]]
     assert read.labels == columns["label"]
     assert list(table.columns) == list(names)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -91,3 +94,8 @@ def test_logits_that_are_not_finite_are_an_error(bad):
         metrics.compute(get_task("mrpc"), logits, np.array([1, 0]))
     with pytest.raises(ValueError, match="no row"):
         metrics.compute(get_task("mrpc"), logits[:0], np.array([], np.int64))
+
+
+def test_metrics_import_no_torch():
+    code = "import examples.evaluation.glue, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,4 +1,4 @@
-"""DyLoRA in whole runs: views by rank in one pass, reports, starts, exports, the same training."""
+"""DyLoRA in whole runs: ranks as variants in one pass, reports, starts, exports, training."""
 
 from __future__ import annotations
 

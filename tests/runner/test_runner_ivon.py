@@ -89,20 +89,22 @@ def test_draws_are_those_of_the_posterior_and_repeat():
     drawn = []
 
     class Looks:
-        def views(self, final):
+        def variants(self, final):
             return ["", "other"]
 
-        def outputs(self, model, arguments, views):
+        def outputs(self, model, arguments, variants):
             drawn.append(model.weight.detach() - before)
-            return [SimpleNamespace(logits=arguments["x"] @ model.weight.T, loss=None)] * len(views)
+            return [SimpleNamespace(logits=arguments["x"] @ model.weight.T, loss=None)] * len(
+                variants
+            )
 
     predictor = PosteriorPredictor(optimizer, samples=4, seed=7)
     predictor.inner = Looks()
-    assert predictor.views(False) == ["", "other"]
+    assert predictor.variants(False) == ["", "other"]
     state = torch.get_rng_state()
     arguments = {"x": torch.randn(5, 300)}
     state = torch.get_rng_state()
-    outputs = predictor.outputs(layer, arguments, predictor.views(True))
+    outputs = predictor.outputs(layer, arguments, predictor.variants(True))
     assert torch.equal(torch.get_rng_state(), state)  # training's draws are undisturbed
     assert torch.equal(layer.weight, before) and len(outputs) == 3 and len(drawn) == 5
     assert torch.equal(outputs[2].logits, arguments["x"] @ before.T) and not drawn[4].any()

@@ -1,4 +1,4 @@
-"""Optimisers that sample the weights, and predictors with several views, in whole runs."""
+"""Optimisers that sample the weights, and predictors with several variants, in whole runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from support import sampling_case
 from support.paths import ROOT
 from support.runner_cases import lines, pair_task, results, tiny_bert
 
-from examples.evaluation.prediction import at_view, worth_showing
+from examples.evaluation.prediction import summary_metrics, variant_metric
 from examples.methods import registry as methods
 from examples.program import main as program
 from examples.run_glue import work
@@ -141,14 +141,14 @@ def test_looking_whether_compiling_pays_changes_nothing(home, tmp_path, monkeypa
     assert [m.calls for m in made] == [[True] * 6, [False] * 4 + [True] * 6]
 
 
-# --- views ---------------------------------------------------------------------------------------
+# --- variants ------------------------------------------------------------------------------------
 
 
 def test_names_of_views():
-    assert at_view("eval_f1", "") == "eval_f1"
-    assert at_view("eval_matched_accuracy", "r4") == "eval_r4_matched_accuracy"
+    assert variant_metric("eval_f1", "") == "eval_f1"
+    assert variant_metric("eval_matched_accuracy", "r4") == "eval_r4_matched_accuracy"
     names = ("eval_f1", "eval_loss", "eval_r1_f1", "eval_r1_loss", "eval_r11_f1", "steps")
-    shown = worth_showing(dict.fromkeys(names, 0.5), "eval_f1", ["r1", "r11"])
+    shown = summary_metrics(dict.fromkeys(names, 0.5), "eval_f1", ["r1", "r11"])
     assert list(shown) == ["eval_f1", "eval_loss", "eval_r1_f1", "eval_r11_f1", "steps"]
 
 
@@ -156,9 +156,9 @@ def test_views_have_their_metrics_and_files(home, tmp_path, capsys):
     out = run(home, tmp_path / "run", "--do_predict", task="mnli")
     found = results(out)
     for half in ("matched", "mismatched"):
-        for view in ("flat", "sharp", "same"):
-            assert {f"eval_{view}_{half}_{name}" for name in METRICS} <= found.keys()
-        # the last view stands for the plain one, which this predictor has not
+        for variant in ("flat", "sharp", "same"):
+            assert {f"eval_{variant}_{half}_{name}" for name in METRICS} <= found.keys()
+        # the last variant stands for the plain one, which this predictor has not
         for name in METRICS:
             assert found[f"eval_{half}_{name}"] == found[f"eval_same_{half}_{name}"]
         assert found[f"eval_flat_{half}_loss"] == pytest.approx(found[f"eval_{half}_loss"] / 2)
@@ -199,8 +199,8 @@ def test_two_processes_equal_one(home, tmp_path):
     assert_close(adapter(one), adapter(two), atol=1e-6, rtol=1e-5)
     for a, b in zip(*(lines(f / "metrics.jsonl") for f in (one, two)), strict=True):
         assert a == pytest.approx(b, abs=1e-5)
-    for view in ("", "flat", "sharp", "same"):
-        found = [(f / "submission" / view / "MRPC.tsv").read_text() for f in (one, two)]
+    for variant in ("", "flat", "sharp", "same"):
+        found = [(f / "submission" / variant / "MRPC.tsv").read_text() for f in (one, two)]
         assert found[0] == found[1]
 
 
@@ -208,7 +208,7 @@ def test_two_processes_equal_one(home, tmp_path):
 
 
 def test_calibration_of_four_rows_by_hand():
-    from examples.evaluation.glue import calibration
+    from examples.evaluation.calibration import calibration
 
     p = np.array([[0.9, 0.1], [0.92, 0.08], [0.3, 0.7], [0.5, 0.5]])
     found = calibration(np.log(p) + 3.0, np.array([0, 1, 1, 0]))
@@ -221,7 +221,7 @@ def test_calibration_of_four_rows_by_hand():
 def test_calibration_equals_public_code():
     sklearn = pytest.importorskip("sklearn.metrics")
     stats = pytest.importorskip("scipy.stats")
-    from examples.evaluation.glue import calibration
+    from examples.evaluation.calibration import calibration
 
     rng = np.random.default_rng(0)
     logits, labels = 3 * rng.standard_normal((200, 5)), rng.integers(0, 5, 200)
@@ -240,7 +240,7 @@ def test_calibration_equals_public_code():
 
 
 def test_certain_predictions_have_finite_figures():
-    from examples.evaluation.glue import calibration
+    from examples.evaluation.calibration import calibration
 
     found = calibration(np.array([[0.0, -np.inf], [-np.inf, 0.0]]), np.array([0, 1]))
     assert found == {"nll": 0.0, "ece": 0.0, "entropy": 0.0}

@@ -17,7 +17,7 @@ from support.runner_cases import lines, pair_task, results, tiny_bert
 from examples.program import main as program
 from examples.run_glue import work
 from examples.training import checkpoints
-from examples.training.checkpoints import RunError, read_state
+from examples.training.checkpoints import Progress, RunError, read_state
 from peft_custom.state_files import write_tree
 
 ROWS = {"train": 60, "validation": 20}
@@ -183,3 +183,11 @@ def test_any_tree_of_values_comes_back(tmp_path):
         write_tree(tmp_path / "no.safetensors", {"x": lambda: 0})
     with pytest.raises(RunError, match="no such file"):
         read_state(tmp_path / "none")
+
+
+def test_checkpoints_of_earlier_versions_are_read() -> None:
+    names = "step tokens seconds best best_step worse stopped loss_sum loss_steps log_sum log_steps"
+    progress = Progress(step=7, evals_without_gain=3)
+    saved = progress.to_dict()
+    assert list(saved) == names.split() and saved["worse"] == 3
+    assert Progress.from_dict(saved) == progress

@@ -32,7 +32,7 @@ class NoisySGD(torch.optim.SGD):
         super().__init__(groups, lr=0.0)
         self.mc_samples, self.noise = options.samples, options.noise
         self.calls: list[bool] = []
-        self.predictor = TwoViews()
+        self.predictor = TwoVariants()
         self.sums: dict[torch.Tensor, torch.Tensor] = {}
 
     @contextmanager
@@ -58,23 +58,23 @@ class NoisySGD(torch.optim.SGD):
         self.sums.clear()
 
 
-class TwoViews:
-    """Probabilities of the model, and flattened ones; there is no plain view."""
+class TwoVariants:
+    """Probabilities of the model, and flattened ones; there is no plain variant."""
 
     probabilistic = True
 
-    def views(self, final: bool) -> list[str]:
+    def variants(self, final: bool) -> list[str]:
         return ["flat", "sharp", "same"] if final else ["flat", "same"]
 
-    def outputs(self, model: torch.nn.Module, arguments: dict, views: list[str]) -> list:
+    def outputs(self, model: torch.nn.Module, arguments: dict, variants: list[str]) -> list:
         output = model(**arguments)
         scale = {"flat": 0.5, "sharp": 2.0, "same": 1.0}
         return [
             SimpleNamespace(
-                logits=(output.logits * scale[view]).log_softmax(1),
-                loss=None if output.loss is None else output.loss * scale[view],
+                logits=(output.logits * scale[variant]).log_softmax(1),
+                loss=None if output.loss is None else output.loss * scale[variant],
             )
-            for view in views
+            for variant in variants
         ]
 
 

@@ -18,8 +18,9 @@ from torch.overrides import TorchFunctionMode
 
 import loralib as lora
 
-from .checkpoint import SAFE_WEIGHTS, CheckpointError, read_weights, write_safetensors
+from .checkpoint import SAFE_WEIGHTS, read_weights, write_safetensors
 from .configuration import PretrainedConfig
+from .files import CheckpointError
 from .heads import ModelOutput
 
 ModelT = TypeVar("ModelT", bound="PreTrainedModel")

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, Encoding, Tokenizer, models
 
+from ..files import write_atomically
 from . import files
 from .encoding import (
     FIELDS,
@@ -175,9 +178,6 @@ class PreTrainedTokenizer:
         if target.exists() and not target.is_dir():
             raise NotADirectoryError(f"{target} is a file: name a folder to save the tokenizer in")
         target.mkdir(parents=True, exist_ok=True)
-        self._apply_settings(None, None)
-        self.backend_tokenizer.save(str(target / "tokenizer.json"))
-        written = [str(target / "tokenizer.json")]
         plain = {k: v for k, v in self._config.items() if k not in (*SPECIAL, "name_or_path")}
         config = (
             plain
@@ -190,14 +190,26 @@ class PreTrainedTokenizer:
                 "clean_up_tokenization_spaces": self.clean_up_tokenization_spaces,
             }
         )
-        for name, data in (
-            ("tokenizer_config.json", config),
-            ("special_tokens_map.json", self._special),
-        ):
-            text = json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False, default=str)
-            (target / name).write_text(text + "\n", encoding="utf-8")
-            written.append(str(target / name))
-        return tuple(written + self.backend_tokenizer.model.save(str(target)))
+        self._apply_settings(None, None)
+        with tempfile.TemporaryDirectory(prefix=".tokenizer-", dir=target) as made:
+            aside = Path(made)
+            self.backend_tokenizer.save(str(aside / "tokenizer.json"))
+            for name, data in (
+                ("tokenizer_config.json", config),
+                ("special_tokens_map.json", self._special),
+            ):
+                text = json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False, default=str)
+                (aside / name).write_text(text + "\n", encoding="utf-8")
+            vocabulary = self.backend_tokenizer.model.save(str(aside))
+            names = [
+                "tokenizer.json",
+                "tokenizer_config.json",
+                "special_tokens_map.json",
+                *(Path(path).name for path in vocabulary),
+            ]
+            for name in names:  # all of them are written before the first one takes its name
+                write_atomically(target / name, partial(os.replace, aside / name))
+        return tuple(str(target / name) for name in names)
 
     # -- encoding -----------------------------------------------------------------------------
 

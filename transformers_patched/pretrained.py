@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import loralib as lora
+from loralib.decay import decay_groups
 
 from .checkpoint import SAFE_WEIGHTS, read_weights, write_safetensors
 from .configuration import PretrainedConfig
@@ -230,19 +231,9 @@ class PreTrainedModel(nn.Module):
     def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Groups "decay" and "no_decay" of the trainable parameters, for an optimiser.
 
-        Biases and LayerNorm weights are not decayed. Empty groups are left out.
+        Biases and normalisation layers are not decayed. Empty groups are left out.
         """
-        norms = {p for m in self.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()}
-        decay, no_decay = [], []
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad:
-                plain = parameter in norms or name.rsplit(".", 1)[-1] == "bias"
-                (no_decay if plain else decay).append(parameter)
-        groups = [
-            {"name": "decay", "params": decay, "lr": lr, "weight_decay": weight_decay},
-            {"name": "no_decay", "params": no_decay, "lr": lr, "weight_decay": 0.0},
-        ]
-        return [group for group in groups if group["params"]]
+        return decay_groups(self, lr, weight_decay)
 
     # ------------------------------------------------------------------ tied weights
 

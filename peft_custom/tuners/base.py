@@ -20,10 +20,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from loralib.decay import decay_groups
+
 from ..config import CONFIG_CLASSES, PeftConfig
 from . import targets
 from .modules_to_save import BASE, ModulesToSaveWrapper, Routes
-from .parameters import decay_groups, trained_biases
+from .parameters import trained_biases
 from .tuner_layer import BaseTunerLayer, iter_adapters, keep_from_bypassing
 
 __all__ = [
@@ -446,4 +448,6 @@ class BaseTuner(nn.Module):
 
     def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Named optimiser groups: the tuner's own, then `decay` and `no_decay`."""
-        return decay_groups(self.model, self.special_groups(lr, weight_decay), lr, weight_decay)
+        special = self.special_groups(lr, weight_decay)
+        grouped = [p for group in special for p in group["params"]]
+        return [*special, *decay_groups(self.model, lr, weight_decay, without=grouped)]

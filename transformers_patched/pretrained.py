@@ -47,7 +47,7 @@ class LoadReport:
 
 
 class PreTrainedModel(nn.Module):
-    """A model with a configuration, whose weights are a folder's or a hub repository's.
+    """A model with a configuration; its weights are read from a folder or a hub repository.
 
     Subclasses set `config_class` and `base_model_prefix` (the attribute that holds the bare model),
     call `post_init()` last in their constructor, and name parameters that are one and the same in
@@ -68,7 +68,7 @@ class PreTrainedModel(nn.Module):
         self.newly_initialised: tuple[str, ...] = ()
 
     def post_init(self) -> None:
-        """Ties weights, and draws the head's (or the bare model's) unless on the meta device."""
+        """Ties weights and initialises the head (or the bare model), unless on the meta device."""
         self.tie_weights()
         drawn = "" if self.base_model is self else self.base_model_prefix + "."
         weights = [(name, weight) for name, weight in self.named_parameters() if not weight.is_meta]
@@ -104,8 +104,8 @@ class PreTrainedModel(nn.Module):
                 this dtype, bfloat16 for instance; what is trained stays in `dtype`.
             revision: Branch, tag or commit on the hub.
             local_files_only: Do not ask the hub.
-            ignore_mismatched_sizes: Newly initialise parameters whose shape in the checkpoint is
-                another, instead of raising.
+            ignore_mismatched_sizes: Newly initialise parameters of another shape than the
+                checkpoint's, instead of raising.
             output_loading_info: Return `(model, LoadReport)`.
             **overrides: Fields of the configuration, or arguments of the model's constructor.
 
@@ -141,7 +141,7 @@ class PreTrainedModel(nn.Module):
         return (model, report) if output_loading_info else model
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes `model.safetensors` and `config.json`, each at once or not at all."""
+        """Writes `model.safetensors` and `config.json`, each whole or not at all."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tied = self._tied()
@@ -185,7 +185,7 @@ class PreTrainedModel(nn.Module):
         )
 
     def asked_for(self, name: str, value: bool | None) -> bool:
-        """The value of an option of the call, or the configuration's where the call is silent."""
+        """The value of an option of the call; the configuration's where the call gives none."""
         return getattr(self.config, name) if value is None else value
 
     def result(self, output: ModelOutput, return_dict: bool | None) -> ModelOutput | tuple:

@@ -246,7 +246,7 @@ class PreTrainedTokenizer:
             pad_to_multiple_of: rounds the padded length up.
             return_tensors: None for lists, "pt" or "np" for arrays.
             return_overflowing_tokens: what truncation cut becomes further rows;
-                `overflow_to_sample_mapping` says whose. The result is then always a batch.
+                `overflow_to_sample_mapping` has the input of each. The result is always a batch.
         """
         texts, single = inputs(text, text_pair, is_split_into_words)
         pair = bool(texts) and isinstance(texts[0], tuple)
@@ -506,7 +506,7 @@ class PreTrainedTokenizer:
         return [self.backend_tokenizer.id_to_token(int(i)) for i in ids if int(i) not in skip]
 
     def convert_tokens_to_ids(self, tokens: str | Iterable[str]) -> Any:
-        """The id of a token (the unknown token's for strangers), or the list of ids of many."""
+        """The id of a token (the unknown token's where it has none), or the list of ids of many."""
         if isinstance(tokens, str):
             found = self.backend_tokenizer.token_to_id(tokens)
             return self.unk_token_id if found is None else found

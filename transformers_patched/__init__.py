@@ -15,7 +15,7 @@ _HEADS = (
 )
 _MODULES = {
     ".auto": ("AutoConfig", "AutoModel", *(f"AutoModel{head}" for head in _HEADS[1:])),
-    ".checkpoint": ("CheckpointError",),
+    ".files": ("CheckpointError",),
     ".configuration": (
         "BertConfig",
         "ConfigError",

@@ -9,7 +9,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
-from .checkpoint import CheckpointError
 from .configuration import (
     BertConfig,
     DebertaV2Config,
@@ -17,6 +16,7 @@ from .configuration import (
     RobertaConfig,
     read_config,
 )
+from .files import CheckpointError
 
 MODELS: dict[str, tuple[type[PretrainedConfig], str, str]] = {
     "bert": (BertConfig, ".models.bert.modeling_bert", "Bert"),

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from .files import CheckpointError, find_file, write_atomically
+
 CONFIG_NAME = "config.json"
 LORA_TYPES = ("lora", "dylora")  # what `lora_type` may say: the keys of `loralib.LINEAR_TYPES`
 _LORA_FIELDS = ("apply_lora", "lora_r", "lora_alpha", "lora_dropout", "lora_type", "lora_modules")
@@ -184,8 +186,6 @@ class PretrainedConfig:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `config.json` into `folder`, which is made where it is missing."""
-        from .checkpoint import write_atomically
-
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
@@ -196,8 +196,6 @@ def read_config(
     name_or_path: str | Path, *, revision: str | None = None, local_files_only: bool = False
 ) -> tuple[dict[str, Any], Path]:
     """Returns the keys of the `config.json` of a folder or hub id, and the file they are from."""
-    from .checkpoint import CheckpointError, find_file
-
     path = find_file(
         name_or_path, CONFIG_NAME, revision=revision, local_files_only=local_files_only
     )

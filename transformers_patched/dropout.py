@@ -2,9 +2,9 @@
 
     y = keep * x / (1 - q),    P(keep = 0) = q,    q = round(256 p) / 256
 
-q is p to the nearest 1/256: Hugging Face's default 0.1 becomes 26/256 = 0.1016. The scale is that
-of the probability in force, so E[y] = x exactly. Where 1/256 is too coarse, off by more than 5 % of
-p (p = 0.01, say), steps of 1/65536 are taken instead. Other devices use torch's own kernel and p.
+q is p to the nearest 1/256: Hugging Face's default 0.1 becomes 26/256 = 0.1016. The scale belongs
+to q, so E[y] = x exactly. Where 1/256 is too coarse, off by more than 5 % of p (p = 0.01, say),
+steps of 1/65536 are taken instead. Other devices use torch's own kernel and p.
 """
 
 from __future__ import annotations

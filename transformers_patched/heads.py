@@ -1,7 +1,7 @@
-"""What the heads of all models share: outputs, losses, activations, and the places of tokens.
+"""What the heads of all models share: outputs, losses, activations, and where first tokens are.
 
 Every function takes the tokens of a batch padded, (B, L, ...), or packed, (T, ...), with the
-`SequenceLayout` that tells which, and gives equal results for both.
+`SequenceLayout` that says which, and gives equal results for both.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def flatten_choices(*tokens: Tensor | None) -> tuple[int, tuple[Tensor | None, .
 
 
 def count_choices(labels: Tensor | None, layout: SequenceLayout) -> int:
-    """The choices per question of a packed call, whose labels tell the number of questions."""
+    """The choices per question of a packed call, which has one label per question."""
     if labels is None:
         raise ValueError("packed multiple choice without labels needs num_choices")
     choices, rest = divmod(layout.num_sequences, labels.numel())
@@ -193,7 +193,7 @@ def classification_loss(logits: Tensor, labels: Tensor, config: PretrainedConfig
 
 
 def masked_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy over the tokens whose label is not -100.
+    """Mean cross-entropy over the tokens that have a label; -100 marks those without.
 
     Args:
         logits: (B, L, vocabulary) or (T, vocabulary).
@@ -222,7 +222,7 @@ def span_loss(
 
     def one(logits: Tensor, positions: Tensor) -> Tensor:
         logits = layout.pad(logits).float()  # (B, L)
-        positions = positions.view(-1).clamp(min=0)
+        positions = positions.view(-1).clamp(min=0)  # (B,)
         inside = positions < layout.max_seqlen
         if layout.key_mask is not None:
             logits = logits.masked_fill(~layout.key_mask, torch.finfo(logits.dtype).min)

@@ -136,7 +136,7 @@ class SequenceLayout:
             num_tokens = _check_offsets_on_device(cu_seqlens, max_seqlen, num_tokens)
         batch = cu_seqlens.numel() - 1
         device = cu_seqlens.device
-        lengths = cu_seqlens.diff()
+        lengths = cu_seqlens.diff()  # (B,)
         mask = torch.arange(max_seqlen, device=device) < lengths[:, None]  # (B, L)
         full = batch * max_seqlen == num_tokens
         return cls(batch, max_seqlen, num_tokens, device, None if full else mask, cu_seqlens)
@@ -153,16 +153,16 @@ class SequenceLayout:
         """Positions within each sequence, from `offset`: (T,) packed, (1, L) padded."""
         if self.cu_seqlens is None:
             return torch.arange(offset, offset + self.max_seqlen, device=self.device)[None]
-        starts = self.cu_seqlens[:-1].long()
-        lengths = self.cu_seqlens.diff()
-        shift = starts.repeat_interleave(lengths, output_size=self.num_tokens)
+        starts = self.cu_seqlens[:-1].long()  # (B,)
+        lengths = self.cu_seqlens.diff()  # (B,)
+        shift = starts.repeat_interleave(lengths, output_size=self.num_tokens)  # (T,)
         return torch.arange(offset, offset + self.num_tokens, device=self.device) - shift
 
     def sequence_ids(self) -> Tensor:
         """(T,) number of the sequence that each packed token belongs to."""
         if self.cu_seqlens is None:
             raise ValueError("sequence_ids() asks for packed tokens; these are padded")
-        numbers = torch.arange(self.num_sequences, device=self.device)
+        numbers = torch.arange(self.num_sequences, device=self.device)  # (B,)
         return numbers.repeat_interleave(self.cu_seqlens.diff(), output_size=self.num_tokens)
 
     def round_up_rows(self, x: Tensor) -> Tensor:
@@ -238,7 +238,7 @@ class SequenceLayout:
         if self.key_mask is None:
             return None
         if dtype not in self._bias:
-            bias = torch.zeros(self.key_mask.shape, dtype=dtype, device=self.device)
+            bias = torch.zeros(self.key_mask.shape, dtype=dtype, device=self.device)  # (B, L)
             bias.masked_fill_(~self.key_mask, torch.finfo(dtype).min)
             self._bias[dtype] = bias[:, None, None, :]
         return self._bias[dtype]

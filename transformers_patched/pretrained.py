@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import loralib as lora
+from loralib.decay import decay_groups
 
-from .checkpoint import SAFE_WEIGHTS, CheckpointError, read_weights, write_safetensors
+from .checkpoint import SAFE_WEIGHTS, read_weights, write_safetensors
 from .configuration import PretrainedConfig
+from .files import CheckpointError
 from .heads import ModelOutput
 
 ModelT = TypeVar("ModelT", bound="PreTrainedModel")
@@ -45,7 +47,7 @@ class LoadReport:
 
 
 class PreTrainedModel(nn.Module):
-    """A model with a configuration, whose weights are a folder's or a hub repository's.
+    """A model with a configuration; its weights are read from a folder or a hub repository.
 
     Subclasses set `config_class` and `base_model_prefix` (the attribute that holds the bare model),
     call `post_init()` last in their constructor, and name parameters that are one and the same in
@@ -66,7 +68,7 @@ class PreTrainedModel(nn.Module):
         self.newly_initialised: tuple[str, ...] = ()
 
     def post_init(self) -> None:
-        """Ties weights, and draws the head's (or the bare model's) unless on the meta device."""
+        """Ties weights and initialises the head (or the bare model), unless on the meta device."""
         self.tie_weights()
         drawn = "" if self.base_model is self else self.base_model_prefix + "."
         weights = [(name, weight) for name, weight in self.named_parameters() if not weight.is_meta]
@@ -102,8 +104,8 @@ class PreTrainedModel(nn.Module):
                 this dtype, bfloat16 for instance; what is trained stays in `dtype`.
             revision: Branch, tag or commit on the hub.
             local_files_only: Do not ask the hub.
-            ignore_mismatched_sizes: Newly initialise parameters whose shape in the checkpoint is
-                another, instead of raising.
+            ignore_mismatched_sizes: Newly initialise parameters of another shape than the
+                checkpoint's, instead of raising.
             output_loading_info: Return `(model, LoadReport)`.
             **overrides: Fields of the configuration, or arguments of the model's constructor.
 
@@ -139,7 +141,7 @@ class PreTrainedModel(nn.Module):
         return (model, report) if output_loading_info else model
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes `model.safetensors` and `config.json`, each at once or not at all."""
+        """Writes `model.safetensors` and `config.json`, each whole or not at all."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tied = self._tied()
@@ -183,7 +185,7 @@ class PreTrainedModel(nn.Module):
         )
 
     def asked_for(self, name: str, value: bool | None) -> bool:
-        """The value of an option of the call, or the configuration's where the call is silent."""
+        """The value of an option of the call; the configuration's where the call gives none."""
         return getattr(self.config, name) if value is None else value
 
     def result(self, output: ModelOutput, return_dict: bool | None) -> ModelOutput | tuple:
@@ -229,19 +231,9 @@ class PreTrainedModel(nn.Module):
     def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Groups "decay" and "no_decay" of the trainable parameters, for an optimiser.
 
-        Biases and LayerNorm weights are not decayed. Empty groups are left out.
+        Biases and normalisation layers are not decayed. Empty groups are left out.
         """
-        norms = {p for m in self.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()}
-        decay, no_decay = [], []
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad:
-                plain = parameter in norms or name.rsplit(".", 1)[-1] == "bias"
-                (no_decay if plain else decay).append(parameter)
-        groups = [
-            {"name": "decay", "params": decay, "lr": lr, "weight_decay": weight_decay},
-            {"name": "no_decay", "params": no_decay, "lr": lr, "weight_decay": 0.0},
-        ]
-        return [group for group in groups if group["params"]]
+        return decay_groups(self, lr, weight_decay)
 
     # ------------------------------------------------------------------ tied weights
 

@@ -21,11 +21,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from loralib.decay import decay_groups
+
 from ..config import CONFIG_CLASSES, PeftConfig
 from ..protocols import TargetOptions
 from . import targets
 from .modules_to_save import BASE, ModulesToSaveWrapper, Routes
-from .parameters import decay_groups, trained_biases
+from .parameters import trained_biases
 from .tuner_layer import BaseTunerLayer, disable_fast_path, iter_adapters
 
 if TYPE_CHECKING:
@@ -468,4 +470,6 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
 
     def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Named optimiser groups: the tuner's own, then `decay` and `no_decay`."""
-        return decay_groups(self.model, self.special_groups(lr, weight_decay), lr, weight_decay)
+        special = self.special_groups(lr, weight_decay)
+        grouped = [p for group in special for p in group["params"]]
+        return [*special, *decay_groups(self.model, lr, weight_decay, without=grouped)]

@@ -1,8 +1,6 @@
-"""Which parameters of an adapted model train, and in which optimiser groups."""
+"""Which parameters of the base model train beside an adapter's own."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import nn
@@ -41,26 +39,3 @@ def trained_biases(model: nn.Module, mode: str, adapter: str) -> dict[str, nn.Pa
                 "the base in float32 or use bias='none'"
             )
     return found
-
-
-def decay_groups(
-    model: nn.Module, special: list[dict[str, Any]], lr: float, weight_decay: float
-) -> list[dict[str, Any]]:
-    """The special groups, then all other trainable parameters as `decay` and `no_decay`.
-
-    Biases and the weights of normalisation layers are not decayed.
-    """
-    taken = {id(p) for group in special for p in group["params"]}
-    decay: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for module in model.modules():
-        norm = isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("Norm")
-        for name, p in module.named_parameters(recurse=False):
-            if p.requires_grad and id(p) not in taken:
-                taken.add(id(p))
-                (plain if norm or name == "bias" else decay).append(p)
-    groups = [
-        {"params": decay, "name": "decay", "lr": lr, "weight_decay": weight_decay},
-        {"params": plain, "name": "no_decay", "lr": lr, "weight_decay": 0.0},
-    ]
-    return [*special, *(group for group in groups if group["params"])]

@@ -278,14 +278,32 @@ def test_encodings_move_and_pickle(bert: Path) -> None:
         _ = plain.absent
 
 
+def test_a_save_that_fails_leaves_the_old_files(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(bert)
+    written = tokenizer.save_pretrained(tmp_path / "saved")
+    before = {path: path.read_bytes() for path in (tmp_path / "saved").iterdir()}
+    assert sorted(written) == sorted(map(str, before))
+    tokenizer.add_tokens(["a new token"])
+
+    def full(descriptor: int) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="disk full"):
+        tokenizer.save_pretrained(tmp_path / "saved")
+    assert {path: path.read_bytes() for path in (tmp_path / "saved").iterdir()} == before
+
+
 def test_a_hub_id_reads_the_files_the_hub_has(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def find_file(name: str, file: str, **options: object) -> Path | None:
-        asked.append((name, file, options["revision"]))
+    def find(name: str, file: str, revision: str | None, local_files_only: bool) -> Path | None:
+        asked.append((name, file, revision))
         return bert / file if (bert / file).exists() else None
 
-    monkeypatch.setattr("transformers_patched.checkpoint.find_file", find_file)
+    monkeypatch.setattr("transformers_patched.tokenization.files.find_on_hub", find)
     tokenizer = AutoTokenizer.from_pretrained("someone/tiny", revision="v2")
     assert isinstance(tokenizer, BertTokenizer)
     assert ("someone/tiny", "vocab.txt", "v2") in asked

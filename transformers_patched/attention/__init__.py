@@ -41,7 +41,7 @@ def attention(
         key: Same shape.
         value: Same shape.
         layout: Where the sequences are.
-        p: Dropout probability in force on the attention probabilities (0.0 in evaluation).
+        p: Dropout probability of the attention probabilities; 0.0 in evaluation.
 
     Returns:
         The context, of the shape of `query`. Sequences without any real token get zeros.

@@ -5,7 +5,7 @@
 
 A folder holds either `tokenizer.json`, or `vocab.txt` (BERT: WordPiece), or `vocab.json` and
 `merges.txt` (RoBERTa: byte-level BPE), or `spm.model` (DeBERTa-v2 and v3: SentencePiece unigram);
-`tokenizer_config.json` beside them says lower-casing, the special tokens and `model_max_length`.
+`tokenizer_config.json` in it states lower-casing, the special tokens and `model_max_length`.
 Calls, fields and numbers are those of Hugging Face's tokenizers, and
 `save_pretrained` writes what Transformers loads. Truncation and padding settings baked into a
 `tokenizer.json` are ignored, as Transformers ignores them: each call states its own.
@@ -163,7 +163,7 @@ class AutoTokenizer(PreTrainedTokenizer):
 
 
 def _class_for(folder: Path, config: dict[str, Any]) -> type[PreTrainedTokenizer]:
-    """By the class that was saved, the model beside it, or the vocabulary files present."""
+    """By the class that was saved, the model in the folder, or the vocabulary files present."""
     saved = str(config.get("tokenizer_class") or "").removesuffix("Fast")
     for kind in CLASSES.values():
         if kind.__name__ == saved:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, Encoding, Tokenizer, models
 
+from ..files import write_atomically
 from . import files
 from .encoding import (
     FIELDS,
@@ -175,9 +178,6 @@ class PreTrainedTokenizer:
         if target.exists() and not target.is_dir():
             raise NotADirectoryError(f"{target} is a file: name a folder to save the tokenizer in")
         target.mkdir(parents=True, exist_ok=True)
-        self._apply_settings(None, None)
-        self.backend_tokenizer.save(str(target / "tokenizer.json"))
-        written = [str(target / "tokenizer.json")]
         plain = {k: v for k, v in self._config.items() if k not in (*SPECIAL, "name_or_path")}
         config = (
             plain
@@ -190,14 +190,26 @@ class PreTrainedTokenizer:
                 "clean_up_tokenization_spaces": self.clean_up_tokenization_spaces,
             }
         )
-        for name, data in (
-            ("tokenizer_config.json", config),
-            ("special_tokens_map.json", self._special),
-        ):
-            text = json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False, default=str)
-            (target / name).write_text(text + "\n", encoding="utf-8")
-            written.append(str(target / name))
-        return tuple(written + self.backend_tokenizer.model.save(str(target)))
+        self._apply_settings(None, None)
+        with tempfile.TemporaryDirectory(prefix=".tokenizer-", dir=target) as made:
+            aside = Path(made)
+            self.backend_tokenizer.save(str(aside / "tokenizer.json"))
+            for name, data in (
+                ("tokenizer_config.json", config),
+                ("special_tokens_map.json", self._special),
+            ):
+                text = json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False, default=str)
+                (aside / name).write_text(text + "\n", encoding="utf-8")
+            vocabulary = self.backend_tokenizer.model.save(str(aside))
+            names = [
+                "tokenizer.json",
+                "tokenizer_config.json",
+                "special_tokens_map.json",
+                *(Path(path).name for path in vocabulary),
+            ]
+            for name in names:  # all of them are written before the first one takes its name
+                write_atomically(target / name, partial(os.replace, aside / name))
+        return tuple(str(target / name) for name in names)
 
     # -- encoding -----------------------------------------------------------------------------
 
@@ -234,7 +246,7 @@ class PreTrainedTokenizer:
             pad_to_multiple_of: rounds the padded length up.
             return_tensors: None for lists, "pt" or "np" for arrays.
             return_overflowing_tokens: what truncation cut becomes further rows;
-                `overflow_to_sample_mapping` says whose. The result is then always a batch.
+                `overflow_to_sample_mapping` has the input of each. The result is always a batch.
         """
         texts, single = inputs(text, text_pair, is_split_into_words)
         pair = bool(texts) and isinstance(texts[0], tuple)
@@ -494,7 +506,7 @@ class PreTrainedTokenizer:
         return [self.backend_tokenizer.id_to_token(int(i)) for i in ids if int(i) not in skip]
 
     def convert_tokens_to_ids(self, tokens: str | Iterable[str]) -> Any:
-        """The id of a token (the unknown token's for strangers), or the list of ids of many."""
+        """The id of a token (the unknown token's where it has none), or the list of ids of many."""
         if isinstance(tokens, str):
             found = self.backend_tokenizer.token_to_id(tokens)
             return self.unk_token_id if found is None else found

@@ -23,7 +23,7 @@ FIELDS: dict[str, Callable[[Encoding], Any]] = {
 
 
 class BatchEncoding(UserDict):
-    """A dict of model inputs whose entries are attributes too (`enc.input_ids`).
+    """A dict of model inputs; its entries are attributes too (`enc.input_ids`).
 
     `encodings` keeps the library's objects, one per sequence: words, characters and offsets.
     """
@@ -90,7 +90,7 @@ def inputs(text: Any, pair: Any, words: bool) -> tuple[list[Any], bool]:
 
 
 def flatten(encoded: list[Encoding], overflow: bool) -> tuple[list[Encoding], list[int]]:
-    """One row per piece, and whose piece it is."""
+    """One row per piece, and the number of the input that each piece is of."""
     if not overflow:
         return encoded, list(range(len(encoded)))
     rows, owner = [], []

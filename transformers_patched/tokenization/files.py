@@ -23,6 +23,7 @@ from tokenizers import (
     processors,
 )
 
+from ..files import find_on_hub, local_folder
 from .spm import CONTROL, USER_DEFINED, read_spm
 
 SPECIAL = (
@@ -51,22 +52,11 @@ def locate(
     name_or_path: str | os.PathLike[str], revision: str | None, local_files_only: bool
 ) -> Path:
     """The folder itself, or the folder a hub id's tokenizer files were downloaded to."""
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise NotADirectoryError(f"{path} is a file: name the folder that holds it")
+    folder = local_folder(name_or_path)
+    if folder is not None:
+        return folder
     name = str(name_or_path)
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise FileNotFoundError(
-            f"{name}: no such folder (looked there for tokenizer.json, {_VOCABULARIES})"
-        )
-    from transformers_patched.checkpoint import find_file
-
-    found = [
-        find_file(name, file, revision=revision, local_files_only=local_files_only)
-        for file in FILES
-    ]
+    found = [find_on_hub(name, file, revision, local_files_only) for file in FILES]
     folders = [file.parent for file in found if file is not None]
     if not folders:
         raise FileNotFoundError(

@@ -71,6 +71,7 @@ def log_buckets(distance: Tensor, buckets: int, max_distance: int) -> Tensor:
     if buckets <= 0:
         return distance
     half = buckets // 2
+    # Within m the logarithm is not read; clamping keeps it finite there.
     size = distance.abs().clamp(min=half)
     widest = torch.log(torch.tensor((max_distance - 1) / half))
     steps = torch.ceil(torch.log(size / half) / widest * (half - 1)) + half
@@ -89,6 +90,7 @@ def _reach(length: int, buckets: int, max_distance: int) -> int:
 def relative_shift(x: Tensor) -> Tensor:
     """(..., L, 2L) to the view (..., L, L) with out[i, j] = x[i, L-1-i+j]; `x` is contiguous."""
     n = x.shape[-2]
+    # Read in rows of 2L - 1 numbers instead of 2L, every row starts one place further left.
     return x.flatten(-2)[..., n - 1 : -1].unflatten(-1, (n, 2 * n - 1))[..., :n]
 
 
@@ -115,7 +117,7 @@ def disentangled_attention(
         positions: Which row belongs to which i - j.
         layout: Where the sequences are.
         scale: s.
-        p: Dropout probability in force on the attention probabilities (0.0 in evaluation).
+        p: Dropout probability of the attention probabilities; 0.0 in evaluation.
 
     Returns:
         The context, of the shape of `query`. Sequences without any real token get zeros.
@@ -168,8 +170,8 @@ def _bias(
     q: Tensor, k: Tensor, c2p: Tensor | None, p2c: Tensor | None, layout: SequenceLayout, s: float
 ) -> Tensor | None:
     """(B, heads, L, L) or broadcast to it: both position terms, and the mask of padding keys."""
-    bias = layout.bias(q.dtype)
-    if c2p is not None:
+    bias = layout.bias(q.dtype)  # (B, 1, 1, L)
+    if c2p is not None:  # the product is (B, heads, L, 2L)
         term = relative_shift((q * s) @ c2p.transpose(-1, -2))
         bias = term if bias is None else term + bias
     if p2c is not None:

@@ -97,10 +97,11 @@ class RobertaEmbeddings(nn.Module):
             )
         if input_ids is None:
             return layout.position_ids(self.padding_idx + 1)
-        real = (input_ids != self.padding_idx).long()
+        real = (input_ids != self.padding_idx).long()  # (*tokens)
         count = real.cumsum(-1)  # over the row, or over all packed sequences
         if layout.is_packed:
-            starts = layout.cls_index()
+            starts = layout.cls_index()  # (B,)
+            # less what was counted before the first token of each sequence
             count = count - (count - real)[starts][layout.sequence_ids()]
         return count * real + self.padding_idx
 

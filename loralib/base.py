@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -154,7 +155,7 @@ class LoRALayer(nn.Module):
         self._cached = None
         return super().train(mode)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> LoRALayer:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALayer:
         self._cached = None
         module = super()._apply(fn, recurse)
         if self._original is not None:

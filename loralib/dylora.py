@@ -48,7 +48,7 @@ class NestedRank:
         self.chosen = ActiveRank(0, largest)
         self.sampled: ActiveRank | None = None
         self.batched: BatchedRanks | None = None
-        self.sampling_options: dict[str, Any] = {}
+        self.sampling_options: dict[str, int | str | bool] = {}
 
     def active_rank(self, rank: int, frozen: bool = False) -> ActiveRank:
         """Rank b with all its components trained, or `frozen` the last; an error outside 1 … R."""

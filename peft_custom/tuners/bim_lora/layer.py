@@ -104,7 +104,7 @@ class BIMLoRALinear(BaseTunerLayer):
         self,
         in_features: int,
         out_features: int,
-        config: Any = None,
+        config: object = None,
         r: int | None = None,
         lora_alpha: float | None = None,
         lora_dropout: float | None = None,
@@ -148,7 +148,7 @@ class BIMLoRALinear(BaseTunerLayer):
         self.bim = nn.ModuleDict()
         self.watch: Watch | None = None  # while features are collected: (x, y) -> y
         self.bypass = False  # meanwhile, leave the adapters out
-        self._effective: tuple[Any, Tensor] | None = None  # evaluation's W + ΔW and what it is of
+        self._effective: tuple[tuple, Tensor] | None = None  # evaluation's W + ΔW and what it is of
 
     def add_adapter(self, adapter: str, config: BimLoraConfig) -> None:
         """Creates adapter `adapter`: A uniform, B = 0, Z constant."""

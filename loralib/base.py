@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from . import functional as lora
 
+Shapes = tuple[tuple[int, int], tuple[int, int]]  # of A and of B
+
 
 class LoRALayer(nn.Module):
     """What the layers share: the factors' bookkeeping, merging and the cache for evaluation.
@@ -34,7 +36,7 @@ class LoRALayer(nn.Module):
         lora_alpha: float,
         lora_dropout: float,
         merge_weights: bool,
-        shapes: tuple[tuple[int, int], tuple[int, int]] | None,
+        shapes: Shapes | None,
     ) -> None:
         """Creates A and B of these shapes (None: nothing is adapted) and freezes the weight."""
         self.r = r

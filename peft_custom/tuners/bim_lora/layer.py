@@ -167,7 +167,7 @@ class BIMLoRALinear(BaseTunerLayer):
         """None while features are collected."""
         return Bound(self.bim[adapter]) if self.watch is None else None
 
-    def forward_one(self, x: Tensor, bound: Bound, *args: Any, **kwargs: Any) -> Tensor:
+    def forward_one(self, x: Tensor, bound: Bound, *args: object, **kwargs: object) -> Tensor:
         """Base and increment in one map, where the base layer is a plain one."""
         if not self.base_is_plain():
             return self.forward_several(x, self._live, *args, **kwargs)
@@ -214,7 +214,7 @@ class BIMLoRALinear(BaseTunerLayer):
         )  # fmt: skip
 
     def forward_several(
-        self, x: Tensor, adapters: tuple[str, ...], *args: Any, **kwargs: Any
+        self, x: Tensor, adapters: tuple[str, ...], *args: object, **kwargs: object
     ) -> Tensor:
         live = () if self.bypass else adapters
         out = super().forward_several(x, live, *args, **kwargs)

@@ -48,7 +48,7 @@ class LoRALayer(nn.Module):
         self._cached: tuple[tuple, Tensor] | None = None  # (state of s, W, A, B; W + s·B A)
         if self.adapted:
             weight = self.weight
-            # Factors are fp32 beside a weight of lower precision, for the optimiser's small steps.
+            # fp32 where the weight is narrower: an optimiser's small steps would be rounded away.
             dtype = torch.promote_types(weight.dtype, torch.float32)
             for name, shape in zip(("lora_A", "lora_B"), shapes, strict=True):
                 factor = torch.empty(shape, dtype=dtype, device=weight.device)
@@ -58,7 +58,7 @@ class LoRALayer(nn.Module):
             self.reset_lora_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws weight and bias as the plain layer does, and the factors anew."""
+        """Draws weight and bias as the plain layer does, then the factors."""
         super().reset_parameters()
         self.reset_lora_parameters()
 
@@ -72,7 +72,7 @@ class LoRALayer(nn.Module):
 
     @property
     def dropout_now(self) -> float:
-        """The dropout probability in force."""
+        """The dropout probability at present: 0 in eval mode."""
         return self.lora_dropout.p if self.lora_dropout.training else 0.0
 
     @property

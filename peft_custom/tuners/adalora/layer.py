@@ -41,7 +41,7 @@ class Bound(NamedTuple):
 
     Attributes:
         A, E, B: (r, in), (r, 1) and (out, r).
-        mask: the module of m: `load_state_dict` and `cut` may give it another tensor.
+        mask: the module of m, as a move to another device makes a new buffer.
         scaling: s.
         dropout: probability in training.
     """

@@ -217,10 +217,10 @@ def moments_of(rows: Tensor) -> tuple[float, Tensor, Tensor]:
 
 
 class _Watched(torch.autograd.Function):
-    """y as it is; its backward pass also hands gᵀ x to `slot`, whose shape is W's.
+    """y as it is; the backward pass also gives gᵀ x to `slot`, a leaf of W's shape.
 
-    `slot` is a leaf of W's shape without memory of its own, so autograd adds up what several calls
-    of one layer contribute and calls the slot's hook once per backward pass; W itself is left out.
+    `slot` has no memory of its own (an expanded scalar). Autograd adds up what several calls of one
+    layer contribute and calls the slot's hook once per backward pass; W itself is left out.
     """
 
     @staticmethod
@@ -232,7 +232,7 @@ class _Watched(torch.autograd.Function):
     def backward(ctx, g: Tensor) -> tuple[Tensor, None, Tensor]:
         (x,) = ctx.saved_tensors
         rows = g.reshape(-1, g.shape[-1])
-        G = rows.T @ x.reshape(-1, x.shape[-1]).to(rows.dtype)
+        G = rows.T @ x.reshape(-1, x.shape[-1]).to(rows.dtype)  # (out, in)
         return g, None, G.float()
 
 
@@ -434,13 +434,14 @@ class FeatureCollector:
                     f"{part.name}: no gradient reached this layer while features were collected; "
                     "is it part of what the loss depends on?"
                 )
-            F1, F2 = found.gradient_features(floor)
+            F1, F2 = found.gradient_features(floor)  # (p, q) each
             F3 = found.input_feature(floor).to(F1).expand(part.p, part.q)
             W = layer.weight.detach().float()
             W = W.T.contiguous() if layer.fan_in_fan_out else W
             F4 = block_sums(W.square(), self.block).sqrt()
             F5 = torch.full_like(F1, layer_position(part.name, layers))
             F6 = self._codes(part, layer).to(F1)[:, None].expand(part.p, part.q)
+            # (p q, 6)
             stacked = torch.stack([F1, F2, F3, F4, F5, F6], dim=-1).view(-1, len(NAMES))
             if not bool(stacked.isfinite().all()):
                 raise ValueError(

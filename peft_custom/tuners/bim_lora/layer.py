@@ -18,7 +18,7 @@ Watch = Callable[[Tensor, Tensor], Tensor]
 
 
 class BlockFactors(nn.Module):
-    """One adapter of one layer: A (r, in), B (out, r), Z (p, q), all fp32, and τ beside them.
+    """One adapter of one layer: A (r, in), B (out, r), Z (p, q), all fp32, and τ.
 
     Attributes:
         temperature: τ, a buffer of one number that is saved with the adapter.
@@ -54,7 +54,7 @@ class BlockFactors(nn.Module):
         return m if self.hard_threshold is None else (m > self.hard_threshold).to(m)
 
     def scores(self, training: bool) -> Tensor:
-        """The logits that stand for the mask in force; ±∞ where it is hard, or off."""
+        """The logits of the mask that acts; ±∞ where it is hard, or off."""
         Z = self.block_scores
         if not self.enabled:
             return Z * 0.0 + torch.inf  # with a gradient, 0: DDP waits for one
@@ -252,7 +252,7 @@ class BIMLoRALinear(BaseTunerLayer):
 
     @property
     def enable_masking(self) -> bool:
-        """Whether the mask is in force; can be set."""
+        """Whether the mask acts; can be set."""
         return self.factors().enabled
 
     @enable_masking.setter

@@ -125,7 +125,7 @@ class BimLoraModel(BaseTuner[BimLoraConfig]):
         """What goes into a file; with `as_lora` a plain LoRA adapter, where that is the same.
 
         Raises:
-            ValueError: `as_lora`, and a mask is in force.
+            ValueError: `as_lora`, and a mask acts.
         """
         config, tensors = super().export(adapter)
         if not as_lora:

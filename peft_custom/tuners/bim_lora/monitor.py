@@ -31,7 +31,7 @@ class MaskAllocator:
 
     @torch.no_grad()
     def masks(self) -> dict[str, Tensor]:
-        """m as it is in force in evaluation, (p, q), by layer; on the CPU."""
+        """m as evaluation uses it, (p, q), by layer; on the CPU."""
         return {
             name: layer.factors(self.adapter).mask().cpu()
             for name, layer in self.bim_modules.items()

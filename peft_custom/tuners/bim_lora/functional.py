@@ -119,11 +119,10 @@ class _Blocks:
     def __init__(self, A: Tensor, B: Tensor, m: Tensor, block: int, dtype: torch.dtype) -> None:
         (self.p, self.q), self.block, self.r = m.shape, block, A.shape[0]
         self.m = m.to(dtype)
-        self.A = _padded(A.to(dtype), self.r, self.q * block).view(self.r, self.q, block)
-        self.A = self.A.permute(1, 2, 0)  # (q, b, r)
-        self.B = _padded(B.to(dtype), self.p * block, self.r).view(
-            self.p, block, self.r
-        )  # (p, b, r)
+        wide_A = _padded(A.to(dtype), self.r, self.q * block)  # (r, q·b)
+        tall_B = _padded(B.to(dtype), self.p * block, self.r)  # (p·b, r)
+        self.A = wide_A.view(self.r, self.q, block).permute(1, 2, 0)  # (q, b, r)
+        self.B = tall_B.view(self.p, block, self.r)  # (p, b, r)
 
     def cut(self, t: Tensor, count: int) -> Tensor:
         """(N, features) as (count, N, b); copied once, as batched products would for each use."""

@@ -143,7 +143,7 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
         return state
 
     def __getattr__(self, name: str) -> Any:
-        """Looks attributes up in the model that the tuner itself does not have."""
+        """Takes attributes that the tuner does not have from the model."""
         try:
             return super().__getattr__(name)
         except AttributeError:

@@ -18,7 +18,8 @@ class BaseTunerLayer(nn.Module):
     Subclasses list their containers (`ModuleDict`/`ParameterDict` keyed by adapter) in
     `adapter_containers` and implement `increment` and `get_delta_weight`; `bind` and `forward_one`
     are the straight-line path for the common case of one active, unmerged adapter. What `bind`
-    returns is the method's own, a NamedTuple by custom.
+    returns is the method's own, a NamedTuple by custom. On that path `_modules["base_layer"]` stands
+    for `base_layer`: it spares nn.Module's slow look-up.
     """
 
     adapter_containers: ClassVar[tuple[str, ...]] = ()
@@ -64,7 +65,7 @@ class BaseTunerLayer(nn.Module):
         Then one fused map may compute base and increment; otherwise the base must be called, for
         its own forward (quantised layers, subclasses) or its hooks (offloading, FSDP, profilers).
         """
-        base = self._modules["base_layer"]  # in every pass: spares nn.Module's slow look-up
+        base = self._modules["base_layer"]
         hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks
         return self._linear_base and not hooked
 

@@ -155,7 +155,7 @@ class SVDLinear(LowRankLayer):
 
     def forward_one(self, x: Tensor, bound: Bound, *args: Any, **kwargs: Any) -> Tensor:
         """x Wᵀ + b + s·(drop(x)Aᵀ ∘ E ∘ m)Bᵀ, in one fused map where the base is a plain one."""
-        base = self.base_layer
+        base = self._modules["base_layer"]
         p = bound.dropout if self.training else 0.0
         own = bound.A, bound.E, bound.B, bound.mask.keep, bound.scaling, p
         if self.base_is_plain():

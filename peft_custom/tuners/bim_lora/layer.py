@@ -171,7 +171,7 @@ class BIMLoRALinear(BaseTunerLayer):
         """Base and increment in one map, where the base layer is a plain one."""
         if not self.base_is_plain():
             return self.forward_several(x, self._live, *args, **kwargs)
-        f, base, training = bound.factors, self.base_layer, self.training
+        f, base, training = bound.factors, self._modules["base_layer"], self.training
         weight = base.weight
         if not training and not torch.is_grad_enabled() and weight.dtype == x.dtype:
             if x.dtype in (torch.float32, torch.float64) and _no_autocast(x):

@@ -91,7 +91,7 @@ class Linear(DyLoraLayer, plain.Linear):
 
     def forward_one(self, x: Tensor, bound: NestedBound, *args: Any, **kwargs: Any) -> Tensor:
         """Base and update in one fused map where the base layer is a plain one."""
-        base = self.base_layer
+        base = self._modules["base_layer"]
         p = bound.dropout if self.training else 0.0
         own = bound.A.weight, bound.B.weight, bound.alpha, p, bound.nested
         if self.base_is_plain():

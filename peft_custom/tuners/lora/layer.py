@@ -134,7 +134,7 @@ class Linear(LoraLayer):
 
     def forward_one(self, x: Tensor, bound: Bound, *args: Any, **kwargs: Any) -> Tensor:
         """x Wᵀ + b + s·drop(x)AᵀBᵀ, in one fused map where the base layer is a plain one."""
-        base = self.base_layer
+        base = self._modules["base_layer"]
         p = bound.dropout if self.training else 0.0
         own = bound.A.weight, bound.B.weight, bound.scaling, p
         if self.base_is_plain():

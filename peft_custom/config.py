@@ -43,7 +43,7 @@ class PeftType(str, enum.Enum):
     ADALORA = "ADALORA"
 
 
-def inert(key: str, value: Any) -> bool:
+def inert(key: str, value: object) -> bool:
     """Whether an unknown configuration key changes nothing with this value."""
     if key in INFORMATIVE_KEYS or value is None or value is False:
         return True
@@ -52,7 +52,7 @@ def inert(key: str, value: Any) -> bool:
     return value in INERT_VALUES.get(key, ())
 
 
-def jsonable(value: Any) -> Any:
+def jsonable(value: object) -> Any:
     """Sets become sorted lists and enum members their values, all the way down."""
     if isinstance(value, enum.Enum):
         return value.value

@@ -11,7 +11,10 @@ from typing import Any
 
 @contextlib.contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; on success it takes the place of `path`, whole."""
+    """A temporary path in the folder of `path`; what is written there replaces `path` on success.
+
+    A reader, or a run that is killed, finds the old file or the new one, never a part.
+    """
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield aside

@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from .hooks import TrainingHooks, attach, load_hooks_state, save_hooks_state, saved_token
+from .protocols import AnyOptimizer
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
 
 NAME = "TunerCallback"
 
@@ -40,7 +44,7 @@ class _Callback:
         self.hooks: TrainingHooks | None = None
         self.saved: dict[str, str] = {}  # the token of the last save and the folder it went to
         self._output_dir = ""
-        self._state: Any = None
+        self._state: TrainerState | None = None
 
     def state(self) -> dict[str, Any]:
         """For `trainer_state.json`, asked just before `on_save`: where the hooks' state will be."""
@@ -54,16 +58,16 @@ class _Callback:
 
     def on_train_begin(
         self,
-        args: Any,
-        state: Any,
-        control: Any,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
         model: nn.Module | None = None,
-        optimizer: Any = None,
+        optimizer: AnyOptimizer | None = None,
         train_dataloader: Iterable[Any] | None = None,
         **unused: Any,
     ) -> None:
         """Attaches; then goes on where a checkpoint was, or lets methods look at data."""
-        assert model is not None
+        assert model is not None and optimizer is not None
         seed = args.seed if self.seed is None else self.seed
         self._output_dir, self._state = args.output_dir, state
         self.hooks = attach(model, optimizer, state.max_steps, seed=seed, **self.schedule)
@@ -80,7 +84,7 @@ class _Callback:
         model.train(training)
         model.zero_grad()
 
-    def _resumed_from(self, args: Any, state: Any) -> Path:
+    def _resumed_from(self, args: TrainingArguments, state: TrainerState) -> Path:
         """The folder whose hooks' state was written with the resumed `trainer_state.json`."""
         noted = state.stateful_callbacks.get(NAME, {})
         noted = noted[-1] if isinstance(noted, list) else noted
@@ -106,7 +110,9 @@ class _Callback:
             "not adapting"
         )
 
-    def on_save(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: Any
+    ) -> None:
         """Writes the hooks' state into the Trainer's checkpoint."""
         if self.hooks is None or not self.hooks.adapts or not args.should_save:
             return
@@ -120,7 +126,12 @@ class _Callback:
         save_hooks_state(folder, self.hooks.state_dict(), token=self.saved.get("token", ""))
 
     def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **unused: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **unused: Any,
     ) -> None:
         """Adds the hooks' figures, as `tuner/<name>`, to the training logs."""
         if self.hooks is None or logs is None or "loss" not in logs:
@@ -133,7 +144,9 @@ class _Callback:
         if state.log_history:
             state.log_history[-1].update(figures)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: Any
+    ) -> None:
         """Detaches. Where the best checkpoint was loaded, the schedule goes back to it as well."""
         if self.hooks is None:
             return
@@ -147,7 +160,7 @@ def _checkpoint(output_dir: str, step: int) -> Path:
     return Path(output_dir) / f"checkpoint-{step}"
 
 
-def _task_loss(model: nn.Module, batch: Any) -> Tensor:
+def _task_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     out = model(**batch)
     loss = out["loss"] if isinstance(out, dict) else getattr(out, "loss", None)
     if loss is None:

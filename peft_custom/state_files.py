@@ -7,8 +7,9 @@ Trees are dictionaries (with keys of any plain kind), lists, tuples, numbers, st
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,10 +18,13 @@ from torch import Tensor
 
 from .files import written_aside
 
+Plain: TypeAlias = "bool | int | float | str | None"
+Tree: TypeAlias = "Plain | Tensor | Sequence[Tree] | Mapping[Any, Tree]"
+
 FILLER = {"": torch.zeros(0)}  # older safetensors refuse a file without a tensor
 
 
-def write_tree(path: Path, tree: Any, **metadata: str) -> None:
+def write_tree(path: Path, tree: Tree, **metadata: str) -> None:
     """Writes a tree whole or not at all; `metadata` can be read without the tensors.
 
     Raises:
@@ -33,7 +37,7 @@ def write_tree(path: Path, tree: Any, **metadata: str) -> None:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What was given beside the tree.
+    """Reads the `metadata` that `write_tree` was given.
 
     Raises:
         ValueError: the file is missing or damaged.
@@ -60,7 +64,7 @@ def read_tree(path: Path) -> Any:
         raise ValueError(f"{path}: damaged or something else ({error})") from error
 
 
-def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+def _pack(value: Tree, path: str, tensors: dict[str, Tensor]) -> Any:
     """JSON for a tree; tensors become references, tuples and other keys than text are marked."""
     if isinstance(value, Tensor):
         while path in tensors:  # "a.b" may be one key or two

@@ -1,8 +1,9 @@
-"""What state the adapters of a model are in, for people who wonder."""
+"""Reports which adapters of a model are active, merged and trainable."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -63,12 +64,12 @@ def get_layer_status(model: nn.Module) -> list[LayerStatus]:
 
 
 def get_model_status(model: nn.Module) -> ModelStatus:
-    """The layers' states, summed up."""
+    """The state of all adapted layers together; "irregular" where they differ."""
     layers = get_layer_status(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no adapted layer")
 
-    def common(field: str) -> object:
+    def common(field: str) -> Any:
         values = [getattr(layer, field) for layer in layers]
         return values[0] if all(value == values[0] for value in values) else "irregular"
 

@@ -24,7 +24,7 @@ def _given(**values: Any) -> dict[str, Any]:
 
 
 class _EncoderTask(PeftModel):
-    """Shared by the tasks whose models take token, mask, segment and label tensors."""
+    """The tasks of encoders: models that take token, mask, segment and label tensors."""
 
     def forward(
         self,
@@ -41,7 +41,7 @@ class _EncoderTask(PeftModel):
         max_seqlen: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Runs the model; `labels` add a loss, `cu_seqlens` and `max_seqlen` say a packed batch."""
+        """Runs the model; `labels` add a loss, `cu_seqlens`, `max_seqlen` mark a packed batch."""
         return super().forward(
             **_given(
                 input_ids=input_ids,
@@ -101,7 +101,7 @@ class PeftModelForQuestionAnswering(PeftModel):
         max_seqlen: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Runs the model; positions add a loss, `cu_seqlens` says a packed batch."""
+        """Runs the model; positions add a loss, `cu_seqlens` marks a packed batch."""
         return super().forward(
             **_given(
                 input_ids=input_ids,

@@ -49,8 +49,8 @@ class AttachedHooks(TrainingHooks):
         self._driver = StepDriver(
             optimizer, self.before_step, self.after_step, self._rewind, watched
         )
-        for owner in self.owners:
-            note_attached(owner, self)
+        for owner, part in parts:
+            note_attached(owner, self, part)
         self._begin()
 
     # --- driven by the optimiser ----------------------------------------------------------------
@@ -88,7 +88,7 @@ class AttachedHooks(TrainingHooks):
             set_finished(owner, part.finished)
 
     def _rewind(self) -> Callable[[], None]:
-        state = copy.deepcopy(self.state_dict())
+        state = copy.deepcopy(self.state_dict())  # live tensors go on changing
         return lambda: self._load(state)
 
     # --- preparation ----------------------------------------------------------------------------
@@ -255,7 +255,7 @@ def attach(
     inner = unwrap_optimizer(optimizer)
     owners = list(owners_in(model))
     watched = _adapter_parameters(model, owners, inner)
-    for owner in owners:
+    for owner in owners:  # before new hooks are made: they find the model as `remove` leaves it
         earlier = hooks_driving(owner)
         if earlier is not None:
             earlier.remove()

@@ -67,7 +67,7 @@ class TrainingHooks:
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs beside the model and the optimiser: tensors and JSON values.
+        """What a resumed run needs beyond model and optimiser: tensors and JSON values.
 
         `t`, `schedule` and `prepared` are saved without being listed here.
         """
@@ -127,9 +127,13 @@ class TrainingHooks:
 
 
 def _whole_steps(total_steps: int | None) -> int:
-    """`total_steps` as a positive int, or the error that says what it is for."""
+    """`total_steps` as a positive int.
+
+    Raises:
+        ValueError: it is missing, or not a positive whole number.
+    """
     try:
-        steps = operator.index(total_steps)
+        steps = 0 if total_steps is None else operator.index(total_steps)
     except TypeError:
         steps = 0
     if steps <= 0 or isinstance(total_steps, bool):

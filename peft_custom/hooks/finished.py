@@ -1,4 +1,4 @@
-"""Whether an adapter has its final form: a schedule in the middle gives an unfinished one."""
+"""Whether an adapter has its final form; within its schedule it is unfinished."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import warnings
 from ..config import PeftConfig
 from ..protocols import HookOwner
 from ..tuners.base import BaseTuner
-from .owners import attached_hooks, hooks_driving
+from .owners import attached_hooks, own_hooks
 
 
 def set_finished(owner: HookOwner, finished: bool) -> None:
-    """Notes on a tuner whether its adapter has its final form, as a file says it does."""
+    """Records on a tuner whether its adapter has its final form."""
     # the comparison first: setting an attribute of a module is slow, and this runs at every step
     if getattr(owner, "_schedule_finished", None) is not finished:
         owner._schedule_finished = finished
@@ -25,9 +25,9 @@ def schedule_finished(tuner: BaseTuner) -> bool:
     """
     if getattr(type(tuner), "training_hooks", None) is BaseTuner.training_hooks:
         return True
-    hooks = hooks_driving(tuner)
+    hooks = own_hooks(tuner)
     if hooks is not None:
-        return hooks.parts[hooks.owners.index(tuner)].finished
+        return hooks.finished
     return bool(getattr(tuner, "_schedule_finished", False))
 
 
@@ -35,7 +35,7 @@ def warn_if_unfinished(tuner: BaseTuner, config: PeftConfig) -> None:
     """Warns before an unfinished adapter is written, and records its state in the configuration.
 
     Args:
-        tuner: whose adapter is saved.
+        tuner: the tuner of the saved adapter.
         config: what goes into the file; `finished` is set where it has that field.
     """
     finished = schedule_finished(tuner)

@@ -1,7 +1,8 @@
 """What every adapter method shares: finding layers, wrapping them, switching, merging, naming.
 
-A method is three short files. `layer.py` has a `BaseTunerLayer` (the formula), `config.py` a
-`PeftConfig` (the options), `model.py` a `BaseTuner` registered under its adapter type:
+A method is a folder. `layer.py` has a `BaseTunerLayer` (the formula), `config.py` a `PeftConfig`
+(the options), `model.py` a `BaseTuner` registered under its adapter type, and `hooks.py` its
+`TrainingHooks` where it adapts while training:
 
     @register_tuner("LORA", LoraConfig)
     class LoraModel(BaseTuner[LoraConfig]):
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import CONFIG_CLASSES, PeftConfig
+from ..protocols import TargetOptions
 from . import targets
 from .modules_to_save import BASE, ModulesToSaveWrapper, Routes
 from .parameters import decay_groups, trained_biases
@@ -141,11 +143,11 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
         return state
 
     def __getattr__(self, name: str) -> Any:
-        """What the tuner has not, the model may have."""
+        """Takes attributes that the tuner does not have from the model."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "model":
+            if name == "model":  # not set yet (copying, unpickling): no endless recursion
                 raise
             return getattr(self.model, name)
 
@@ -165,7 +167,7 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
             raise ValueError(f"there is an adapter {adapter!r} already; delete it or choose a name")
         if not adapter or "." in adapter or adapter == BASE:
             raise ValueError(f"adapter name {adapter!r}: use one without a dot, and not {BASE}")
-        config = copy.deepcopy(config)
+        config = copy.deepcopy(config)  # it is completed below, and the caller may use it again
         biased = [n for n, c in self.peft_config.items() if getattr(c, "bias", "none") != "none"]
         if biased and getattr(config, "bias", "none") != "none":
             raise ValueError(
@@ -184,6 +186,7 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
                 module = wrapper
             module.add_adapter(adapter)
         self.peft_config[adapter] = config
+        # new parameters start trainable: only those of the active adapters may stay so
         if self.active_adapters:
             self.set_adapter(self.active_adapters)
 
@@ -197,11 +200,18 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
                 stacklevel=6,
             )
 
-    def _resolve(self, config: ConfigT) -> list[tuple[str, nn.Module]]:
-        """Chosen (name, module) pairs; `target_modules` None and "all-linear" become entries."""
-        opaque = (BaseTunerLayer, ModulesToSaveWrapper)
-        modules = list(targets.walk(self.model, opaque))
-        seen_as = [
+    def _resolve(self, config: TargetOptions) -> list[tuple[str, nn.Module]]:
+        """The modules to adapt, by name, as `config` chooses them.
+
+        `target_modules` of None or "all-linear" is replaced by the entries it stands for, so that a
+        saved configuration names the modules whatever a later release takes for its defaults.
+        """
+        # Not into wrappers: their inner `base_layer` and the saved copies are not modules of the
+        # model, and a pattern must not reach them.
+        modules = list(targets.walk(self.model, (BaseTunerLayer, ModulesToSaveWrapper)))
+        # A second adapter meets layers that the first one wrapped. Selecting by type has to see the
+        # base layer; the wrapper is what gets the new adapter.
+        candidates = [
             (name, module.base_layer if isinstance(module, BaseTunerLayer) else module)
             for name, module in modules
         ]
@@ -209,14 +219,14 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
             config.target_modules = targets.default_targets(self.model)
         elif config.target_modules == "all-linear":
             skip = targets.as_list(config.modules_to_save)
-            config.target_modules = targets.all_linear(self.model, seen_as, skip)
+            config.target_modules = targets.all_linear(self.model, candidates, skip)
         by_name = dict(modules)
-        return [(name, by_name[name]) for name in targets.select_targets(seen_as, config)]
+        return [(name, by_name[name]) for name in targets.select_targets(candidates, config)]
 
     def _modules_to_save(self, config: ConfigT) -> list[nn.Module]:
+        """The modules (or their wrappers) that `config.modules_to_save` names."""
         entries = targets.as_list(getattr(config, "modules_to_save", None))
-        opaque = (BaseTunerLayer, ModulesToSaveWrapper)
-        modules = list(targets.walk(self.model, opaque))
+        modules = list(targets.walk(self.model, (BaseTunerLayer, ModulesToSaveWrapper)))
         for entry in entries:
             if not any(targets.name_matches(name, entry) for name, _ in modules):
                 raise ValueError(
@@ -234,23 +244,22 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
         layers: list[tuple[nn.Module, BaseTunerLayer]] = []
         try:
             for name, module in chosen:
-                layer = module
                 if targets.bypassed_by_parent(module):
                     raise NotImplementedError(
                         f"{name!r}: nn.MultiheadAttention reads this weight past the module, so an "
                         "adapter on it would do nothing; leave it out of target_modules"
                     )
-                if not isinstance(layer, BaseTunerLayer):
-                    layer = self.new_layer(module, name, config)
-                    if layer is None:
-                        raise ValueError(
-                            f"target_modules: {name!r} is a {type(module).__name__}; adapters of "
-                            f"type {self.peft_type} go into {self.target_types}"
-                        )
+                wrapped = isinstance(module, BaseTunerLayer)  # by an earlier adapter
+                layer = module if wrapped else self.new_layer(module, name, config)
+                if layer is None:
+                    raise ValueError(
+                        f"target_modules: {name!r} is a {type(module).__name__}; adapters of "
+                        f"type {self.peft_type} go into {self.target_types}"
+                    )
                 layers.append((module, layer))
                 self.add_to_layer(layer, adapter, name, config)
         except Exception:
-            for _, layer in layers:
+            for _, layer in layers:  # earlier adapters' layers must not keep half of this one
                 layer.delete_adapter(adapter)
             raise
         for module, layer in layers:
@@ -263,7 +272,7 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
         """Puts `new` wherever `old` is registered (a module may have several names)."""
         for parent in list(self.model.modules()):
             if parent is new or isinstance(parent, BaseTunerLayer):
-                continue
+                continue  # wrappers go on holding their base layers
             for name, child in list(parent._modules.items()):
                 if child is old:
                     parent._modules[name] = new
@@ -293,6 +302,7 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
         ]
         self.active_adapters = names
         if any(layer.merged for _, layer in iter_adapters(self.model)):
+            # a merged weight holds the adapters active until now, not those to be activated
             warnings.warn("adapters were merged; they are unmerged before switching", stacklevel=2)
             self.unmerge_adapter()
         for _, layer in iter_adapters(self.model):
@@ -339,12 +349,12 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
         """
         for name in set(names) - {BASE}:
             self.adapter_config(name)
-        owner = torch.arange(len(names))
-        rows = owner if tokens is None else owner.repeat_interleave(tokens.cpu())
+        owner = torch.arange(len(names))  # (n,): a head sees one row a sample
+        rows = owner if tokens is None else owner.repeat_interleave(tokens.cpu())  # (tokens,)
         device = next(self.model.parameters()).device
 
         distinct = list(dict.fromkeys(names))
-        adapter_of = torch.tensor([distinct.index(name) for name in names])
+        adapter_of = torch.tensor([distinct.index(name) for name in names])  # (n,)
 
         def routes(owners: Tensor) -> Routes:
             chosen = adapter_of[owners]
@@ -412,7 +422,7 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
                     "both. Keep the adapter unmerged, or merge with untie=True, which gives "
                     f"{name!r} a weight of its own (and sets config.tie_word_embeddings=False)"
                 )
-            if shared:
+            if shared:  # untie: merging writes into the weight in place
                 layer.base_layer.weight = nn.Parameter(
                     layer.base_layer.weight.detach().clone(), requires_grad=False
                 )
@@ -437,7 +447,7 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
         Saved modules (the task head) stay: the active adapter's copy replaces the original.
         """
         for _, layer in list(iter_adapters(self.model)):
-            if not layer.merged:
+            if not layer.merged:  # dropped adapters leave the original weight (PiSSA split it)
                 layer.restore_base()
             self._replace(layer, layer.base_layer)
         for _, wrapper in list(self._wrappers()):

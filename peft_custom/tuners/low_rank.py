@@ -14,7 +14,7 @@ from .tuner_layer import BaseTunerLayer
 class LowRankLayer(BaseTunerLayer):
     """A layer whose adapters are s·ΔW with ΔW of rank r: ranks, α, dropout and scales by adapter.
 
-    A subclass makes its containers and parameters, and says what s is. Its `add_adapter` takes the
+    A subclass makes the containers and parameters and defines s. Its `add_adapter` takes the
     method's own options.
     """
 

@@ -43,7 +43,7 @@ class ModulesToSaveWrapper(nn.Module):
         self._bind()
 
     def set_adapter(self, names: list[str], trainable: list[str] | None = None) -> None:
-        """Puts the copy that one of `names` has here into use; `trainable` ones get gradients."""
+        """Activates the copy that one of `names` has here; `trainable` ones get gradients."""
         present = [name for name in names if name in self.modules_to_save]
         if len(present) > 1:
             raise ValueError(
@@ -61,7 +61,7 @@ class ModulesToSaveWrapper(nn.Module):
         self._bind()
 
     def current_module(self) -> nn.Module:
-        """The module that computes at present."""
+        """The module that `forward` runs: the active copy, or the original."""
         return self._current[0]
 
     def _bind(self) -> None:
@@ -82,7 +82,10 @@ class ModulesToSaveWrapper(nn.Module):
         return run_in_own_dtype(self._current[0], args, kwargs)
 
     def _forward_routed(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Every copy sees the whole batch (packed ones cannot be cut); each row takes its own's."""
+        """Runs every copy on the whole batch and takes each row from the copy of its own adapter.
+
+        The input is not cut by rows beforehand: a packed batch's rows belong together.
+        """
         out: Tensor | None = None
         for i, (name, _) in enumerate(self.routes[0]):
             module = self.modules_to_save[name] if name in self.modules_to_save else None

@@ -5,9 +5,13 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
+
+from ..protocols import TargetOptions
+
+ItemT = TypeVar("ItemT")
 
 # Attention projections adapted by default, by `config.model_type`.
 DEFAULT_TARGETS: dict[str, tuple[str, ...]] = {
@@ -41,12 +45,14 @@ DEFAULT_TARGETS: dict[str, tuple[str, ...]] = {
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Hugging Face's `Conv1D`: a linear map whose weight is stored (in, out). Told by its shape."""
+    """Whether this is Hugging Face's `Conv1D`: a linear map with a weight stored (in, out)."""
+    # by its name and attributes: this package does not import transformers
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "weight")
 
 
 def bypassed_by_parent(module: nn.Module) -> bool:
     """Whether the parent reads this module's weight itself (`nn.MultiheadAttention` does)."""
+    # torch's private class for `out_proj`; its name is all there is to tell it by
     return type(module).__name__ == "NonDynamicallyQuantizableLinear"
 
 
@@ -66,7 +72,7 @@ def name_matches(name: str, entry: str) -> bool:
     return name == entry or name.endswith(f".{entry}")
 
 
-def pattern_value(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+def pattern_value(patterns: Mapping[str, ItemT], name: str, default: ItemT) -> ItemT:
     """Value of the first key that fits the end of `name` (a regular expression), else `default`."""
     for key, value in patterns.items():
         if re.fullmatch(rf"(.*\.)?({key})", name):
@@ -74,7 +80,7 @@ def pattern_value(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
     return default
 
 
-def check_patterns(option: str, patterns: Mapping[str, Any], names: Iterable[str]) -> None:
+def check_patterns(option: str, patterns: Mapping[str, object], names: Iterable[str]) -> None:
     """Raises when a key of `rank_pattern` or `alpha_pattern` fits no adapted module."""
     names = list(names)
     for key in patterns:
@@ -87,6 +93,7 @@ def check_patterns(option: str, patterns: Mapping[str, Any], names: Iterable[str
 def suggestions(entry: str, names: Iterable[str]) -> str:
     """`; did you mean …` with the leaf names or full names nearest to `entry`."""
     names = list(names)
+    # without the numbers of module lists ("layer.0" → "0"): nobody means those
     leaves = sorted({name.rsplit(".", 1)[-1] for name in names if not name[-1:].isdigit()})
     near = difflib.get_close_matches(entry, [*leaves, *names], n=3, cutoff=0.5)
     shown = near or leaves[:12]
@@ -113,6 +120,7 @@ def all_linear(
     and everything in `skip`. The result is as short as it can be: a leaf name stands for all
     modules that end in it, a full name for one.
     """
+    # Hugging Face's models name their body; what lies beside it is the task's head
     prefix = getattr(model, "base_model_prefix", "")
     inside = f"{prefix}." if prefix and hasattr(model, prefix) else ""
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -127,10 +135,12 @@ def all_linear(
     ]
     if not chosen:
         raise ValueError("target_modules='all-linear': this model has no linear map in its body")
-    taken, entries = set(chosen), []
+    wanted, entries = set(chosen), []
     for leaf in sorted({name.rsplit(".", 1)[-1] for name in chosen}):
+        # a leaf name may stand for its modules only if all of them are wanted: "dense" would take
+        # a head's `dense` along. A bare number names a place in a list, in any list.
         matching = [name for name, _ in candidates if name_matches(name, leaf)]
-        full = [name for name in matching if name in taken]
+        full = [name for name in matching if name in wanted]
         entries += [leaf] if len(full) == len(matching) and not leaf.isdigit() else full
     return entries
 
@@ -145,6 +155,7 @@ def under(name: str, entries: Iterable[str]) -> bool:
 def layer_index(name: str, layers_pattern: list[str]) -> int | None:
     """The number in `name` after `.<pattern>.`; without patterns, after any `.<word>.`."""
     for pattern in layers_pattern or [r"[^.]+"]:
+        # non-greedy: of nested lists ("layers.3.experts.7.") the outer number counts
         found = re.match(rf".*?\.{pattern}\.(\d+)\.", f".{name}.")
         if found:
             return int(found.group(1))
@@ -155,14 +166,12 @@ def as_list(value: Any) -> list[Any]:
     """None → [], a scalar → [scalar], any collection → a list."""
     if value is None:
         return []
-    return (
-        sorted(value)
-        if isinstance(value, (set, frozenset))
-        else (list(value) if isinstance(value, (list, tuple)) else [value])
-    )
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)  # the same order in every process and every file
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def select_targets(candidates: list[tuple[str, nn.Module]], config: Any) -> list[str]:
+def select_targets(candidates: list[tuple[str, nn.Module]], config: TargetOptions) -> list[str]:
     """The names that `config` chooses, in model order.
 
     `target_modules` as a string is a regular expression for the whole name; as a list, exact names
@@ -189,6 +198,7 @@ def select_targets(candidates: list[tuple[str, nn.Module]], config: Any) -> list
                 )
         entries = set(as_list(targets))
         chosen = [name for name in names if any(name_matches(name, entry) for entry in entries)]
+    # not every method has PEFT's options for LoRA: those absent restrict nothing
     saved = as_list(config.modules_to_save)
     excluded = getattr(config, "exclude_modules", None)
     layers = set(as_list(getattr(config, "layers_to_transform", None)))
@@ -208,7 +218,7 @@ def select_targets(candidates: list[tuple[str, nn.Module]], config: Any) -> list
     return kept
 
 
-def _excluded(name: str, excluded: Any) -> bool:
+def _excluded(name: str, excluded: str | Iterable[str] | None) -> bool:
     if excluded is None:
         return False
     if isinstance(excluded, str):

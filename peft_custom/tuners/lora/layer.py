@@ -78,7 +78,7 @@ class LoraLayer(LowRankLayer):
     def initialise(self, adapter: str, init: bool | str) -> None:
         """Draws A and B as `LoraConfig.init_lora_weights` says."""
         A, B = self.factors(adapter)
-        bound = 1.0 / math.sqrt(A[0].numel())  # kaiming_uniform(a=√5)
+        bound = 1.0 / math.sqrt(A[0].numel())  # kaiming_uniform(a=√5): 1/√fan_in
         if isinstance(init, str) and init.startswith("pissa"):
             self._initialise_pissa(adapter, init)
             return
@@ -86,7 +86,7 @@ class LoraLayer(LowRankLayer):
             A.normal_(0.0, 1.0 / self.r[adapter])
         else:
             A.uniform_(-bound, bound)
-        if init is False:
+        if init is False:  # B otherwise stays 0, and training starts from the base model
             B.uniform_(-1.0 / math.sqrt(self.r[adapter]), 1.0 / math.sqrt(self.r[adapter]))
 
     def _initialise_pissa(self, adapter: str, init: str) -> None:

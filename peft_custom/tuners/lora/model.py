@@ -71,12 +71,12 @@ class LoraModel(BaseTuner[LoraConfig]):
     def export(
         self, adapter: str, convert_pissa_to_lora: bool | None = None
     ) -> tuple[LoraConfig, dict[str, Tensor]]:
-        """What goes into a file.
+        """Configuration and tensors as they go into a file.
 
-        A PiSSA adapter is relative to the residual base. As `"pissa"` it is written as it is, since
-        whoever loads it finds the same residual by the same SVD; one of the randomised kind (whose
-        SVD cannot be repeated), or any with `convert_pissa_to_lora=True`, becomes a plain LoRA
-        adapter of twice the rank for the original base.
+        A PiSSA adapter is relative to the residual base. An adapter of kind `"pissa"` is written as
+        it is: loading it repeats the SVD and finds the same residual. A randomised SVD cannot be
+        repeated, so `"pissa_niter_<k>"`, and any kind with `convert_pissa_to_lora=True`, becomes a
+        plain LoRA adapter of twice the rank for the original base.
         """
         config, tensors = super().export(adapter)
         init = str(config.init_lora_weights)

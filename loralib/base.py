@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import operator
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import functional as lora
+
+Shapes = tuple[tuple[int, int], tuple[int, int]]  # of A and of B
 
 
 class LoRALayer(nn.Module):
@@ -33,7 +36,7 @@ class LoRALayer(nn.Module):
         lora_alpha: float,
         lora_dropout: float,
         merge_weights: bool,
-        shapes: tuple[tuple[int, int], tuple[int, int]] | None,
+        shapes: Shapes | None,
     ) -> None:
         """Creates A and B of these shapes (None: nothing is adapted) and freezes the weight."""
         self.r = r
@@ -45,7 +48,7 @@ class LoRALayer(nn.Module):
         self._cached: tuple[tuple, Tensor] | None = None  # (state of s, W, A, B; W + s·B A)
         if self.adapted:
             weight = self.weight
-            # Factors are fp32 beside a weight of lower precision, for the optimiser's small steps.
+            # fp32 where the weight is narrower: an optimiser's small steps would be rounded away.
             dtype = torch.promote_types(weight.dtype, torch.float32)
             for name, shape in zip(("lora_A", "lora_B"), shapes, strict=True):
                 factor = torch.empty(shape, dtype=dtype, device=weight.device)
@@ -55,7 +58,7 @@ class LoRALayer(nn.Module):
             self.reset_lora_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws weight and bias as the plain layer does, and the factors anew."""
+        """Draws weight and bias as the plain layer does, then the factors."""
         super().reset_parameters()
         self.reset_lora_parameters()
 
@@ -69,7 +72,7 @@ class LoRALayer(nn.Module):
 
     @property
     def dropout_now(self) -> float:
-        """The dropout probability in force."""
+        """The dropout probability at present: 0 in eval mode."""
         return self.lora_dropout.p if self.lora_dropout.training else 0.0
 
     @property
@@ -154,7 +157,7 @@ class LoRALayer(nn.Module):
         self._cached = None
         return super().train(mode)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> LoRALayer:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALayer:
         self._cached = None
         module = super()._apply(fn, recurse)
         if self._original is not None:

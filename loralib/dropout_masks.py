@@ -1,12 +1,12 @@
 """Dropout masks that cost little to draw and a byte per element to keep.
 
-On a CPU a Bernoulli draw per element takes longer than the matrix product beside it. There the mask
+On a CPU a Bernoulli draw per element takes longer than the layer's matrix product. There the mask
 comes from 64-bit random words read as bytes (or as 16-bit pieces where 1/256 is too coarse for p):
 
     P(drop) = k / levels,    k = round(p * levels),    levels = 256 or 65536
 
 so p is met to the nearest level, and `scale_in_force` is the 1 / (1 - k/levels) that belongs to the
-probability in force. A kept element's mask byte is -1 and a dropped one's 0: sign extension makes
+probability in effect. A kept element's mask byte is -1 and a dropped one's 0: sign extension makes
 them all ones and all zeros, which a bitwise *and* applies to a float without a conversion.
 Other devices, and compiled code, keep a boolean mask drawn by torch's own kernel with p itself.
 """

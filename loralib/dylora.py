@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional as lora
-from .base import LoRALayer
+from .base import LoRALayer, Shapes
 from .functional import ActiveRank
 from .layers import Embedding, Linear, MergedLinear, _LinearLayer
 
@@ -48,7 +48,7 @@ class NestedRank:
         self.chosen = ActiveRank(0, largest)
         self.sampled: ActiveRank | None = None
         self.batched: BatchedRanks | None = None
-        self.sampling_options: dict[str, Any] = {}
+        self.sampling_options: dict[str, int | str | bool] = {}
 
     def active_rank(self, rank: int, frozen: bool = False) -> ActiveRank:
         """Rank b with all its components trained, or `frozen` the last; an error outside 1 … R."""
@@ -121,9 +121,16 @@ class NestedLayer:
 class DyLoRALayer(NestedLayer, LoRALayer):
     """What the three layers share; mixed in before loralib's own layer."""
 
-    def _init_lora(self, r: int, lora_alpha: float, *rest: Any) -> None:
+    def _init_lora(
+        self,
+        r: int,
+        lora_alpha: float,
+        lora_dropout: float,
+        merge_weights: bool,
+        shapes: Shapes | None,
+    ) -> None:
         self.nested = NestedRank(r)
-        super()._init_lora(r, lora_alpha, *rest)
+        super()._init_lora(r, lora_alpha, lora_dropout, merge_weights, shapes)
 
     def nested_ranks(self) -> list[NestedRank]:
         return [self.nested] if self.adapted else []
@@ -172,15 +179,23 @@ class DyLoRAMergedLinear(_DyLoRALinear, MergedLinear):
 class DyLoRAEmbedding(DyLoRALayer, Embedding):
     """`Embedding` with nested factors; its arguments (but no `max_norm`), r is R."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        r: int = 0,
+        lora_alpha: float = 1,
+        merge_weights: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(num_embeddings, embedding_dim, r, lora_alpha, merge_weights, **kwargs)
         if self.adapted and self.max_norm is not None:
             raise ValueError(
                 f"DyLoRAEmbedding(max_norm={self.max_norm!r}): the looked-up rows of A would be "
                 "shortened by their norm at one rank, for all ranks; leave it out"
             )
 
-    def _update(self, ids: Tensor, **options: Any) -> Tensor:
+    def _update(self, ids: Tensor, **options: int | float | None) -> Tensor:
         factors, batched = (self.lora_A, self.lora_B), self.nested.batched
         if batched is not None:
             rank_scales = batched.scales(ids, ids.numel())

@@ -11,7 +11,7 @@ of its own keeps it beside its layer and shares `compute_dtype`, `without_autoca
   fp32.
 * ΔW is never formed in a forward pass where the two thin products do; nothing is computed or kept
   for a frozen W, nor for an x that needs no gradient; x is kept once, a dropout mask as bytes.
-* `p` is the dropout probability in force, so callers pass 0.0 in evaluation.
+* `p` is the dropout probability of this call, so callers pass 0.0 in evaluation.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class ActiveRank(NamedTuple):
 def compute_dtype(x: Tensor, weight: Tensor | None = None) -> torch.dtype:
     """The type the map is computed in: autocast's, else the weight's (x's where there is none)."""
     own = x.dtype if weight is None else weight.dtype
-    # Autocast leaves float64 alone, and so do we.
+    # Autocast leaves float64 alone, and so do these maps.
     if own != torch.float64 and torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return own
@@ -103,7 +103,7 @@ class _LowRankLinear(torch.autograd.Function):
         mask, t = None, scaling
         if p > 0.0:
             mask, t = draw_mask(tokens, p), scaling * scale_in_force(p, x.device)
-        seen = tokens if mask is None else masked(tokens, mask)
+        seen = tokens if mask is None else masked(tokens, mask)  # K ∘ x, (N, in)
         h = (seen @ A.to(x.dtype).T).mul_(t)  # (N, n r)
         if active is not None and active.rank < r:
             h.unflatten(1, (-1, r))[..., active.rank :] = 0
@@ -140,6 +140,7 @@ class _LowRankLinear(torch.autograd.Function):
                     dB[:, :i] = 0
             if need_A or need_x:
                 B_low = B.to(x.dtype)
+                # n of (N, r)
                 products = [g_j @ B_low[j * m : (j + 1) * m] for j, g_j in enumerate(parts)]
                 d = products[0] if len(starts) == 1 else torch.cat(products, dim=1)  # (N, n r)
                 d = d.mul_(ctx.t)
@@ -209,7 +210,7 @@ def lora_linear(
         bias: b (out,) or None.
         A, B: (r, in) and (out, r).
         scaling: s.
-        p: dropout probability in force, on the low-rank branch's input only.
+        p: dropout probability (0 in evaluation), on the low-rank branch's input only.
         fan_in_fan_out: whether the weight is stored transposed, as GPT-2's Conv1D does.
         active: (i, b) of nested factors: A[:b] and B[:, :b] act, components from i on get
             gradients; None: all act, and all get gradients.
@@ -258,7 +259,7 @@ def lora_merged_linear(
         B: (m·n, r), the B_j (m, r) likewise, m = out / len(enabled).
         scaling: s.
         enabled: for each segment of the output whether it has an update.
-        p: dropout probability in force.
+        p: dropout probability (0 in evaluation).
         fan_in_fan_out: whether the weight is stored transposed.
         active: as in `lora_linear`, of every A_j and B_j.
 
@@ -306,7 +307,7 @@ def lora_batched_ranks(
     m = B.shape[0] // n
     h = (rows @ A.to(x.dtype).T).unflatten(1, (n, R))  # (N, n, R)
     h = h.mul_(rank_scales[:, None])  # kept in fp32, so that 1/3 is not rounded to bf16 first
-    low = B.to(x.dtype)
+    low = B.to(x.dtype)  # (m n, R)
     if weight is None:
         out = (h[:, 0] @ low.T) * scaling
         return out.view(*x.shape[:-1], out.shape[-1])
@@ -343,7 +344,7 @@ def lora_embedding(
     if active is None:
         return (found @ B.T) * scaling
     i, b = active
-    out = found[..., i:b] @ B[:, i:b].T
+    out = found[..., i:b] @ B[:, i:b].T  # (..., dim)
     if i:  # these act, but as constants
         out = out + found[..., :i].detach() @ B[:, :i].detach().T
     return out * scaling
@@ -377,7 +378,7 @@ def lora_conv(
         weight, bias: of the base convolution; the number of kernel dimensions d is 1, 2 or 3.
         A, B, scaling: factors of either shape above, and s.
         stride, padding, dilation, groups: of the base convolution.
-        p: dropout probability in force, on the update's input only.
+        p: dropout probability (0 in evaluation), on the update's input only.
 
     Returns:
         The base convolution's output, updated, in the compute dtype.
@@ -391,11 +392,12 @@ def lora_conv(
     if thin:
         out = conv(x, W, b, *geometry)
         ones = (1,) * (weight.dim() - 2)
+        # one copy of A per group: (groups r, in/groups, k, …)
         kernel = A.to(dtype).view(-1, *weight.shape[1:]).repeat(groups, *(1,) * (weight.dim() - 1))
         h = conv(_dropped(x, p), kernel, None, *geometry)  # (batch, groups r, …)
         up = (B * scaling).to(dtype).view(*B.shape, *ones)  # (out, r, 1, …)
         return out + conv(h, up, None, 1, 0, 1, groups)
-    delta = (B @ A).mul(scaling).view(weight.shape)
+    delta = (B @ A).mul(scaling).view(weight.shape)  # (out, in/groups, k, …)
     if p == 0.0 and dtype == weight.dtype and dtype in (torch.float32, torch.float64):
         return conv(x, W + delta.to(dtype), b, *geometry)  # one convolution instead of two
     return conv(x, W, b, *geometry) + conv(_dropped(x, p), delta.to(dtype), None, *geometry)

@@ -192,7 +192,7 @@ class Embedding(LoRALayer, nn.Embedding):
         out = super().forward(ids)
         return out + self._update(ids, **options).to(out.dtype)
 
-    def _update(self, ids: Tensor, **options: Any) -> Tensor:
+    def _update(self, ids: Tensor, **options: int | float | None) -> Tensor:
         return lora.lora_embedding(ids, self.lora_A, self.lora_B, self.scaling, **options)
 
 

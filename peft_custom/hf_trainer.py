@@ -44,7 +44,7 @@ class _Callback:
         self.hooks: TrainingHooks | None = None
         self.saved: dict[str, str] = {}  # the token of the last save and the folder it went to
         self._output_dir = ""
-        self._state: TrainerState = None
+        self._state: TrainerState | None = None
 
     def state(self) -> dict[str, Any]:
         """For `trainer_state.json`, asked just before `on_save`: where the hooks' state will be."""

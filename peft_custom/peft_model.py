@@ -74,6 +74,8 @@ class PeftModel(nn.Module):
             def there(entry: str) -> bool:
                 return any(name_matches(name, entry) for name in modules)
 
+            # the task's head is always trained: added where it is not named, and of the usual names
+            # ("classifier", "score") those that this model does not have are dropped
             asked = as_list(config.modules_to_save)
             entries = [e for e in asked if e not in self.head_names or there(e)]
             entries += [e for e in self.head_names if e not in entries and there(e)]
@@ -88,10 +90,11 @@ class PeftModel(nn.Module):
 
     # --- the model seen through the wrapper -------------------------------------------------------
     def __getattr__(self, name: str) -> Any:
+        """Takes attributes that the wrapper does not have from the tuner, and so from the model."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_model":
+            if name == "base_model":  # not set yet (copying, unpickling): no endless recursion
                 raise
             return getattr(self.base_model, name)
 
@@ -140,8 +143,8 @@ class PeftModel(nn.Module):
         """
         if adapter_names is None:
             return self.base_model.model(*args, **kwargs)
-        bounds = kwargs.get("cu_seqlens")
-        tokens = None if bounds is None else bounds.diff()
+        bounds = kwargs.get("cu_seqlens")  # (n + 1,) where the n samples are packed
+        tokens = None if bounds is None else bounds.diff()  # (n,)
         samples = _batch_size(args, kwargs) if tokens is None else len(tokens)
         if samples is not None and samples != len(adapter_names):
             raise ValueError(f"adapter_names has {len(adapter_names)} names for {samples} samples")
@@ -181,6 +184,7 @@ class PeftModel(nn.Module):
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Within the context the base model computes: no adapter, the original head."""
+        # disabling unmerges, since the base weight has to be the original one in the context
         merged = {layer: list(layer.merged_adapters) for _, layer in iter_adapters(self)}
         self.base_model.enable_adapters(False)
         try:
@@ -240,7 +244,7 @@ class PeftModel(nn.Module):
         tuner.merge_adapter(adapter_names, untie=untie)
         difference = float((self._logits(verify) - before).abs().max())
         allowed = tolerance * max(1.0, float(before.abs().max()))
-        if not difference <= allowed:
+        if not difference <= allowed:  # NaN fails as well
             tuner.unmerge_adapter()
             raise ValueError(
                 f"merging changes the logits by {difference:.3g}, more than {allowed:.3g} "
@@ -249,11 +253,12 @@ class PeftModel(nn.Module):
             )
         print(f"merged; largest logit difference {difference:.3g} (allowed {allowed:.3g})")
         for _, layer in iter_adapters(self):
-            layer._kept = None
+            layer._kept = None  # frees the original weights; there is no way back from here
         return tuner.unload()
 
     @torch.no_grad()
     def _logits(self, batch: Batch) -> Tensor:
+        """The model's main output on a batch, in eval mode and fp32; each module's mode is kept."""
         modes = {module: module.training for module in self.modules()}
         self.eval()
         try:
@@ -393,6 +398,7 @@ class PeftModel(nn.Module):
 
 
 def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """First dimension of the first tensor among the arguments; None without one."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor) and value.dim() > 0:
             return value.shape[0]

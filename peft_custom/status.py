@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -68,7 +69,7 @@ def get_model_status(model: nn.Module) -> ModelStatus:
     if not layers:
         raise ValueError(f"{type(model).__name__} has no adapted layer")
 
-    def common(field: str) -> object:
+    def common(field: str) -> Any:
         values = [getattr(layer, field) for layer in layers]
         return values[0] if all(value == values[0] for value in values) else "irregular"
 

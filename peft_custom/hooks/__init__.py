@@ -7,10 +7,10 @@
         optimizer.step()                                       # before_step, the update, after_step
         optimizer.zero_grad()
 
-One step walks down this ladder and up again; `before_step` is on four of its rungs:
+One step walks down this ladder and up again; `before_step` is the same moment on every rung:
 
     optimizer.step()                 torch calls its step hooks before and after the update
-      StepDriver                     step_driver.py: only applied steps, final gradients
+      StepDriver                     step_driver.py: only applied steps, only final gradients
         AttachedHooks.before_step    attach.py: the counter t, every tuner of the model in turn
           AdaLoraHooks.before_step   tuners/<method>/hooks.py: a method's `TrainingHooks` (base.py)
             mask                     in the layers: what the next forward pass computes with

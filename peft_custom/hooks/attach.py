@@ -49,8 +49,8 @@ class AttachedHooks(TrainingHooks):
         self._driver = StepDriver(
             optimizer, self.before_step, self.after_step, self._rewind, watched
         )
-        for owner in self.owners:
-            note_attached(owner, self)
+        for owner, part in parts:
+            note_attached(owner, self, part)
         self._begin()
 
     # --- driven by the optimiser ----------------------------------------------------------------

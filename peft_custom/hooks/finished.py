@@ -7,7 +7,7 @@ import warnings
 from ..config import PeftConfig
 from ..protocols import HookOwner
 from ..tuners.base import BaseTuner
-from .owners import attached_hooks, hooks_driving
+from .owners import attached_hooks, own_hooks
 
 
 def set_finished(owner: HookOwner, finished: bool) -> None:
@@ -25,9 +25,9 @@ def schedule_finished(tuner: BaseTuner) -> bool:
     """
     if getattr(type(tuner), "training_hooks", None) is BaseTuner.training_hooks:
         return True
-    hooks = hooks_driving(tuner)
+    hooks = own_hooks(tuner)
     if hooks is not None:
-        return hooks.parts[hooks.owners.index(tuner)].finished
+        return hooks.finished
     return bool(getattr(tuner, "_schedule_finished", False))
 
 

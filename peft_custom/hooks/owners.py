@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from torch import nn
 from torch.optim import Optimizer
@@ -16,9 +16,6 @@ from torch.optim import Optimizer
 from ..protocols import HookOwner
 from ..tuners.base import iter_tuners
 from .base import TrainingHooks
-
-if TYPE_CHECKING:
-    from .attach import AttachedHooks
 
 LayerT = TypeVar("LayerT", bound=nn.Module)
 
@@ -71,10 +68,15 @@ def owners_in(model: nn.Module) -> Iterator[HookOwner]:
             yield owner_class(layers)
 
 
+class _Attachment(NamedTuple):
+    """Weak references to the hooks an optimiser drives, and to this owner's own part of them."""
+
+    hooks: weakref.ref[TrainingHooks]
+    part: weakref.ref[TrainingHooks]
+
+
 # Beside the modules rather than on them: a deep copy of a model is not driven by the optimiser.
-_attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[AttachedHooks]] = (
-    weakref.WeakKeyDictionary()
-)
+_attached: weakref.WeakKeyDictionary[nn.Module, _Attachment] = weakref.WeakKeyDictionary()
 
 
 def _module_of(owner: HookOwner) -> nn.Module:
@@ -82,9 +84,9 @@ def _module_of(owner: HookOwner) -> nn.Module:
     return owner.layers[0] if isinstance(owner, LayerOwner) else owner
 
 
-def note_attached(owner: HookOwner, hooks: AttachedHooks) -> None:
-    """Remembers, weakly, that `hooks` drive the owner."""
-    _attached[_module_of(owner)] = weakref.ref(hooks)
+def note_attached(owner: HookOwner, hooks: TrainingHooks, part: TrainingHooks) -> None:
+    """Remembers, weakly, that `hooks` are driven, and that `part` of them is the owner's."""
+    _attached[_module_of(owner)] = _Attachment(weakref.ref(hooks), weakref.ref(part))
 
 
 def note_detached(owner: HookOwner) -> None:
@@ -92,10 +94,16 @@ def note_detached(owner: HookOwner) -> None:
     _attached.pop(_module_of(owner), None)
 
 
-def hooks_driving(owner: HookOwner) -> AttachedHooks | None:
-    """The live hooks that drive this owner; None without."""
-    reference = _attached.get(_module_of(owner))
-    return None if reference is None else reference()
+def hooks_driving(owner: HookOwner) -> TrainingHooks | None:
+    """The live hooks, of all the model's owners, that drive this one; None without."""
+    attachment = _attached.get(_module_of(owner))
+    return None if attachment is None else attachment.hooks()
+
+
+def own_hooks(owner: HookOwner) -> TrainingHooks | None:
+    """The owner's own part of the live hooks that drive it; None without."""
+    attachment = _attached.get(_module_of(owner))
+    return None if attachment is None else attachment.part()
 
 
 def attached_hooks(model: nn.Module) -> TrainingHooks | None:

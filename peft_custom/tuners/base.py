@@ -145,7 +145,7 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
         return state
 
     def __getattr__(self, name: str) -> Any:
-        """Looks attributes up in the model that the tuner itself does not have."""
+        """Takes attributes that the tuner does not have from the model."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -246,19 +246,18 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
         layers: list[tuple[nn.Module, BaseTunerLayer]] = []
         try:
             for name, module in chosen:
-                layer = module
                 if targets.bypassed_by_parent(module):
                     raise NotImplementedError(
                         f"{name!r}: nn.MultiheadAttention reads this weight past the module, so an "
                         "adapter on it would do nothing; leave it out of target_modules"
                     )
-                if not isinstance(layer, BaseTunerLayer):
-                    layer = self.new_layer(module, name, config)
-                    if layer is None:
-                        raise ValueError(
-                            f"target_modules: {name!r} is a {type(module).__name__}; adapters of "
-                            f"type {self.peft_type} go into {self.target_types}"
-                        )
+                wrapped = isinstance(module, BaseTunerLayer)  # by an earlier adapter
+                layer = module if wrapped else self.new_layer(module, name, config)
+                if layer is None:
+                    raise ValueError(
+                        f"target_modules: {name!r} is a {type(module).__name__}; adapters of "
+                        f"type {self.peft_type} go into {self.target_types}"
+                    )
                 layers.append((module, layer))
                 self.add_to_layer(layer, adapter, name, config)
         except Exception:
@@ -266,7 +265,7 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
                 layer.delete_adapter(adapter)
             raise
         for module, layer in layers:
-            if module is not layer:  # it was no wrapper yet
+            if module is not layer:
                 layer.train(module.training)
                 self._replace(module, layer)
         self._fast_path_flags += disable_fast_path(self.model)

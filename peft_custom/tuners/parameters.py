@@ -20,6 +20,7 @@ def trained_biases(model: nn.Module, mode: str, adapter: str) -> dict[str, nn.Pa
     if mode == "all":
         adapters = [p for _, layer in iter_adapters(model) for p in layer.adapter_parameters()]
         wrappers = [m for m in model.modules() if isinstance(m, ModulesToSaveWrapper)]
+        # an adapter's own bias, or a saved module's, is saved with that and trains in any case
         others = {id(p) for p in adapters} | {id(p) for w in wrappers for p in w.parameters()}
         found = {
             name: p

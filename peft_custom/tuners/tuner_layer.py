@@ -18,8 +18,8 @@ class BaseTunerLayer(nn.Module):
     Subclasses list their containers (`ModuleDict`/`ParameterDict` keyed by adapter) in
     `adapter_containers` and implement `increment` and `get_delta_weight`; `bind` and `forward_one`
     are the straight-line path for the common case of one active, unmerged adapter. What `bind`
-    returns is the method's own, a NamedTuple by custom. On that path `_modules["base_layer"]` stands
-    for `base_layer`: it spares nn.Module's slow look-up.
+    returns is the method's own, a NamedTuple by custom. `_modules["base_layer"]` on that path is
+    `base_layer` without nn.Module's slow look-up.
     """
 
     adapter_containers: ClassVar[tuple[str, ...]] = ()

@@ -14,7 +14,13 @@ from torch import Tensor, nn
 
 from peft_custom import BimLoraConfig, inject_adapter_in_model
 from peft_custom.hooks import TrainingHooks
-from peft_custom.tuners.bim_lora import BIMLoRALinear, FeatureCollector, ImplicitMLP, masks
+from peft_custom.tuners.bim_lora import (
+    BIMLoRALinear,
+    FeatureCollector,
+    ImplicitMLP,
+    masks,
+    reference,
+)
 from peft_custom.tuners.bim_lora.features import (
     Features,
     Moments,
@@ -330,7 +336,7 @@ def test_standardised_inputs_learn_the_ranking_and_the_layer_norm_does_not() -> 
     agreement = {}
     for compat in (False, True):
         config = BimLoraConfig(reference_compat=compat, mlp_batch_size=1024, mlp_epochs=12)
-        mlp, inputs = ImplicitMLP(config), network_inputs(values, hats, compat)
+        mlp, inputs = ImplicitMLP(config), hats if compat else network_inputs(values)
         history = train_mlp(mlp, inputs, labels, config, seed=1)
         agreement[compat] = spearman(mlp.predict_batch(inputs)[same], labels[same])
         again = ImplicitMLP(config)
@@ -345,7 +351,7 @@ def test_the_network_keeps_its_best_state() -> None:
     values = random_features(300)
     config = BimLoraConfig(mlp_lr=0.3, mlp_epochs=30, mlp_batch_size=32, mlp_dropout=0.0,
                            mlp_early_stop_patience=30, mlp_val_split=0.5)  # fmt: skip
-    mlp, inputs = ImplicitMLP(config), network_inputs(values, normalised(values), False)
+    mlp, inputs = ImplicitMLP(config), network_inputs(values)
     labels = torch.rand(300, generator=torch.Generator().manual_seed(0))
     history = train_mlp(mlp, inputs, labels, config)
     assert history["val_loss"][-1] > min(history["val_loss"])
@@ -386,7 +392,7 @@ def test_worked_example_D() -> None:
 
 def test_fact_7_temperatures_by_epoch_and_by_fraction() -> None:
     wanted = [1.4] * 6 + [1.0] * 6 + [0.8] * 8 + [0.6] * 6 + [0.45] * 4
-    assert [masks.temperature_of_epoch(epoch) for epoch in range(30)] == wanted
+    assert [reference.temperature_of_epoch(epoch) for epoch in range(30)] == wanted
     config = BimLoraConfig(reference_compat=True, num_train_epochs=30)
     table = masks.resolve_table(config, TrainingHooks(300))
     assert [masks.temperature_at(10 * e + 5, config, table) for e in range(30)] == wanted

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...distributed import reduce_mean
+from ...protocols import AnyOptimizer
 from .config import AdaLoraConfig
 from .criteria import CRITERIA, inputs
 from .triplets import Stack, Triplets
@@ -80,7 +81,11 @@ class RankAllocator:
     """
 
     def __init__(
-        self, triplets: Triplets, config: AdaLoraConfig, schedule: Schedule, optimizer: Any = None
+        self,
+        triplets: Triplets,
+        config: AdaLoraConfig,
+        schedule: Schedule,
+        optimizer: AnyOptimizer | None = None,
     ) -> None:
         self.triplets = triplets
         self.schedule = schedule
@@ -229,7 +234,7 @@ class RankAllocator:
         self._history = list(zip(state["steps"], state["budgets"], ranks, strict=True))
 
 
-def check_posterior(optimizer: Any, criterion: str) -> None:
+def check_posterior(optimizer: AnyOptimizer | None, criterion: str) -> None:
     """Raises where the criterion needs a posterior and the optimiser has none."""
     if callable(getattr(optimizer, "posterior_std", None)):
         return

@@ -26,7 +26,7 @@ class AdaLoraConfig(LoraConfig):
         deltaT: steps between cuts.
         beta1, beta2: of the moving averages of the sensitivity and of its variation.
         orth_reg_weight: γ of the orthogonality regulariser; 0 turns it off.
-        total_step: T, where `attach` is not told the number of steps.
+        total_step: T, where `attach` is not given the number of steps.
         rank_pattern: components that a file's tensors hold, `"<module>.lora_E"` → bool per rank.
         init_lora_weights: True: A, B ~ N(0, 0.02²) and E = 0, so that training starts from the base
             model (the paper, and PEFT from 0.12); `"gaussian"`: E ~ N(0, 0.02²) as well, as PEFT
@@ -123,7 +123,7 @@ class AdaLoraConfig(LoraConfig):
         if not whole or self.total_step <= 0:
             raise ValueError(
                 f"total_step={self.total_step!r}: the number of optimiser steps of the training, "
-                "or None where attach is told"
+                "or None where attach is given it"
             )
         lengths = [
             length * self.total_step if isinstance(length, float) else length

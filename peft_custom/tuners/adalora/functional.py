@@ -122,7 +122,7 @@ def svd_linear(
         A, E, B: (r, in), (r, 1) and (out, r).
         mask: m (r,), ones and zeros: a component at 0 neither acts nor gets a gradient.
         scaling: s.
-        p: dropout probability in force, on the low-rank branch's input only.
+        p: dropout probability (0 in evaluation), on the low-rank branch's input only.
         fan_in_fan_out: whether the weight is stored transposed, as GPT-2's Conv1D does.
 
     Returns:

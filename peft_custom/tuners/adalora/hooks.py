@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...hooks import TrainingHooks
+from ...protocols import AnyOptimizer
 from .allocator import RankAllocator, Schedule, check_posterior
 from .config import AdaLoraConfig
 from .orthogonality import add_gradient
@@ -25,7 +26,7 @@ class AdaLoraHooks(TrainingHooks):
         self,
         triplets: Triplets,
         config: AdaLoraConfig,
-        optimizer: Any,
+        optimizer: AnyOptimizer | None,
         total_steps: int | None,
         seed: int = 0,
     ) -> None:

@@ -13,7 +13,7 @@ r is init_r, or what a file's `rank_pattern` leaves of it; the scale is that of 
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ class Bound(NamedTuple):
 
     Attributes:
         A, E, B: (r, in), (r, 1) and (out, r).
-        mask: the module of m: `load_state_dict` and `cut` may give it another tensor.
+        mask: the module of m, as a move to another device makes a new buffer.
         scaling: s.
         dropout: probability in training.
     """
@@ -153,7 +153,7 @@ class SVDLinear(LowRankLayer):
         options = self._scaling[adapter], self.lora_dropout[adapter]
         return Bound(*self.triplets(adapter), self.lora_mask[adapter], *options)
 
-    def forward_one(self, x: Tensor, bound: Bound, *args: Any, **kwargs: Any) -> Tensor:
+    def forward_one(self, x: Tensor, bound: Bound, *args: object, **kwargs: object) -> Tensor:
         """x Wᵀ + b + s·(drop(x)Aᵀ ∘ E ∘ m)Bᵀ, in one fused map where the base is a plain one."""
         base = self._modules["base_layer"]
         p = bound.dropout if self.training else 0.0

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ...hooks import refuse_if_attached, schedule_finished, set_finished
+from ...protocols import AnyOptimizer
 from .. import targets
 from ..base import BaseTuner, BaseTunerLayer, iter_adapters, register_tuner
+from ..lora import LoraConfig
 from .config import AdaLoraConfig, VILoraConfig
 from .export import FORMATS, as_plain_lora, cut_tensors, name_targets, rank_pattern, stock
 from .hooks import AdaLoraHooks
@@ -33,11 +35,13 @@ DEFAULT_TARGETS: dict[str, tuple[str, ...]] = {
 
 
 # Beside the tuners rather than on them: a deep copy of a model is not driven by the optimiser.
-_drivers: weakref.WeakKeyDictionary[Any, dict[str, AdaLoraHooks]] = weakref.WeakKeyDictionary()
+_drivers: weakref.WeakKeyDictionary[AdaLoraModel, dict[str, AdaLoraHooks]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 @register_tuner("ADALORA", AdaLoraConfig)
-class AdaLoraModel(BaseTuner):
+class AdaLoraModel(BaseTuner[AdaLoraConfig]):
     """Adapters in SVD form on `nn.Linear` and `Conv1D`, whose ranks share a budget.
 
     `attach(model, optimizer, total_steps=T)` drives the ranks and the regulariser. Those who come
@@ -50,7 +54,7 @@ class AdaLoraModel(BaseTuner):
     def __init__(self, model: nn.Module, config: AdaLoraConfig, adapter_name: str = "default"):
         super().__init__(model, config, adapter_name)
         self._manual: AdaLoraHooks | None = None  # what update_and_allocate drives
-        self._optimizer: Any = None
+        self._optimizer: AnyOptimizer | None = None
         self._penalised = False  # whether the loop adds the regulariser, or was told to
 
     # --- injection ------------------------------------------------------------------------------
@@ -128,7 +132,9 @@ class AdaLoraModel(BaseTuner):
             )
         return trained[0] if trained else None
 
-    def _hooks(self, optimizer: Any, total_steps: int | None, seed: int = 0) -> AdaLoraHooks | None:
+    def _hooks(
+        self, optimizer: AnyOptimizer | None, total_steps: int | None, seed: int = 0
+    ) -> AdaLoraHooks | None:
         adapter = self.trained_adapter()
         if adapter is None:
             return None
@@ -152,7 +158,7 @@ class AdaLoraModel(BaseTuner):
         self._manual = None
         return self._hooks(optimizer, total_steps, seed)
 
-    def set_optimizer(self, optimizer: Any) -> None:
+    def set_optimizer(self, optimizer: AnyOptimizer) -> None:
         """For `update_and_allocate` with a posterior's criterion: the optimiser that has it."""
         self._optimizer = optimizer
 
@@ -216,7 +222,7 @@ class AdaLoraModel(BaseTuner):
 
     def export(
         self, adapter: str, format: str | None = None, rank: int | None = None, force: bool = False
-    ) -> tuple[Any, dict[str, Tensor]]:
+    ) -> tuple[LoraConfig, dict[str, Tensor]]:
         """What goes into a file: tensors without the pruned components once ranks are final.
 
         Before that everything is written, with `finished: false`, so that training can go on.
@@ -270,7 +276,7 @@ class AdaLoraModel(BaseTuner):
             layer.cut(adapter)
         self._manual = None
 
-    def add_weighted_adapter(self, *args: Any, **options: Any) -> None:
+    def add_weighted_adapter(self, *args: object, **options: object) -> None:
         """Not for AdaLoRA: components of different adapters have no common singular vectors."""
         raise TypeError(
             f"{type(self).__name__} does not combine adapters; export them as plain LoRA "

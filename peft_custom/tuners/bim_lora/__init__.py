@@ -1,17 +1,17 @@
-"""BIM-LoRA: a low-rank increment whose blocks are gated by a learned, cooling mask."""
+"""BIM-LoRA: a low-rank increment, gated block by block by a learned mask of falling temperature."""
 
-from .compat import (
-    get_bim_lora_model,
-    load_bim_lora_model,
-    mark_only_bim_lora_as_trainable,
-    save_bim_lora_model,
-)
 from .config import BimLoraConfig
 from .features import FeatureCollector
 from .importance import ImplicitMLP
 from .layer import BIMLoRALinear
 from .model import BimLoraModel
 from .monitor import MaskAllocator
+from .reference import (
+    get_bim_lora_model,
+    load_bim_lora_model,
+    mark_only_bim_lora_as_trainable,
+    save_bim_lora_model,
+)
 
 __all__ = [
     "BIMLoRALinear",

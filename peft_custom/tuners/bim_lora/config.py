@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar, TypeVar
 
 from ...config import PeftConfig
 
@@ -12,11 +13,10 @@ MASK_INITS = ("mlp", "features", "random", "constant")
 SCHEDULES = ("table", "exponential", "constant")
 COLLECT_UPDATES = ("none", "adapter+head")
 FEATURES = 6
+ValueT = TypeVar("ValueT")
 
-# (start, τ): the reference's epochs 0, 6, 12, 20, 26 of a run of 30 …
+# (start, τ): the original's epochs 0, 6, 12, 20, 26 of a run of 30, as fractions.
 TEMPERATURE_TABLE = [[0.0, 1.4], [0.2, 1.0], [0.4, 0.8], [0.67, 0.6], [0.87, 0.45]]
-# … and as it has them: epochs, whatever the length of the run.
-REFERENCE_EPOCHS = ((0, 1.4), (6, 1.0), (12, 0.8), (20, 0.6), (26, 0.45))
 
 
 @dataclass
@@ -169,7 +169,7 @@ class BimLoraConfig(PeftConfig):
         return self.enable_masking and self.mask_init in ("mlp", "features")
 
     @classmethod
-    def from_reference(cls, config: Any, **overrides: Any) -> BimLoraConfig:
+    def from_reference(cls, config: object, **overrides: object) -> BimLoraConfig:
         """From an object with the original's field names (`lora_r`, …), or a `BimLoraConfig`.
 
         Args:
@@ -187,14 +187,15 @@ class BimLoraConfig(PeftConfig):
         return cls(**{**values, **{k: v for k, v in overrides.items() if v is not None}})
 
 
-def _whole(value: Any) -> bool:
+def _whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _positive(value: Any) -> bool:
+def _positive(value: object) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value) and value > 0
 
 
-def _check(name: str, value: Any, good: Any, hint: str) -> None:
+def _check(name: str, value: ValueT, good: Callable[[ValueT], bool], hint: str) -> None:
+    """Raises, naming the option, its value and values that would do."""
     if not good(value):
         raise ValueError(f"{name}={value!r}: {hint}")

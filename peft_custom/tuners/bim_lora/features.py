@@ -21,16 +21,18 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ...distributed import world_size
 from ...files import written_aside
 from ..targets import layer_index
 from ..tuner_layer import iter_adapters
+from . import reference
 from .functional import block_counts
 from .layer import BIMLoRALinear
 
@@ -215,22 +217,22 @@ def moments_of(rows: Tensor) -> tuple[float, Tensor, Tensor]:
 
 
 class _Watched(torch.autograd.Function):
-    """y as it is; its backward pass also hands gᵀ x to `slot`, whose shape is W's.
+    """y as it is; the backward pass also gives gᵀ x to `slot`, a leaf of W's shape.
 
-    `slot` is a leaf of W's shape without memory of its own, so autograd adds up what several calls
-    of one layer contribute and calls the slot's hook once per backward pass; W itself is left out.
+    `slot` has no memory of its own (an expanded scalar). Autograd adds up what several calls of one
+    layer contribute and calls the slot's hook once per backward pass; W itself is left out.
     """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, slot: Tensor) -> Tensor:
+    def forward(ctx, y: Tensor, x: Tensor, slot: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, Tensor]:
+    def backward(ctx, g: Tensor) -> tuple[Tensor, None, Tensor]:
         (x,) = ctx.saved_tensors
         rows = g.reshape(-1, g.shape[-1])
-        G = rows.T @ x.reshape(-1, x.shape[-1]).to(rows.dtype)
+        G = rows.T @ x.reshape(-1, x.shape[-1]).to(rows.dtype)  # (out, in)
         return g, None, G.float()
 
 
@@ -275,6 +277,12 @@ class LayerStatistics:
         return block_means(variance.view(1, -1), self.block)[0].float()
 
 
+class CollectorOptions(Protocol):
+    """A `BimLoraConfig`, or an object with the original's fields."""
+
+    block_size: int
+
+
 class FeatureCollector:
     """Collects the features of a model's adapted layers; the model and its gradients stay as found.
 
@@ -293,7 +301,10 @@ class FeatureCollector:
     """
 
     def __init__(
-        self, model: nn.Module, config: Any, layers: Mapping[str, BIMLoRALinear] | None = None
+        self,
+        model: nn.Module,
+        config: CollectorOptions,
+        layers: Mapping[str, BIMLoRALinear] | None = None,
     ) -> None:
         if layers is None:
             layers = {n: m for n, m in iter_adapters(model) if isinstance(m, BIMLoRALinear)}
@@ -301,16 +312,16 @@ class FeatureCollector:
             raise ValueError("FeatureCollector: this model has no BIMLoRALinear layer")
         self.model, self.layers = model, dict(layers)
         self.block = int(config.block_size)
-        self.compat = bool(getattr(config, "reference_compat", False))
-        self.with_pads = bool(getattr(config, "collect_pads", False)) or self.compat
+        self.reference = bool(getattr(config, "reference_compat", False))
+        self.with_pads = bool(getattr(config, "collect_pads", False)) or self.reference
         self.statistics: dict[str, LayerStatistics] = {}
         self.steps = 0
         self.pending = 1  # backward passes that make one gradient
-        self._passes = 0
+        self.passes = 0
         self._last: tuple[Tensor, tuple[float, Tensor, Tensor]] | None = None
         self._real: Tensor | None = None  # (batch, length) bool: which tokens are no padding
         self._tokens: int | None = None  # of a packed batch; rows beyond are filler
-        self._handles: list[Any] = []
+        self._handles: list[RemovableHandle] = []
 
     # --- hooks ----------------------------------------------------------------------------------
     def register_hooks(self, bypass: bool = False) -> None:
@@ -320,7 +331,7 @@ class FeatureCollector:
         for name, layer in self.layers.items():
             found = self.statistics.get(name)
             if found is None:
-                found = LayerStatistics(layer, self.block, self.compat)
+                found = LayerStatistics(layer, self.block, self.reference)
                 self.statistics[name] = found
             layer.watch, layer.bypass = self._watcher(found), bypass
             self._handles.append(found.slot.register_post_accumulate_grad_hook(self._fold(found)))
@@ -337,7 +348,9 @@ class FeatureCollector:
                 layer.watch, layer.bypass = None, False
                 layer.rebind()
 
-    def _note_padding(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
+    def _note_padding(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         try:
             given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
         except TypeError:
@@ -378,7 +391,7 @@ class FeatureCollector:
         """One gradient per `pending` backward passes: their mean, over all processes."""
 
         def fold(slot: Tensor) -> None:
-            if self._passes + 1 < self.pending or slot.grad is None:
+            if self.passes + 1 < self.pending or slot.grad is None:
                 return
             G, slot.grad = slot.grad.detach(), None
             if world_size() > 1:
@@ -389,10 +402,10 @@ class FeatureCollector:
 
     def update(self) -> None:
         """A backward pass is done; call it after every one."""
-        self._passes += 1
+        self.passes += 1
         self._last = None
-        if self._passes >= self.pending:
-            self._passes = 0
+        if self.passes >= self.pending:
+            self.passes = 0
             self.steps += 1
 
     # --- results --------------------------------------------------------------------------------
@@ -412,7 +425,7 @@ class FeatureCollector:
         self._merge_inputs()
         table = block_table(self.layers, self.block)
         layers = number_of_layers(self.model, [part.name for part in table])
-        floor = FLOOR if self.compat else None
+        floor = FLOOR if self.reference else None
         columns = []
         for part in table:
             found, layer = self.statistics.get(part.name), self.layers[part.name]
@@ -421,13 +434,14 @@ class FeatureCollector:
                     f"{part.name}: no gradient reached this layer while features were collected; "
                     "is it part of what the loss depends on?"
                 )
-            F1, F2 = found.gradient_features(floor)
+            F1, F2 = found.gradient_features(floor)  # (p, q) each
             F3 = found.input_feature(floor).to(F1).expand(part.p, part.q)
             W = layer.weight.detach().float()
             W = W.T.contiguous() if layer.fan_in_fan_out else W
             F4 = block_sums(W.square(), self.block).sqrt()
             F5 = torch.full_like(F1, layer_position(part.name, layers))
             F6 = self._codes(part, layer).to(F1)[:, None].expand(part.p, part.q)
+            # (p q, 6)
             stacked = torch.stack([F1, F2, F3, F4, F5, F6], dim=-1).view(-1, len(NAMES))
             if not bool(stacked.isfinite().all()):
                 raise ValueError(
@@ -444,8 +458,8 @@ class FeatureCollector:
             max=layer.out_features - 1
         )
         codes = torch.tensor([KINDS[kind].code for kind in kinds])
-        if self.compat and kinds == ("other",):
-            codes = torch.tensor([0.5])
+        if self.reference and kinds == ("other",):
+            codes = torch.tensor([reference.OTHER_CODE])
         return codes[middle * len(kinds) // layer.out_features]
 
     def _merge_inputs(self) -> None:
@@ -480,22 +494,25 @@ class FeatureCollector:
             self.statistics[name].inputs = merged
 
     def finalize(self) -> tuple[Tensor, list[dict[str, Any]]]:
-        """The original's result: normalised features (n, 6) and what each row is of."""
+        """Normalised features (n, 6) and what each row is of.
+
+        The original's interface, as `save_features` and `load_features` are; training does without.
+        """
         features = self.collected()
         return normalised(features.values), list(row_names(features.table))
 
     def save_features(self, path: str | os.PathLike[str]) -> None:
-        """Writes the raw features as safetensors."""
+        """Writes the raw features as safetensors (the original's interface)."""
         self.collected().save(path)
 
     def load_features(self, path: str | os.PathLike[str]) -> tuple[Tensor, list[dict[str, Any]]]:
-        """Reads features and returns them as `finalize` does."""
+        """Reads features and returns them as `finalize` does (the original's interface)."""
         features = Features.load(path)
         return normalised(features.values), list(row_names(features.table))
 
 
 def row_names(table: list[Block]) -> Iterator[dict[str, Any]]:
-    """One dictionary per block, as the original keeps them."""
+    """One dictionary per block, as the original keeps them; only `finalize` needs it."""
     for part in table:
         for i in range(part.p * part.q):
             yield {"module_name": part.name, "block_idx": divmod(i, part.q)}

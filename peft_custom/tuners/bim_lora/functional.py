@@ -54,7 +54,7 @@ def soft_mask(Z: Tensor, temperature: Tensor | float) -> Tensor:
 
 def expand(m: Tensor, out_features: int, in_features: int, block: int) -> Tensor:
     """E(m), (out, in): every entry over its block."""
-    rows = m.repeat_interleave(block, 0)[:out_features]
+    rows = m.repeat_interleave(block, 0)[:out_features]  # (out, q)
     return rows.repeat_interleave(block, 1)[:, :in_features]
 
 
@@ -79,6 +79,7 @@ def _masked_product(left: Tensor, right: Tensor, m: Tensor, block: int) -> Tenso
     or a corner of a contiguous tensor."""
     rows, columns = left.shape[0], right.shape[1]
     p, q = m.shape
+    # Padded to whole blocks, (p·b, q·b), so that a view can scale block by block.
     product = _padded(left, p * block, left.shape[1]) @ _padded(right, right.shape[0], q * block)
     product.view(p, block, q, block).mul_(m[:, None, :, None])
     return product[:rows, :columns]
@@ -118,9 +119,10 @@ class _Blocks:
     def __init__(self, A: Tensor, B: Tensor, m: Tensor, block: int, dtype: torch.dtype) -> None:
         (self.p, self.q), self.block, self.r = m.shape, block, A.shape[0]
         self.m = m.to(dtype)
-        self.A = _padded(A.to(dtype), self.r, self.q * block).view(self.r, self.q, block)
-        self.A = self.A.permute(1, 2, 0)
-        self.B = _padded(B.to(dtype), self.p * block, self.r).view(self.p, block, self.r)
+        wide_A = _padded(A.to(dtype), self.r, self.q * block)  # (r, q·b)
+        tall_B = _padded(B.to(dtype), self.p * block, self.r)  # (p·b, r)
+        self.A = wide_A.view(self.r, self.q, block).permute(1, 2, 0)  # (q, b, r)
+        self.B = tall_B.view(self.p, block, self.r)  # (p, b, r)
 
     def cut(self, t: Tensor, count: int) -> Tensor:
         """(N, features) as (count, N, b); copied once, as batched products would for each use."""
@@ -165,13 +167,13 @@ class _BlockMaskedLinear(torch.autograd.Function):
         form: Form,
     ) -> Tensor:
         tokens = x.reshape(-1, x.shape[-1])  # (N, in)
-        m = soft_mask(Z, temperature)
+        m = soft_mask(Z, temperature)  # (p, q)
         keep, t = None, scaling
         if p > 0.0:
             keep, t = draw_mask(tokens, p), scaling * scale_in_force(p, x.device)
         if form.fused:
             W = effective_weight(weight, A, B, m, t, block, transposed)
-            out = F.linear(tokens, W.T if transposed else W, bias)
+            out = F.linear(tokens, W.T if transposed else W, bias)  # (N, out)
         else:
             seen, out = tokens if keep is None else masked(tokens, keep), None
             if weight is not None:
@@ -200,7 +202,7 @@ class _BlockMaskedLinear(torch.autograd.Function):
                     W = effective_weight(W, A, B, m, ctx.t, ctx.block, ctx.transposed)
                 if W is not None:
                     W = W.to(g.dtype)
-                    dx = g @ (W.T if ctx.transposed else W)
+                    dx = g @ (W.T if ctx.transposed else W)  # (N, in)
             back = need_x and not ctx.form.fused
             if back or any(need_parameters):
                 find = _factored_gradients if ctx.form.factored else _dense_gradients
@@ -227,7 +229,7 @@ def _add_update(
     Into `out` itself; None counts as zero.
     """
     if not form.factored:
-        delta = _increment(A, B, m, block, False).to(seen.dtype)
+        delta = _increment(A, B, m, block, False).to(seen.dtype)  # (out, in)
         return seen @ delta.T if out is None else out.addmm_(seen, delta.T)
     f = _Blocks(A, B, m, block, seen.dtype)
     U = torch.bmm(f.cut(seen, f.q), f.A)  # (q, N, r)
@@ -260,19 +262,19 @@ def _dense_gradients(
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """dA, dB, dm, and where `back` the update's part of ∂L/∂seen, added into `into` if given."""
     p, q = m.shape
-    G = _padded((g.T @ seen).to(A.dtype), p * block, q * block)
-    A_full = _padded(A, A.shape[0], q * block)
-    B_full = _padded(B, p * block, B.shape[1])
-    product = B_full @ A_full
+    G = _padded((g.T @ seen).to(A.dtype), p * block, q * block)  # (p·b, q·b)
+    A_full = _padded(A, A.shape[0], q * block)  # (r, q·b)
+    B_full = _padded(B, p * block, B.shape[1])  # (p·b, r)
+    product = B_full @ A_full  # (p·b, q·b)
     blocks, G_blocks = (z.view(p, block, q, block) for z in (product, G))
-    dm = torch.einsum("ambn,ambn->ab", blocks, G_blocks).mul_(t)
+    dm = torch.einsum("ambn,ambn->ab", blocks, G_blocks).mul_(t)  # (p, q)
     scaled = (m * t)[:, None, :, None]
-    G_blocks.mul_(scaled)
+    G_blocks.mul_(scaled)  # a view: G becomes t·G∘E(m), and `product` below t·E(m)∘(B A)
     dB, dA = (G @ A_full.T)[: B.shape[0]], (B_full.T @ G)[:, : A.shape[1]]
     if not back:
         return dA, dB, dm, None
     blocks.mul_(scaled)
-    delta = product[: B.shape[0], : A.shape[1]].to(g.dtype)
+    delta = product[: B.shape[0], : A.shape[1]].to(g.dtype)  # (out, in)
     return dA, dB, dm, g @ delta if into is None else into.addmm_(g, delta)
 
 
@@ -300,7 +302,7 @@ def block_masked_linear(
         temperature: τ, a tensor of one number.
         scaling: s.
         block: b.
-        p: dropout probability in force, on the update's input only.
+        p: dropout probability (0 in evaluation), on the update's input only.
         fan_in_fan_out: whether the weight is stored transposed, as GPT-2's Conv1D does.
         form: how to compute; None chooses.
 

@@ -11,13 +11,13 @@ with ReLU and dropout, is trained once on all blocks by the cross-entropy with t
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...rng import generator
+from .config import BimLoraConfig
 from .features import FLOOR, KINDS
 
 PERCENTILES = ((2.0, 98.0), (5.0, 95.0), (5.0, 95.0), (5.0, 95.0))
@@ -99,7 +99,7 @@ class ImplicitMLP(nn.Module):
         config: `mlp_hidden_dim`, `mlp_dropout`; `reference_compat` chooses the LayerNorm.
     """
 
-    def __init__(self, config: Any = None) -> None:
+    def __init__(self, config: object = None) -> None:
         super().__init__()
         hidden = int(getattr(config, "mlp_hidden_dim", 64))
         p = float(getattr(config, "mlp_dropout", 0.1))
@@ -151,14 +151,12 @@ class ImplicitMLP(nn.Module):
         return torch.cat(parts)
 
 
-def network_inputs(values: Tensor, normalised: Tensor, compat: bool) -> Tensor:
-    """What the network sees: F̂, or ln F1 … ln F4 without outliers, F5, F6 (to be standardised).
+def network_inputs(values: Tensor) -> Tensor:
+    """What the network sees, (n, 6): ln F1 … ln F4 without outliers, F5, F6; to be standardised.
 
     Logarithms are cut off at 1 % and 99 % of the blocks, so that one strange matrix does not set
     the scale of all.
     """
-    if compat:
-        return normalised
     logs = values[:, :4].double().clamp(min=1e-30).log()
     ordered = logs.sort(dim=0).values
     n = len(logs)
@@ -168,7 +166,7 @@ def network_inputs(values: Tensor, normalised: Tensor, compat: bool) -> Tensor:
 
 
 def train_mlp(
-    mlp: ImplicitMLP, inputs: Tensor, labels: Tensor, config: Any, seed: int = 0
+    mlp: ImplicitMLP, inputs: Tensor, labels: Tensor, config: BimLoraConfig, seed: int = 0
 ) -> dict[str, list[float]]:
     """Trains on all blocks; keeps the state of the lowest validation loss.
 

@@ -18,7 +18,7 @@ Watch = Callable[[Tensor, Tensor], Tensor]
 
 
 class BlockFactors(nn.Module):
-    """One adapter of one layer: A (r, in), B (out, r), Z (p, q), all fp32, and τ beside them.
+    """One adapter of one layer: A (r, in), B (out, r), Z (p, q), all fp32, and τ.
 
     Attributes:
         temperature: τ, a buffer of one number that is saved with the adapter.
@@ -54,7 +54,7 @@ class BlockFactors(nn.Module):
         return m if self.hard_threshold is None else (m > self.hard_threshold).to(m)
 
     def scores(self, training: bool) -> Tensor:
-        """The logits that stand for the mask in force; ±∞ where it is hard, or off."""
+        """The logits of the mask that acts; ±∞ where it is hard, or off."""
         Z = self.block_scores
         if not self.enabled:
             return Z * 0.0 + torch.inf  # with a gradient, 0: DDP waits for one
@@ -104,7 +104,7 @@ class BIMLoRALinear(BaseTunerLayer):
         self,
         in_features: int,
         out_features: int,
-        config: Any = None,
+        config: object = None,
         r: int | None = None,
         lora_alpha: float | None = None,
         lora_dropout: float | None = None,
@@ -148,7 +148,7 @@ class BIMLoRALinear(BaseTunerLayer):
         self.bim = nn.ModuleDict()
         self.watch: Watch | None = None  # while features are collected: (x, y) -> y
         self.bypass = False  # meanwhile, leave the adapters out
-        self._effective: tuple[Any, Tensor] | None = None  # evaluation's W + ΔW and what it is of
+        self._effective: tuple[tuple, Tensor] | None = None  # evaluation's W + ΔW and what it is of
 
     def add_adapter(self, adapter: str, config: BimLoraConfig) -> None:
         """Creates adapter `adapter`: A uniform, B = 0, Z constant."""
@@ -167,7 +167,7 @@ class BIMLoRALinear(BaseTunerLayer):
         """None while features are collected."""
         return Bound(self.bim[adapter]) if self.watch is None else None
 
-    def forward_one(self, x: Tensor, bound: Bound, *args: Any, **kwargs: Any) -> Tensor:
+    def forward_one(self, x: Tensor, bound: Bound, *args: object, **kwargs: object) -> Tensor:
         """Base and increment in one map, where the base layer is a plain one."""
         if not self.base_is_plain():
             return self.forward_several(x, self._live, *args, **kwargs)
@@ -214,7 +214,7 @@ class BIMLoRALinear(BaseTunerLayer):
         )  # fmt: skip
 
     def forward_several(
-        self, x: Tensor, adapters: tuple[str, ...], *args: Any, **kwargs: Any
+        self, x: Tensor, adapters: tuple[str, ...], *args: object, **kwargs: object
     ) -> Tensor:
         live = () if self.bypass else adapters
         out = super().forward_several(x, live, *args, **kwargs)
@@ -252,7 +252,7 @@ class BIMLoRALinear(BaseTunerLayer):
 
     @property
     def enable_masking(self) -> bool:
-        """Whether the mask is in force; can be set."""
+        """Whether the mask acts; can be set."""
         return self.factors().enabled
 
     @enable_masking.setter

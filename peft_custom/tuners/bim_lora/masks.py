@@ -7,12 +7,14 @@ Z = τ₀ ln(P/(1 - P)),  so that σ(Z/τ₀) = P  (the original leaves τ₀ ou
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .config import REFERENCE_EPOCHS, BimLoraConfig
+from . import reference
+from .config import BimLoraConfig
 from .features import KINDS, kinds_of
 
 if TYPE_CHECKING:
@@ -48,15 +50,11 @@ def logits(P: Tensor, temperature: float = 1.0) -> Tensor:
     return temperature * torch.logit(P)
 
 
-def relative_importance(gradients: dict[str, float], compat: bool) -> dict[str, float]:
+def relative_importance(gradients: Mapping[str, float]) -> dict[str, float]:
     """I of every layer in [0, 1]: its mean |∇W| between the smallest and the largest one's.
 
-    On a logarithmic scale, so that one layer's large gradients do not make all others equal; as
-    the original has it with `compat`.
+    On a logarithmic scale, so that one layer's large gradients do not make all others equal.
     """
-    if compat:
-        low, high = min(gradients.values()), max(gradients.values())
-        return {name: (value - low) / (high - low + 1e-8) for name, value in gradients.items()}
     logs = {name: math.log(max(value, 1e-30)) for name, value in gradients.items()}
     low, high = min(logs.values()), max(logs.values())
     return {
@@ -64,22 +62,10 @@ def relative_importance(gradients: dict[str, float], compat: bool) -> dict[str, 
     }
 
 
-def temperature_of_epoch(epoch: int) -> float:
-    """The original's τ in epoch 0, 1, …"""
-    return next(tau for start, tau in reversed(REFERENCE_EPOCHS) if epoch >= start)
-
-
 def resolve_table(config: BimLoraConfig, hooks: TrainingHooks) -> list[tuple[int, float]]:
     """The rows (first step, τ) of a table, its fractions turned into steps."""
-    T = hooks.total_steps
     if config.reference_compat:
-        if config.num_train_epochs is None:
-            raise ValueError(
-                "reference_compat lowers the temperature by epoch: give num_train_epochs, so that "
-                f"{T} steps can be cut into epochs"
-            )
-        length = T / config.num_train_epochs
-        return [(math.floor(start * length + 0.5), tau) for start, tau in REFERENCE_EPOCHS]
+        return reference.temperature_table(config.num_train_epochs, hooks.total_steps)
     rows = []
     for i, (start, tau) in enumerate(config.temperature_table):
         step = start

@@ -12,22 +12,38 @@ from ..base import BaseTuner, BaseTunerLayer, iter_adapters, register_tuner
 from ..lora import LoraConfig
 from ..targets import is_conv1d
 from .config import BimLoraConfig
-from .hooks import BimLoraHooks
+from .features import Features
+from .hooks import BimLoraHooks, MaskRecords
 from .layer import BIMLoRALinear
 
 
 @register_tuner("BIM_LORA", BimLoraConfig)
-class BimLoraModel(BaseTuner):
+class BimLoraModel(BaseTuner[BimLoraConfig]):
     """Block-masked low-rank adapters on `nn.Linear` and Hugging Face's `Conv1D`."""
 
     target_types = "Linear and Conv1D layers"
 
-    def __init__(self, model: nn.Module, config: Any, adapter_name: str = "default") -> None:
+    def __init__(
+        self, model: nn.Module, config: BimLoraConfig, adapter_name: str = "default"
+    ) -> None:
         # Before nn.Module's constructor, which add_adapter runs within.
-        self.__dict__["initialised"] = set()  # adapters whose mask has been set
-        self.__dict__["mask_history"] = {}  # see BimLoraHooks.history; by adapter
-        self.__dict__["features"] = {}  # what was collected in this process; by adapter
+        self.__dict__["records"] = MaskRecords()
         super().__init__(model, config, adapter_name)
+
+    @property
+    def initialised(self) -> set[str]:
+        """Adapters whose mask has been set."""
+        return self.records.initialised
+
+    @property
+    def mask_history(self) -> dict[str, dict[str, Any]]:
+        """The mask's histogram over training, by adapter; see `BimLoraHooks.history`."""
+        return self.records.mask_history
+
+    @property
+    def features(self) -> dict[str, Features]:
+        """Features that were collected in this process, by adapter."""
+        return self.records.features
 
     def new_layer(self, base: nn.Module, name: str, config: BimLoraConfig) -> BaseTunerLayer | None:
         """The wrapper for `base`; None for a type without one."""
@@ -64,7 +80,10 @@ class BimLoraModel(BaseTuner):
         seed: int = 0,
     ) -> BimLoraHooks:
         """The hooks of the first active adapter."""
-        return BimLoraHooks(self, total_steps, seed)
+        adapter = self.active_adapters[0]
+        layers = {name: layer for name, layer in self.bim_layers() if adapter in layer.bim}
+        config = self.peft_config[adapter]
+        return BimLoraHooks(self.model, layers, config, adapter, self.records, total_steps, seed)
 
     def special_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """`lora` (A and B, at the given rate), `scores` (Z) and `head`, at multiples of it."""
@@ -106,7 +125,7 @@ class BimLoraModel(BaseTuner):
         """What goes into a file; with `as_lora` a plain LoRA adapter, where that is the same.
 
         Raises:
-            ValueError: `as_lora`, and a mask is in force.
+            ValueError: `as_lora`, and a mask acts.
         """
         config, tensors = super().export(adapter)
         if not as_lora:

@@ -20,7 +20,7 @@ class MaskAllocator:
         adapter: whose masks (default: each layer's first active adapter).
     """
 
-    def __init__(self, model: nn.Module, config: Any = None, adapter: str | None = None) -> None:
+    def __init__(self, model: nn.Module, config: object = None, adapter: str | None = None) -> None:
         del config
         self.adapter = adapter
         self.bim_modules = {
@@ -31,7 +31,7 @@ class MaskAllocator:
 
     @torch.no_grad()
     def masks(self) -> dict[str, Tensor]:
-        """m as it is in force in evaluation, (p, q), by layer; on the CPU."""
+        """m as evaluation uses it, (p, q), by layer; on the CPU."""
         return {
             name: layer.factors(self.adapter).mask().cpu()
             for name, layer in self.bim_modules.items()
@@ -39,6 +39,8 @@ class MaskAllocator:
 
     def get_sparsity_stats(self) -> dict[str, Any]:
         """Mean, spread and extremes of the mask, the share above a half: of all blocks, by layer.
+
+        The original's interface; logs have three of these numbers from `BimLoraHooks.log`.
 
         Returns:
             `mean_score`, `std_score`, `min_score`, `max_score`, `active_ratio` of all blocks, and

@@ -5,7 +5,7 @@ Shapes and names of A and B are LoRA's at rank R; a `loralib.dylora.NestedRank` 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,10 +23,18 @@ class DyLoraLayer(NestedLayer, plain.LoraLayer):
         super().__init__(base_layer)
         self.nested: dict[str, NestedRank] = {}
 
-    def add_adapter(self, adapter: str, r: int, *args: Any, **kwargs: Any) -> None:
+    def add_adapter(
+        self,
+        adapter: str,
+        r: int,
+        lora_alpha: float,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        init_lora_weights: bool | str = True,
+    ) -> None:
         """Creates and initialises adapter `adapter` of largest rank r; it computes with that."""
         self.nested[adapter] = NestedRank(r)
-        super().add_adapter(adapter, r, *args, **kwargs)
+        super().add_adapter(adapter, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights)
 
     def delete_adapter(self, name: str) -> None:
         super().delete_adapter(name)
@@ -89,7 +97,7 @@ class Linear(DyLoraLayer, plain.Linear):
         A, B, nested = self.lora_A[adapter], self.lora_B[adapter], self.nested[adapter]
         return NestedBound(A, B, self._alpha(adapter), self.lora_dropout[adapter], nested)
 
-    def forward_one(self, x: Tensor, bound: NestedBound, *args: Any, **kwargs: Any) -> Tensor:
+    def forward_one(self, x: Tensor, bound: NestedBound, *args: object, **kwargs: object) -> Tensor:
         """Base and update in one fused map where the base layer is a plain one."""
         base = self._modules["base_layer"]
         p = bound.dropout if self.training else 0.0
@@ -133,7 +141,7 @@ class Embedding(DyLoraLayer, plain.Embedding):
         """The adapter's name: `increment` reads the rest."""
         return adapter
 
-    def forward_one(self, x: Tensor, bound: str, *args: Any, **kwargs: Any) -> Tensor:
+    def forward_one(self, x: Tensor, bound: str, *args: object, **kwargs: object) -> Tensor:
         out = self.base_layer(x)
         return out + self.increment(x, bound).to(out.dtype)
 

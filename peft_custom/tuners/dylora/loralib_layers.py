@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import nn
@@ -48,7 +47,7 @@ class LoralibLayers(LayerOwner[DyLoRALayer]):
         return DyLoraHooks([NestedGroup(found.pop(), layers)], optimizer, total_steps, seed)
 
 
-def configure_dylora(model: nn.Module, **options: Any) -> None:
+def configure_dylora(model: nn.Module, **options: int | str | bool) -> None:
     """Says how `attach` trains loralib's DyLoRA layers in `model`; without it, by the defaults.
 
     Args:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +104,7 @@ class DyLoraModel(LoraModel):
                 tensors[key_A], tensors[key_B] = tensors[key_A][:b], tensors[key_B][:, :b]
         return config.at_rank(rank), tensors
 
-    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+    def add_weighted_adapter(self, *args: object, **kwargs: object) -> None:
         raise NotImplementedError(
             "nested adapters cannot be combined: export each at a rank, with "
             "save_pretrained(folder, rank=…), and combine them as LoRA adapters"

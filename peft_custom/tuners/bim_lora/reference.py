@@ -1,8 +1,15 @@
-"""The functions people know: convert a model in place, save and load its adapter in one file."""
+"""The original: the functions people know, and what `reference_compat` does to the letter.
+
+The functions convert a model in place, and save and load its adapter in one file. To the letter of
+the first publication, temperatures fall by epoch, layers are compared by their gradients as they
+are, after a pass over data of its own, and the logits meet the mask at τ = 1 only. (Its features
+and network differ as well: see `FeatureCollector` and `ImplicitMLP`.)
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,13 +26,17 @@ from ..targets import name_matches
 from .config import BimLoraConfig
 from .layer import BIMLoRALinear
 
+EPOCHS = ((0, 1.4), (6, 1.0), (12, 0.8), (20, 0.6), (26, 0.45))  # (first epoch, τ)
+ANALYSIS_STEPS = 50  # of the second pass over data, for the layers' importance
+FIRST_TEMPERATURE = 1.0  # at which the logits give the mask's first probabilities
+OTHER_CODE = 0.5  # F6 of a matrix of no known kind
 OLD_SUFFIXES = (".pt", ".pth", ".bin")  # of pickles, which are neither written nor read
 SHAPING = ("r", "lora_alpha", "block_size", "target_modules", "modules_to_save", "enable_masking")
 
 
 def get_bim_lora_model(
     model: nn.Module,
-    config: Any = None,
+    config: object = None,
     r: int | None = None,
     lora_alpha: float | None = None,
     lora_dropout: float | None = None,
@@ -159,3 +170,30 @@ def load_bim_lora_model(
 def _file(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     return path.with_suffix(".safetensors") if path.suffix in OLD_SUFFIXES else path
+
+
+# --- the method to the letter ---------------------------------------------------------------------
+def temperature_of_epoch(epoch: int) -> float:
+    """τ in epoch 0, 1, …; the original's interface, by which `temperature_table` is tested."""
+    return next(tau for start, tau in reversed(EPOCHS) if epoch >= start)
+
+
+def temperature_table(epochs: float | None, total_steps: int) -> list[tuple[int, float]]:
+    """The rows (first step, τ) of a run of so many epochs.
+
+    Raises:
+        ValueError: the number of epochs is not known.
+    """
+    if epochs is None:
+        raise ValueError(
+            "reference_compat lowers the temperature by epoch: give num_train_epochs, so that "
+            f"{total_steps} steps can be cut into epochs"
+        )
+    length = total_steps / epochs
+    return [(math.floor(start * length + 0.5), tau) for start, tau in EPOCHS]
+
+
+def relative_importance(gradients: Mapping[str, float]) -> dict[str, float]:
+    """I of every layer in [0, 1]: mean |∇W| between the smallest and the largest one's."""
+    low, high = min(gradients.values()), max(gradients.values())
+    return {name: (value - low) / (high - low + 1e-8) for name, value in gradients.items()}

@@ -1,48 +1,73 @@
-"""The posterior by name, for files and logs."""
+"""The posterior: its standard deviations, and by name for files and logs."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from .flat import Bucket
-
-if TYPE_CHECKING:
-    from .optimizer import IVON
+from . import rule
+from .flat import Bucket, Group
 
 KEY = "ivon_posterior"
 STATISTICS = ("mean", "std", "min", "median", "max")
 
 
+class StdCache:
+    """σ of every parameter, computed for a whole bucket when one of its parameters is asked for.
+
+    It is computed anew, in new memory, after a step or a change of ess or weight decay.
+    """
+
+    def __init__(self) -> None:
+        self.step = 0
+        self._found: dict[Bucket, tuple[tuple[int, float, float], list[Tensor]]] = {}
+
+    def clear(self) -> None:
+        self._found.clear()
+
+    def __contains__(self, bucket: Bucket) -> bool:
+        return bucket in self._found
+
+    def of(self, bucket: Bucket, group: Group) -> list[Tensor]:
+        """σ of the bucket's parameters, in their order and shapes, in its wide dtype."""
+        key = self.step, group["ess"], group["weight_decay"]
+        if bucket not in self._found or self._found[bucket][0] != key:
+            vector = rule.std(bucket.hess.vector, group["ess"], group["weight_decay"])  # (n,)
+            pieces = vector.split([p.numel() for p in bucket.params])  # (size,) each
+            views = [piece.view(p.shape) for piece, p in zip(pieces, bucket.params, strict=True)]
+            self._found[bucket] = key, views
+        return self._found[bucket][1]
+
+
 @torch.no_grad()
 def hess_stats(buckets: list[Bucket], groups: int) -> list[dict[str, float]]:
-    """Statistics of h per group, with one transfer to the host."""
+    """Statistics of h per group, with one transfer to the host; NaN for a group of nothing."""
     device = buckets[0].device
     rows = []
     for index in range(groups):
         parts = [b.hess.vector for b in buckets if b.group == index]
-        h = torch.cat([part.to(device) for part in parts]) if parts else torch.zeros(0)
+        h = torch.cat([part.to(device) for part in parts]) if parts else torch.zeros(0)  # (n,)
         if h.numel() == 0:
             rows.append(torch.full((5,), torch.nan, device=device, dtype=torch.float64))
             continue
         spread = h.std(correction=0)
-        rows.append(torch.stack([h.mean(), spread, h.min(), h.median(), h.max()]).double())
+        five = torch.stack([h.mean(), spread, h.min(), h.median(), h.max()])  # (5,)
+        rows.append(five.double())
     return [dict(zip(STATISTICS, row, strict=True)) for row in torch.stack(rows).tolist()]
 
 
 def own_names(
-    optimizer: IVON, named_parameters: Iterable[tuple[str, nn.Parameter]]
+    groups: Sequence[Group], named_parameters: Iterable[tuple[str, nn.Parameter]]
 ) -> dict[str, nn.Parameter]:
-    """The optimiser's parameters by name, in the order given.
+    """The groups' parameters by name, in the order given.
 
     Raises:
         ValueError: some have no name.
     """
-    own = {p for group in optimizer.param_groups for p in group["params"]}
+    own = {p for group in groups for p in group["params"]}
     named = {name: p for name, p in named_parameters if p in own}
     if unnamed := own.difference(named.values()):
         shapes = ", ".join(str(tuple(p.shape)) for p in list(unnamed)[:3])
@@ -53,26 +78,26 @@ def own_names(
     return named
 
 
-def _settings(optimizer: IVON) -> dict[nn.Parameter, tuple[float, float]]:
+def _settings(groups: Sequence[Group]) -> dict[nn.Parameter, tuple[float, float]]:
     return {
         p: (float(group["ess"]), float(group["weight_decay"]))
-        for group in optimizer.param_groups
+        for group in groups
         for p in group["params"]
     }
 
 
-def metadata(optimizer: IVON, named: dict[str, nn.Parameter]) -> dict[str, str]:
+def metadata(groups: Sequence[Group], named: dict[str, nn.Parameter]) -> dict[str, str]:
     """ess and weight decay, and the names they are of, as JSON."""
     names: dict[tuple[float, float], list[str]] = {}
-    settings = _settings(optimizer)
+    settings = _settings(groups)
     for name, p in named.items():
         names.setdefault(settings[p], []).append(name)
-    groups = [{"ess": e, "weight_decay": d, "parameters": n} for (e, d), n in names.items()]
-    return {KEY: json.dumps(groups)}
+    saved = [{"ess": e, "weight_decay": d, "parameters": n} for (e, d), n in names.items()]
+    return {KEY: json.dumps(saved)}
 
 
 def check(
-    optimizer: IVON,
+    groups: Sequence[Group],
     named: dict[str, nn.Parameter],
     tensors: dict[str, Tensor],
     saved_metadata: dict[str, str],
@@ -89,7 +114,7 @@ def check(
         for group in json.loads(saved_metadata[KEY])
         for name in group["parameters"]
     }
-    settings = _settings(optimizer)
+    settings = _settings(groups)
     valid = []
     for name, p in named.items():
         tensor, (ess, weight_decay) = tensors[name], settings[p]

@@ -41,7 +41,7 @@ def schedule(
         name: which.
         total: T.
         warmup: w.
-        peak: the base rate; only `polynomial`, whose end is an absolute rate, asks for it.
+        peak: the base rate; needed by `polynomial` alone, which ends at an absolute rate.
         cycles: c.
     """
 

@@ -104,9 +104,9 @@ class Trainer:
         self.clip_groups = self._make_clip_groups()
 
     def _make_clip_groups(self) -> list[tuple[list[nn.Parameter], float]]:
-        """Parameters whose gradients are scaled down together, and to which norm."""
+        """Lists of parameters, and the norm to which the gradients of each list are clipped."""
         common: list[nn.Parameter] = []
-        own = []
+        own = []  # groups with a norm of their own, such as a mask's logits
         for group in self.optimizer.param_groups:
             if "max_grad_norm" in group:
                 own.append((group["params"], group["max_grad_norm"]))
@@ -119,7 +119,7 @@ class Trainer:
 
     def train(self) -> None:
         """Takes all steps that are left, evaluating and saving on the way."""
-        if self.progress.step == 0:
+        if self.progress.step == 0:  # what it found is in the hooks' state of a resumed run
             self.hooks.prepare(lambda: self._batches_of_epoch(0), self._forward_loss)
         state = self.progress
         self.bar = ProgressBar(
@@ -143,7 +143,10 @@ class Trainer:
         self.bar.close()
 
     def _compile(self) -> None:
-        """Compiles the model, and measures on the next global batch whether that pays."""
+        """Compiles the model, and measures on the next global batch whether that pays.
+
+        The weights and the optimiser's state stay as they are, so the run is the same without.
+        """
         epoch, start = divmod(self.progress.step, len(self.train_batches))
         batch = next(self.train_batches.global_batches(epoch, start))
 
@@ -157,6 +160,7 @@ class Trainer:
         self.bar.line(compile_and_compare(self.unwrapped, run_passes, left))
 
     def _batches_of_epoch(self, epoch: int) -> Iterator[dict[str, Any]]:
+        """The model's arguments for every micro-batch, for methods that look at data first."""
         for batch in self.train_batches.global_batches(epoch):
             for micro_batch in batch.micro_batches:
                 yield on_device(self.collate(micro_batch), self.device)
@@ -170,9 +174,10 @@ class Trainer:
         factor = self.schedule(state.step)
         for group, base_lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base_lr * factor
-        for _ in range(RETRIES):
+        for _ in range(RETRIES):  # once, but under fp16
             loss = self._passes(batch)
             self.accelerator.unscale_gradients()
+            # In the order of accumulate, unscale, clip, step; the hooks run within `step`.
             for parameters, norm in self.clip_groups:
                 torch.nn.utils.clip_grad_norm_(parameters, norm)
             self.optimizer.step()
@@ -183,7 +188,7 @@ class Trainer:
             raise self._diverged(state.step)
         state.step += 1
         state.tokens += batch.tokens
-        self.pending_losses.append(loss)
+        self.pending_losses.append(loss)  # reading it here would wait for the device
         self.bar.advance()
 
     def _passes(self, batch: GlobalBatch, train: bool = True) -> Tensor:
@@ -194,11 +199,11 @@ class Trainer:
 
     def _backward(self, batch: GlobalBatch) -> Tensor:
         """Σ weight·loss of this process's micro-batches, its gradient added up on the way."""
-        total = torch.zeros((), device=self.device)
+        total = torch.zeros((), device=self.device)  # ()
         processes = self.accelerator.num_processes  # gradients are averaged over them, not summed
         last = len(batch.micro_batches) - 1
         for i, micro_batch in enumerate(batch.micro_batches):
-            hold = i < last and processes > 1
+            hold = i < last and processes > 1  # gradients are exchanged once, with the last one
             with self.accelerator.no_sync(self.model) if hold else nullcontext():
                 arguments = on_device(self.collate(micro_batch), self.device)
                 loss = self._forward_loss(arguments).float() * micro_batch.weight
@@ -252,9 +257,10 @@ class Trainer:
         return step % options.save_steps == 0
 
     def _check_losses(self) -> None:
+        """Reads the pending losses, all at once; one that is not finite ends the run."""
         if not self.pending_losses:
             return
-        losses = torch.stack(self.pending_losses).double().tolist()
+        losses = torch.stack(self.pending_losses).double().tolist()  # (steps,)
         first = self.progress.step - len(losses)
         self.pending_losses.clear()
         for i, loss in enumerate(losses):
@@ -277,7 +283,7 @@ class Trainer:
         self.bar.note(step, loss=loss)
 
     def _mean_loss(self, name: str) -> float:
-        """Over processes and over the steps since this was last asked for `name`."""
+        """Over all processes, and the steps since the last call for `name` ("loss" or "log")."""
         own, steps = self.progress.take(name)
         return self.over_processes(own) / max(1, steps)
 
@@ -294,7 +300,7 @@ class Trainer:
         return round(step / len(self.train_batches), 4)
 
     def _evaluate_on_the_way(self) -> bool:
-        """Evaluates, logs, and says whether this is the best so far."""
+        """Evaluates and logs; returns whether this is the best evaluation so far."""
         self._check_losses()
         self._stop_clock()
         state = self.progress
@@ -321,7 +327,8 @@ class Trainer:
         return better
 
     def _is_better(self, value: float) -> bool:
-        """Weights whose adapter has not its final form yet are no candidates."""
+        """Whether a value of the main metric is the best so far."""
+        # Before its final ranks or mask an adapter is another model than the run's result.
         if not self.hooks.finished:
             return False
         if self.progress.best is None:
@@ -357,6 +364,7 @@ class Trainer:
         self._check_losses()
         self._stop_clock()
         state, weights = self.progress, self.weights()
+        # A finite loss may have made weights that are not; such a checkpoint would be the newest.
         if not all(bool(t.isfinite().all()) for t in weights.values() if t.is_floating_point()):
             raise self._diverged(state.step - 1)
         sums = {name: self.over_processes(getattr(state, name)) for name in SUMS}

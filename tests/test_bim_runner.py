@@ -9,9 +9,9 @@ import torch
 from runner_cases import lines, pair_task, results, tiny_bert
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
+from examples import program
 from examples.config import OptionError, get_default_config
-from examples.program import main as program
-from examples.run_glue import work
+from examples.run_glue import main
 from peft_custom.tuners.bim_lora import BIMLoRALinear, MaskAllocator, get_bim_lora_model
 
 
@@ -67,18 +67,18 @@ def test_a_run_with_pictures_starts_another(setting: list[str], tmp_path: Path) 
     features = tmp_path / "features.safetensors"
     words = [*setting, "--output_dir", str(tmp_path / "one"), "--plots",
              "--features_path", str(features), "--collection_steps", "2"]  # fmt: skip
-    assert program.run_main(work, words) == 0
+    assert program.run_main(main, words) == 0
     rows = lines(tmp_path / "one" / "metrics.jsonl")
     assert rows[0]["temperature"] > rows[-1]["temperature"] == pytest.approx(0.45)
     assert {"mask_mean", "mask_std", "mask_open"} <= set(rows[0])
     assert features.is_file() and results(tmp_path / "one")["trainable_parameters"] > 0
     pytest.importorskip("matplotlib")
     for name in ("block_masks", "mask_history", *(f"block_features_{k}" for k in (1, 2, 3, 4))):
-        assert (tmp_path / "one" / f"{name}.png").stat().st_size > 5_000
+        assert (tmp_path / "one" / "plots" / f"{name}.png").stat().st_size > 5_000
 
     again = [*setting, "--output_dir", str(tmp_path / "two"), "--num_train_epochs", "0.25",
              "--lora_path", str(tmp_path / "one"), "--learning_rate", "0"]  # fmt: skip
-    assert program.run_main(work, again) == 0
+    assert program.run_main(main, again) == 0
     from safetensors.torch import load_file
 
     one, two = (
@@ -94,5 +94,5 @@ def test_other_starts_of_the_mask(setting: list[str], tmp_path: Path, init: str)
     words = [*setting, "--output_dir", str(tmp_path), "--mask_init", init, "--max_steps", "2",
              "--train_mask", "false", "--mask_temperature", "0.7",
              "--temperature_schedule", "constant"]  # fmt: skip
-    assert program.run_main(work, words) == 0
+    assert program.run_main(main, words) == 0
     assert lines(tmp_path / "metrics.jsonl")[-1]["temperature"] == pytest.approx(0.7)

@@ -16,13 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from examples.data.tasks import Task
+from examples.errors import DataError
 
 FORMATS = (".tsv", ".csv", ".jsonl", ".json", ".parquet")
 LONGEST_FIELD = 1 << 27  # characters in one CSV field
-
-
-class DataError(ValueError):
-    """A data file is missing or wrong; the message names it, the line and the reason."""
 
 
 @dataclass(frozen=True)

@@ -18,20 +18,24 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from examples.data.batches import Batch
-from examples.training.checkpoints import RunError
+from examples.errors import RunError
 
 Collate = Callable[[Batch], dict[str, Any]]
 Score = Callable[[np.ndarray], dict[str, float]]
 
 
 class Predictor(Protocol):
-    """How a batch is predicted; a method (`Adapted.predictor`) or an optimiser may bring one.
+    """How a batch is predicted; a method (`AdaptedModel.predictor`) or an optimiser may bring one.
 
-    A predictor with `probabilistic = True` returns the log-probabilities of averaged predictions as
-    logits, and its views get `examples.evaluation.glue.calibration` as well. One with
-    `stacked = True` puts the copies of a batch for all views into one forward pass, so it is given
-    batches of that much fewer rows: a pass never has more rows than the user allowed.
+    Attributes:
+        probabilistic: logits are the log-probabilities of averaged predictions, so that views get
+            `examples.evaluation.glue.calibration` as well.
+        stacked: the copies of a batch for all views go through one forward pass, so it is given
+            batches of that much fewer rows: a pass never has more rows than the user allowed.
     """
+
+    probabilistic: bool
+    stacked: bool
 
     def views(self, final: bool) -> list[str]:
         """Names of the views, the same on every process; `final` at the end of a run."""
@@ -44,6 +48,9 @@ class Predictor(Protocol):
 
 class PlainPredictor:
     """One forward pass."""
+
+    probabilistic = False
+    stacked = False
 
     def views(self, final: bool) -> list[str]:
         return [""]
@@ -64,6 +71,7 @@ class EvaluationSet:
         score: (rows, …) logits -> metrics.
         calibration: the same for what only a probabilistic predictor is asked; None for a
             regression.
+        calibrated: every predictor is asked.
     """
 
     name: str
@@ -72,6 +80,7 @@ class EvaluationSet:
     collate: Collate
     score: Score
     calibration: Score | None = None
+    calibrated: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,7 +127,7 @@ def evaluate(
                 raise RunError(f"evaluation: {error}") from error
             if prediction.loss is not None:
                 scores["loss"] = prediction.loss
-            if data.calibration is not None and getattr(predictor, "probabilistic", False):
+            if data.calibration and (data.calibrated or predictor.probabilistic):
                 scores |= data.calibration(prediction.logits)
             values |= {at_view(prefix + name, view): value for name, value in scores.items()}
     return values
@@ -150,7 +159,7 @@ def predict(
     """
     views = predictor.views(final)
     sums = [_Sum(data.rows) for _ in views]
-    copies = len(views) if getattr(predictor, "stacked", False) else 1
+    copies = len(views) if predictor.stacked else 1
     training = model.training
     model.eval()
     with torch.inference_mode(), accelerator.autocast():

@@ -17,15 +17,12 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from examples.errors import RunError
 from peft_custom.state_files import read_tree, write_tree
 
 STATE = "state.safetensors"
 PROGRESS = "progress.json"
 ASIDE = ".tmp"
-
-
-class RunError(RuntimeError):
-    """A run that cannot start or go on; the message says why and what to do."""
 
 
 @dataclass

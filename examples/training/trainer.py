@@ -42,9 +42,8 @@ from examples.training.checkpoints import Progress, RunError
 from examples.training.compiling import compile_and_compare
 from examples.training.progress import ProgressBar
 from examples.training.run_folder import LOG, METRICS, RunFolder
-from examples.training.sampling import over_samples
+from examples.training.sampling import WeightSampler, over_samples
 from peft_custom.hooks import attach
-from peft_custom.step_driver import unwrap_optimizer
 
 LOOK_EVERY = 20  # steps between looks at the losses of an accelerator: each look waits for it
 SUMS = ("tokens", "loss_sum", "log_sum")  # every process has its own part of these
@@ -68,7 +67,9 @@ class Trainer:
         evaluations: in order; the metric that chooses the best weights is the first one's.
         main_metric: its name, such as `eval_f1`; the smaller the better only for `eval_loss`.
         loss: (output, arguments) -> mean loss over the batch's rows.
-        predictor: default: the optimiser's, or else one forward pass.
+        predictor: how evaluation sets are predicted.
+        sampler: the optimiser, where it samples the weights.
+        posterior: the weights are a distribution's: the optimiser's state belongs to them.
     """
 
     def __init__(
@@ -87,12 +88,15 @@ class Trainer:
         main_metric: str = "eval_loss",
         loss: Callable[[Any, dict[str, Any]], Tensor] = lambda output, arguments: output.loss,
         predictor: Predictor | None = None,
+        sampler: WeightSampler | None = None,
+        posterior: bool = False,
     ) -> None:
         self.options, self.accelerator, self.folder = options, accelerator, folder
         self.train_batches, self.collate, self.schedule = train, collate, schedule
         self.total_steps, self.evaluations = total_steps, evaluations or []
         self.main_metric, self.loss = main_metric, loss
-        self.predictor = predictor or getattr(optimizer, "predictor", None) or PlainPredictor()
+        self.predictor = predictor or PlainPredictor()
+        self.sampler, self.posterior = sampler, posterior
         self.device = accelerator.device
         self.progress = Progress()
         self.kept: dict[str, Any] | None = None  # of the best evaluation, where nothing is saved
@@ -193,8 +197,7 @@ class Trainer:
     def _passes(self, window: Window, train: bool = True) -> Tensor:
         """The window's loss and gradient, over all samples of the weights."""
         where = self.options.seed, self.progress.step, self.accelerator.process_index
-        inner = unwrap_optimizer(self.optimizer)
-        return over_samples(lambda: self._backward(window), inner, *where, train=train)
+        return over_samples(lambda: self._backward(window), self.sampler, *where, train=train)
 
     def _backward(self, window: Window) -> Tensor:
         """Σ weight·loss of this process's micro-batches, its gradient added up on the way."""
@@ -398,10 +401,9 @@ class Trainer:
             content = checkpoints.read_state(folder / checkpoints.STATE)
         if content is not None:
             self._put(content["weights"], folder)
-            if self._posterior():
+            if self.posterior:
                 self.optimizer.load_state_dict(content["optimizer"])
 
     def _posterior(self) -> dict[str, Any]:
         """The optimiser's state where it belongs to the weights: they are a distribution's."""
-        belongs = hasattr(unwrap_optimizer(self.optimizer), "posterior_std")
-        return {"optimizer": self.optimizer.state_dict()} if belongs else {}
+        return {"optimizer": self.optimizer.state_dict()} if self.posterior else {}

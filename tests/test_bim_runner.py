@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runner_cases import lines, pair_task, results, tiny_bert
+from runner_cases import evaluated, lines, pair_task, results, tiny_bert
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from examples import program
@@ -87,6 +87,57 @@ def test_a_run_with_pictures_starts_another(setting: list[str], tmp_path: Path) 
     )
     same = [name for name in one if name.endswith(("lora_B", "block_scores"))]
     assert same and all(torch.equal(one[name], two[name]) for name in same)
+
+
+def test_the_saved_adapter_gives_the_reported_metrics(setting: list[str], tmp_path: Path) -> None:
+    """Its temperature comes with it: the mask is σ(Z/τ), and τ has fallen."""
+    words = [*setting, "--output_dir", str(tmp_path / "run"), "--mask_init", "random"]
+    assert program.run_main(main, words) == 0
+    found = evaluated(
+        [*setting, "--output_dir", str(tmp_path / "x"), "--lora_path", str(tmp_path / "run")]
+    )
+    said = {name: results(tmp_path / "run")[name] for name in found}
+    assert found == pytest.approx(said, abs=1e-6)
+
+
+def test_a_plain_lora_adapter_is_a_start(setting: list[str], tmp_path: Path) -> None:
+    lora = [*setting, "--method", "lora", "--output_dir", str(tmp_path / "lora")]
+    assert program.run_main(main, [*lora, "--lora_r", "16", "--lora_modules", "query"]) == 0
+    words = [*setting, "--output_dir", str(tmp_path / "bim"), "--lora_modules", "query"]
+    words += ["--lora_path", str(tmp_path / "lora"), "--learning_rate", "0", "--max_steps", "1"]
+    assert program.run_main(main, [*words, "--mask_init", "constant"]) == 0
+    from safetensors.torch import load_file
+
+    first, second = (
+        load_file(tmp_path / run / "adapter" / "adapter_model.safetensors")
+        for run in ("lora", "bim")
+    )
+    factors = [name for name in first if name.endswith("lora_B.weight")]
+    assert factors
+    for name in factors:
+        layer = name.removesuffix(".lora_B.weight")
+        assert torch.equal(first[name], second[f"{layer}.bim.lora_B"])
+
+
+def test_overwriting_leaves_no_picture_of_the_run_before(
+    setting: list[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    words = [*setting, "--output_dir", str(tmp_path), "--max_steps", "1", "--mask_init", "constant"]
+    assert program.run_main(main, [*words, "--plots"]) == 0
+    assert list(tmp_path.rglob("block_masks.png"))
+    lora = ["--method", "lora", "--overwrite_output_dir"]
+    words = [*setting, *lora, "--output_dir", str(tmp_path), "--max_steps", "1"]
+    assert program.run_main(main, words) == 0
+    assert [path.name for path in tmp_path.rglob("*.png")] == ["learning_curve.png"]
+
+
+def test_a_folder_of_pictures_that_is_no_runs_stays(setting: list[str], tmp_path: Path) -> None:
+    (tmp_path / "plots").mkdir()
+    (tmp_path / "plots" / "mine.png").touch()
+    words = [*setting, "--output_dir", str(tmp_path), "--max_steps", "1", "--mask_init", "constant"]
+    assert program.run_main(main, words) == 0
+    assert (tmp_path / "plots" / "mine.png").exists()
 
 
 @pytest.mark.parametrize("init", ["constant", "random", "features"])

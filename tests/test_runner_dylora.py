@@ -189,6 +189,13 @@ def test_an_mnli_adapter_is_continued(home, tmp_path, capsys, method, wiring):
         assert torch.equal(found, tensor)
 
 
+def test_overwriting_leaves_no_curve_of_the_run_before(home, tmp_path):
+    out = run(home, tmp_path / "run", "--max_train_steps", "1")
+    assert (out / "rank_curve.json").is_file()
+    run(home, out, "--max_train_steps", "1", "--overwrite_output_dir", method="lora")
+    assert not list(out.glob("rank_curve.*"))
+
+
 def test_another_rank_is_refused(home, runs, tmp_path, capsys):
     words = ["--task_name", "mrpc", "--model_name_or_path", str(home / "bert"), "--method"]
     words += ["dylora", "--data_dir", str(home), "--output_dir", str(tmp_path / "x"), *FAST[:-2]]

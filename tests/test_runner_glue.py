@@ -164,8 +164,15 @@ def test_regression(home, tmp_path):
     assert all(0 <= float(line.split("\t")[1]) <= 5 for line in text[1:])
 
 
-def test_files_of_ones_own(home, tmp_path):
+def test_files_of_ones_own(home, tmp_path, monkeypatch):
+    """Each of them is read once, the training file too, though it says the columns and labels."""
+    from examples.data import readers
     from examples.data.tables import write_table
+
+    read, reader = [], readers.read_table
+    monkeypatch.setattr(
+        readers, "read_table", lambda path, task: [read.append(path.name), reader(path, task)][1]
+    )
 
     for split, rows in (("train", 20), ("dev", 8)):
         columns = {"text": ["bado eno", "fado"] * (rows // 2), "label": ["no", "yes"] * (rows // 2)}
@@ -175,6 +182,7 @@ def test_files_of_ones_own(home, tmp_path):
     base = ["--model_name_or_path", str(home / "bert")]
     assert program.run_main(main, [*base, *words]) == 0
     assert "eval_accuracy" in results(tmp_path / "run")
+    assert sorted(read) == ["dev.tsv", "train.tsv"]
 
 
 def test_label_smoothing_and_early_stopping(home, tmp_path):

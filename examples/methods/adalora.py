@@ -11,7 +11,7 @@ from examples.errors import OptionError
 from examples.methods.registry import AdaptedModel, Row, register_method
 
 if TYPE_CHECKING:
-    from examples.methods.common import ModelSource
+    from examples.methods.source import ModelSource
     from peft_custom import PeftModel
 
 

@@ -10,7 +10,7 @@ from examples.cli.fields import option
 from examples.methods.registry import AdaptedModel, register_method
 
 if TYPE_CHECKING:
-    from examples.methods.common import ModelSource
+    from examples.methods.source import ModelSource
     from peft_custom import PeftModel
 
 # Options that are fields of `BimLoraConfig` under the same name.

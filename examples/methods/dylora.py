@@ -11,9 +11,9 @@ from examples.methods.options import IncrementOptions
 from examples.methods.registry import AdaptedModel, register_method
 
 if TYPE_CHECKING:
-    from examples.methods.common import ModelSource
+    from examples.methods.source import ModelSource
 
-RANK_CURVE, RANK_CURVE_PICTURE = "rank_curve.json", "rank_curve.png"
+FILES = ("rank_curve.json", "rank_curve.png")
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ def build(source: ModelSource, options: DyLoraOptions) -> AdaptedModel:
     else:
         adapted = with_peft(source, options, DyLoraConfig, r=options.lora_r, **nested)
     start_from(adapted.model, options, source.print_once)
-    adapted.predictor = RankPredictor(options)
-    adapted.summarize = RankReport(options)
+    adapted.predictor = RankPredictor(options.ranks)
+    adapted.summarize = RankReport(options.ranks, options.dylora_tolerance, FILES)
     return adapted
 
 
@@ -90,5 +90,5 @@ register_method(
     DyLoraOptions,
     build,
     "nested ranks: one run, every rank",
-    files=(RANK_CURVE, RANK_CURVE_PICTURE),
+    files=FILES,
 )

@@ -8,6 +8,7 @@ one that is nearly as good are reported, with `rank_curve.json` and its picture.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 
 import loralib
 from examples.evaluation.prediction import at_view
-from examples.methods.dylora import RANK_CURVE, RANK_CURVE_PICTURE, DyLoraOptions
 from examples.plots.curves import rank_curve
 from transformers_patched.heads import SequenceClassifierOutput, classification_loss
+
+Ranks = Callable[[bool], list[int]]  # (at the end of a run) -> ranks to evaluate at; the last is R
 
 
 class RankPredictor:
@@ -27,11 +29,11 @@ class RankPredictor:
     stacked = True
     probabilistic = False
 
-    def __init__(self, options: DyLoraOptions) -> None:
-        self.options = options
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
 
     def views(self, final: bool) -> list[str]:
-        return [f"r{b}" for b in self.options.ranks(final)]
+        return [f"r{b}" for b in self.ranks(final)]
 
     def outputs(self, model: nn.Module, arguments: dict[str, Any], views: list[str]) -> list[Any]:
         """One pass over the batch repeated for every rank; then each rank's logits and loss.
@@ -78,16 +80,22 @@ def repeated(arguments: dict[str, Any], copies: int) -> dict[str, Any]:
 
 
 class RankReport:
-    """What the final metrics say about the ranks."""
+    """What the final metrics say about the ranks.
 
-    def __init__(self, options: DyLoraOptions) -> None:
-        self.options = options
+    Args:
+        ranks: to evaluate at.
+        tolerance: the smallest rank this close to the best one is reported.
+        files: names of the curve and of its picture.
+    """
+
+    def __init__(self, ranks: Ranks, tolerance: float, files: tuple[str, str]) -> None:
+        self.ranks, self.tolerance, self.files = ranks, tolerance, files
 
     def __call__(
         self, metrics: dict[str, float], main: str, title: str, folder: Path | None
     ) -> dict[str, Any]:
         """The best rank and the smallest good one; the curve goes into `folder`."""
-        ranks, tolerance = self.options.ranks(final=True), self.options.dylora_tolerance
+        ranks, tolerance = self.ranks(True), self.tolerance
         values = [metrics[at_view(main, f"r{b}")] for b in ranks]
         found = chosen_ranks(ranks, values, tolerance, smaller=main.endswith("loss"))
         if folder is None:
@@ -95,8 +103,8 @@ class RankReport:
         names = [n for n in metrics if all(at_view(n, f"r{b}") in metrics for b in ranks)]
         curve = {name: [metrics[at_view(name, f"r{b}")] for b in ranks] for name in names}
         content = {"metric": main, **found, "tolerance": tolerance, "ranks": ranks, **curve}
-        (folder / RANK_CURVE).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-        picture = folder / RANK_CURVE_PICTURE
+        curve_file, picture = (folder / name for name in self.files)
+        curve_file.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
         if why_not := rank_curve(picture, ranks, values, found, main, title, tolerance):
             print(why_not)
         return found

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from examples.methods.registry import AdaptedModel, register_method
 
 if TYPE_CHECKING:
-    from examples.methods.common import ModelSource
+    from examples.methods.source import ModelSource
 
 
 @dataclass(frozen=True)

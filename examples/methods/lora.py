@@ -11,7 +11,7 @@ from examples.methods.options import IncrementOptions
 from examples.methods.registry import AdaptedModel, register_method
 
 if TYPE_CHECKING:
-    from examples.methods.common import ModelSource
+    from examples.methods.source import ModelSource
 
 
 @dataclass(frozen=True)

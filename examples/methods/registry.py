@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from examples.evaluation.prediction import Predictor
-    from examples.methods.common import ModelSource
+    from examples.methods.source import ModelSource
     from examples.training.sampling import WeightSampler
 
 Row = dict[str, Any]  # of metrics.jsonl: `step`, `epoch`, losses and metrics

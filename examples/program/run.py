@@ -28,8 +28,8 @@ from examples.evaluation.prediction import (
     predict,
     worth_showing,
 )
-from examples.methods.common import ModelSource
 from examples.methods.registry import METHODS, BuiltOptimizer, RunInfo
+from examples.methods.source import ModelSource
 from examples.plots.curves import learning_curve
 from examples.program.main import Options
 from examples.program.results import peak_memory, table

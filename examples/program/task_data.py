@@ -17,7 +17,7 @@ from examples.data.tasks import CUSTOM, Task, get_task
 from examples.errors import OptionError, as_user_error
 from examples.evaluation.glue import calibration, compute
 from examples.evaluation.prediction import Collate, EvaluationSet
-from examples.methods.common import ModelSource
+from examples.methods.source import ModelSource
 from examples.program.batching import accumulation, rows_at_once
 
 

@@ -13,7 +13,7 @@ import json
 import os
 import pickle
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -150,7 +150,7 @@ def set_peft_model_state_dict(
     tuner = tuner_of(model)
     foreign = [key for key in peft_model_state_dict if not key.startswith(PREFIX)]
     given = {k[len(PREFIX) :]: v for k, v in peft_model_state_dict.items() if k.startswith(PREFIX)}
-    given = _without_copies(tuner, dict(tuner.import_state(adapter_name, given)))
+    given = _without_copies(tuner.model, dict(tuner.import_state(adapter_name, given)))
     shared = _shared_tensors(tuner, adapter_name)
     biases = tuner.bias_parameters(adapter_name)
     expected = {**tuner.live_tensors(adapter_name), **shared}
@@ -231,12 +231,12 @@ def read_adapter(path: str | os.PathLike[str]) -> AdapterFile:
     )
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     """Tensors by name; a `.bin` is read without running what it may contain."""
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+            return load_file(path, device=device)
+        state = torch.load(path, map_location=device, weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
@@ -273,7 +273,7 @@ def load_adapter(
     model: nn.Module,
     file: AdapterFile,
     adapter_name: str = "default",
-    optional: Iterable[str] = (),
+    optional: Collection[str] = (),
 ) -> LoadReport:
     """Copies a saved adapter into one that the model has, injected or in loralib's layers.
 
@@ -296,20 +296,20 @@ def load_adapter(
         for layer, key, _ in _factors(model, adapter_name)
         for spelling in _spellings(layer, key)
     }
-    given: dict[str, Tensor] = {}
-    for name, tensor in file.tensors.items():
-        plain = name.removeprefix(PREFIX)
-        given[known.get(plain, plain)] = tensor
+    plain = {name.removeprefix(PREFIX): tensor for name, tensor in file.tensors.items()}
+    given = {known.get(name, name): t for name, t in _without_copies(body, plain).items()}
+    # a part (`classifier`) with one tensor of another shape is left out with all its tensors
     heads = {name: tensor for name, tensor in given.items() if name in shared}
     wrong = _other_shapes(heads, shared)
     parts = {name.partition(".")[0] for name in wrong}
     heads = {n: t for n, t in heads.items() if n.partition(".")[0] not in parts}
     missing = [name for name in factors if name not in given]
     absent = {name for name in missing if name.rpartition(".")[2] in optional}
+    # what is frozen here, or of a part that the model has not (`qa_outputs`), is left out as well
     rest = [name for name in given if name not in factors and name not in shared]
     frozen = set(body.state_dict())
-    top = {name for name, _ in body.named_children()}
-    unknown = [n for n in rest if n not in frozen and n.partition(".")[0] in top]
+    own_parts = {name for name, _ in body.named_children()}
+    unknown = [n for n in rest if n not in frozen and n.partition(".")[0] in own_parts]
     problems = [
         ("wrong shape", list(_other_shapes(given, factors).values())),
         ("missing", [name for name in missing if name not in absent]),
@@ -343,14 +343,14 @@ def _spellings(layer: str, key: str) -> set[str]:
     return {f"{layer}.{name}{end}" for name in names for end in ("", ".weight")}
 
 
-def _without_copies(tuner: BaseTuner, given: dict[str, Tensor]) -> dict[str, Tensor]:
+def _without_copies(body: nn.Module, given: dict[str, Tensor]) -> dict[str, Tensor]:
     """Drops what PEFT writes twice: a saved module's tensors again, under its wrapper's own names.
 
     (`bias="all"` makes it write `classifier.modules_to_save.bias` beside `classifier.bias`.)
     """
     inside = tuple(
         f"{name}.{part}."
-        for name, module in tuner.model.named_modules()
+        for name, module in body.named_modules()
         if isinstance(module, ModulesToSaveWrapper)
         for part in ("modules_to_save", "original_module")
     )
@@ -378,15 +378,13 @@ def load_peft_weights(
 ) -> dict[str, Tensor]:
     """Reads `adapter_model.safetensors`, or an old `adapter_model.bin` (tensors only)."""
     device = "cpu" if device is None else str(device)
-    path = find_file(folder_or_hub_id, SAFETENSORS_NAME, subfolder, **hub)
-    if path is not None:
-        return load_file(path, device=device)
-    path = find_file(folder_or_hub_id, BIN_NAME, subfolder, **hub)
-    if path is None:
-        raise FileNotFoundError(
-            f"{folder_or_hub_id}: neither {SAFETENSORS_NAME} nor {BIN_NAME} is there"
-        )
-    return torch.load(path, map_location=device, weights_only=True)
+    for name in (SAFETENSORS_NAME, BIN_NAME):
+        path = find_file(folder_or_hub_id, name, subfolder, **hub)
+        if path is not None:
+            return _read_tensors(Path(path), device)
+    raise FileNotFoundError(
+        f"{folder_or_hub_id}: neither {SAFETENSORS_NAME} nor {BIN_NAME} is there"
+    )
 
 
 def save_adapter(

@@ -89,6 +89,12 @@ def test_a_run_with_pictures_starts_another(setting: list[str], tmp_path: Path) 
     assert same and all(torch.equal(one[name], two[name]) for name in same)
 
 
+def as_lora(setting: list[str]) -> list[str]:
+    """The same for plain LoRA, which has no blocks."""
+    at = setting.index("--block_size")
+    return [*setting[:at], *setting[at + 2 :], "--method", "lora"]
+
+
 def test_the_saved_adapter_gives_the_reported_metrics(setting: list[str], tmp_path: Path) -> None:
     """Its temperature comes with it: the mask is σ(Z/τ), and τ has fallen."""
     words = [*setting, "--output_dir", str(tmp_path / "run"), "--mask_init", "random"]
@@ -101,8 +107,8 @@ def test_the_saved_adapter_gives_the_reported_metrics(setting: list[str], tmp_pa
 
 
 def test_a_plain_lora_adapter_is_a_start(setting: list[str], tmp_path: Path) -> None:
-    lora = [*setting, "--method", "lora", "--output_dir", str(tmp_path / "lora")]
-    assert program.run_main(main, [*lora, "--lora_r", "16", "--lora_modules", "query"]) == 0
+    lora = [*as_lora(setting), "--output_dir", str(tmp_path / "lora"), "--lora_modules", "query"]
+    assert program.run_main(main, lora) == 0
     words = [*setting, "--output_dir", str(tmp_path / "bim"), "--lora_modules", "query"]
     words += ["--lora_path", str(tmp_path / "lora"), "--learning_rate", "0", "--max_steps", "1"]
     assert program.run_main(main, [*words, "--mask_init", "constant"]) == 0
@@ -126,9 +132,8 @@ def test_overwriting_leaves_no_picture_of_the_run_before(
     words = [*setting, "--output_dir", str(tmp_path), "--max_steps", "1", "--mask_init", "constant"]
     assert program.run_main(main, [*words, "--plots"]) == 0
     assert list(tmp_path.rglob("block_masks.png"))
-    lora = ["--method", "lora", "--overwrite_output_dir"]
-    words = [*setting, *lora, "--output_dir", str(tmp_path), "--max_steps", "1"]
-    assert program.run_main(main, words) == 0
+    words = [*as_lora(setting), "--output_dir", str(tmp_path), "--max_steps", "1"]
+    assert program.run_main(main, [*words, "--overwrite_output_dir"]) == 0
     assert [path.name for path in tmp_path.rglob("*.png")] == ["learning_curve.png"]
 
 

@@ -150,7 +150,9 @@ class TrainingOptions:
         False,
         "NLL, calibration error and entropy of classes; always where predictions are averaged",
     )
-    plots: bool = option(False, "pictures of ranks and posterior at the end, where there are some")
+    plots: bool = option(
+        False, "what method and optimiser have to show, as pictures in plots/ of the run"
+    )
     report_to: tuple[str, ...] = option(("none",), "trackers", choices=("none", "all", *TRACKERS))
     project_prefix: str = option("rankwise_", "the trackers' project is this and the task")
     disable_tqdm: bool = option(False, "plain lines instead of a progress bar")

@@ -19,16 +19,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-SCHEDULES = (
-    "linear",
-    "cosine",
-    "cosine_with_restarts",
-    "polynomial",
-    "constant",
-    "constant_with_warmup",
-    "inverse_sqrt",
-    "clr",
-)
+from examples.cli.groups import SCHEDULES
+
 POLYNOMIAL_END = 1e-7
 
 

@@ -36,9 +36,8 @@ from examples.training.checkpoints import Progress
 from examples.training.compiling import compile_and_compare
 from examples.training.progress import ProgressBar
 from examples.training.run_folder import LOG, METRICS, RunFolder
-from examples.training.sampling import over_samples
+from examples.training.sampling import WeightSampler, over_samples
 from peft_custom.hooks import attach
-from peft_custom.step_driver import unwrap_optimizer
 
 LOSS_CHECK_EVERY = 20  # steps: reading the losses of an accelerator waits for all its work
 SUMS = ("tokens", "loss_sum", "log_sum")  # every process has its own part of these
@@ -62,7 +61,9 @@ class Trainer:
         evaluations: in order; the metric that chooses the best weights is the first one's.
         main_metric: its name, such as `eval_f1`; the smaller the better only for `eval_loss`.
         loss: (output, arguments) -> mean loss over the batch's rows.
-        predictor: how evaluation predicts; default: one forward pass.
+        predictor: how evaluation sets are predicted; default: one forward pass.
+        sampler: the optimiser, where it samples the weights.
+        posterior: the weights are a distribution's: the optimiser's state belongs to them.
     """
 
     def __init__(
@@ -81,12 +82,15 @@ class Trainer:
         main_metric: str = "eval_loss",
         loss: Callable[[Any, dict[str, Any]], Tensor] = lambda output, arguments: output.loss,
         predictor: Predictor | None = None,
+        sampler: WeightSampler | None = None,
+        posterior: bool = False,
     ) -> None:
         self.options, self.accelerator, self.folder = options, accelerator, folder
         self.train_batches, self.collate, self.schedule = train, collate, schedule
         self.total_steps, self.evaluations = total_steps, evaluations or []
         self.main_metric, self.loss = main_metric, loss
         self.predictor = predictor or PlainPredictor()
+        self.sampler, self.posterior = sampler, posterior
         self.device = accelerator.device
         self.progress = Progress()
         self.best_state: dict[str, Any] | None = (
@@ -194,8 +198,7 @@ class Trainer:
     def _passes(self, batch: GlobalBatch, train: bool = True) -> Tensor:
         """The global batch's loss and gradient, over all samples of the weights."""
         where = self.options.seed, self.progress.step, self.accelerator.process_index
-        inner = unwrap_optimizer(self.optimizer)
-        return over_samples(lambda: self._backward(batch), inner, *where, train=train)
+        return over_samples(lambda: self._backward(batch), self.sampler, *where, train=train)
 
     def _backward(self, batch: GlobalBatch) -> Tensor:
         """Σ weight·loss of this process's micro-batches, its gradient added up on the way."""
@@ -424,10 +427,9 @@ class Trainer:
             content = checkpoints.read_state(folder / checkpoints.STATE)
         if content is not None:
             self._put(content["weights"], folder)
-            if self._posterior():
+            if self.posterior:
                 self.optimizer.load_state_dict(content["optimizer"])
 
     def _posterior(self) -> dict[str, Any]:
         """The optimiser's state where it belongs to the weights: they are a distribution's."""
-        belongs = hasattr(unwrap_optimizer(self.optimizer), "posterior_std")
-        return {"optimizer": self.optimizer.state_dict()} if belongs else {}
+        return {"optimizer": self.optimizer.state_dict()} if self.posterior else {}

@@ -93,9 +93,7 @@ class Trainer:
         self.sampler, self.posterior = sampler, posterior
         self.device = accelerator.device
         self.progress = Progress()
-        self.best_state: dict[str, Any] | None = (
-            None  # of the best evaluation, where nothing is saved
-        )
+        self.best_state: dict[str, Any] | None = None  # where no checkpoints are saved
         self.pending_losses: list[Tensor] = []  # on the device, not yet read
         if optimizer is None:
             self.unwrapped = self.model = model.to(self.device)

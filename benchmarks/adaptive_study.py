@@ -281,7 +281,7 @@ def spreads(groups: dict[tuple, list[Row]]) -> Iterator[str]:
 
 def plot(rows: list[Row], path: Path) -> None:
     """The methods on both tasks; the criteria under two settings of IVON; what σ did."""
-    from examples.plots.curves import canvas
+    from examples.plots.canvas import canvas
 
     pyplot = canvas()
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 8), layout="constrained")

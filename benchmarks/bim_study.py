@@ -282,7 +282,7 @@ def table(rows: list[Row]) -> str:
 
 def plot(rows: list[Row], path: Path) -> None:
     """The methods on both tasks, the ablation, and the ranking of blocks by number of batches."""
-    from examples.plots.curves import canvas
+    from examples.plots.canvas import canvas
 
     rows, _ = current(rows)
     pyplot = canvas()

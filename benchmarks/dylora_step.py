@@ -26,9 +26,9 @@ from typing import Any
 import torch
 from torch import nn
 
-import examples.program.main  # noqa: F401  keeps in memory what a run keeps
 import transformers_patched as patched
 from benchmarks.lora_step import SIZES, batches
+from examples.training import memory
 from peft_custom import DyLoraConfig, LoraConfig, attach, get_peft_model
 
 R = 8
@@ -150,6 +150,7 @@ def compare(sides: dict[str, Callable[[], None]], rounds: int, device: str) -> d
 
 
 def main() -> None:
+    memory.keep_freed_memory()  # as every run does
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="roberta-base")
     parser.add_argument("--batch", type=int, default=16)

@@ -28,7 +28,8 @@ from typing import Any
 
 from benchmarks.study import METRIC, Row, half_interval, mean_and_interval, once, read, run_glue
 from examples.cli.fields import option
-from examples.methods import registry as methods
+from examples.methods import lora
+from examples.methods.registry import register_method
 
 R, ALPHA = 8, 16
 RANKS, SEPARATE = range(1, R + 1), (1, 2, 4, 8)
@@ -56,15 +57,20 @@ CURVES = {
 
 
 @dataclass(frozen=True)
-class CutOptions(methods.LoraOptions):
+class CutOptions(lora.LoraOptions):
     cut_file: str = option("", "where the metrics go")
 
 
 class CutPredictor:
     """Variants `r<b>` and `kept<b>`: the first b components, scaled by alpha / b or alpha / R."""
 
+    probabilistic = False
+    stacked = False
+
     def __init__(self, model: Any) -> None:
-        self.factors = [p for name, p in model.named_parameters() if ".lora_B." in name]
+        from peft_custom.save_and_load import adapter_tensors
+
+        self.factors = [p for n, p in adapter_tensors(model).items() if n.endswith("lora_B.weight")]
 
     def variants(self, final: bool) -> list[str]:
         return [*(f"kept{b}" for b in RANKS), *(f"r{b}" for b in RANKS)]
@@ -84,32 +90,30 @@ class CutPredictor:
 
 
 def cut(source: Any, options: CutOptions) -> Any:
-    from examples.methods.common import lora
-
-    adapted = lora(source, options)
+    adapted = lora.build(source, options)
     adapted.predictor = CutPredictor(adapted.model)
 
-    def conclude(metrics: Row, *_: object) -> Row:
+    def summarize(metrics: Row, *_: object) -> Row:
         Path(options.cut_file).write_text(json.dumps(metrics), "utf-8")
         return {}
 
-    adapted.conclude = conclude
+    adapted.summarize = summarize
     return adapted
 
 
-methods.method("cut", CutOptions, f"{cut.__module__}:cut", "LoRA cut down, for a study")
+register_method("cut", CutOptions, cut, "LoRA cut down, for a study")
 
 
 def cut_metrics(words: Sequence[str], run: Path) -> Row:
     """The metrics of a LoRA run's adapter cut to every rank, named `r1_f1` and `kept1_f1`."""
-    from examples.program import main as program
-    from examples.run_glue import work
+    from examples import program
+    from examples.run_glue import main as run_here
 
     file = run.parent / "cut.json"
     words = [*words, "--method", "cut", "--lora_r", str(R), "--eval_only", "--lora_path", str(run)]
     with redirect_stdout(StringIO()):
         status = program.run_main(
-            work, [*words, "--cut_file", str(file), "--output_dir", str(run.parent / "none")]
+            run_here, [*words, "--cut_file", str(file), "--output_dir", str(run.parent / "none")]
         )
     assert status == 0
     return {k.removeprefix("eval_"): v for k, v in json.loads(file.read_text()).items()}
@@ -182,7 +186,7 @@ def table(rows: list[Row]) -> str:
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    from examples.plots.curves import canvas
+    from examples.plots.canvas import canvas
 
     pyplot = canvas()
     tasks = list(dict.fromkeys(row["task"] for row in rows))

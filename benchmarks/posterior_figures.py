@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from benchmarks.study import Row
-from examples.optimizers.ivon import HESSIAN
+from examples.optimizers.ivon_posterior import HESSIAN
 from ivon.posterior import KEY
 from ivon.rule import std
 from peft_custom.tuners.adalora.criteria import CRITERIA, inputs

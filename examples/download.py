@@ -23,6 +23,7 @@ from pathlib import Path
 from examples.data.readers import RawSplit, find_split, read_hub, read_split
 from examples.data.tables import DataError, write_table
 from examples.data.tasks import GLUE_TASKS, TASKS, Task, plain_name
+from examples.errors import UserError
 
 SMALL_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
@@ -36,7 +37,7 @@ WEIGHTS = (
 )
 
 
-class DownloadError(RuntimeError):
+class DownloadError(UserError, RuntimeError):
     """What was asked for cannot be had; the message says why and what to do."""
 
 
@@ -270,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 )
             else:
                 fetch_model(name, o.to or o.home / "checkpoints", o.revision)
-    except (DownloadError, DataError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

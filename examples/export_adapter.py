@@ -14,12 +14,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from examples.cli.fields import OptionError
-from examples.cli.groups import DataOptions, ModelOptions, TrainingOptions
-from examples.methods.registry import DyLoraOptions
-from examples.program import main as program
-from examples.run_glue import OWNERS, SUMMARY, Data, model_source
-from examples.training.checkpoints import RunError
+from examples import program
+from examples.cli.groups import OPTION_CLASSES, DataOptions, ModelOptions, TrainingOptions
+from examples.errors import OptionError, RunError, as_user_error
+from examples.methods import dylora
 from examples.training.run_folder import CONFIG
 
 
@@ -43,14 +41,13 @@ def export(run: Path, rank: int, out: Path, merged: bool, base: str | None = Non
         raise OptionError(f"--rank {rank}: {run} has the ranks 1 to {own.lora_r}")
     if out.exists():
         raise RunError(f"--out {out} exists: choose another folder")
-    from examples.methods.dylora import dylora
     from peft_custom.hooks import set_finished
     from transformers_patched import AutoTokenizer
 
-    data = Data(options[DataOptions], options[TrainingOptions], 1, 0)
+    data = program.TaskData(options[DataOptions], options[TrainingOptions])
     where = dataclasses.replace(options[ModelOptions], base_dtype="float32")
     own = dataclasses.replace(own, wiring="peft_custom", lora_path=str(run))
-    model = program.put_together(dylora, model_source(where, data.task), own).model
+    model = as_user_error(dylora.build, program.sequence_classifier(where, data.task), own).model
     set_finished(model.base_model, finished=True)  # the run has driven it
     if not merged:
         model.save_pretrained(out, rank=rank)
@@ -67,8 +64,8 @@ def _options(run: Path, base: str | None) -> program.Options:
     words = ["--config", str(run / CONFIG)]
     if base is not None:
         words += ["--model_name_or_path", base]
-    options = program.parse(words, "examples.run_glue", SUMMARY, OWNERS, "task_name")
-    if not isinstance(options.method_options, DyLoraOptions):
+    options = program.parse(words, "examples.export_adapter", "", OPTION_CLASSES, "task_name")
+    if not isinstance(options.method_options, dylora.DyLoraOptions):
         raise RunError(
             f"{run} is a run of --method {options.method.name}, whose adapter has one rank: use "
             f"{run / 'adapter'} as it is"
@@ -76,8 +73,8 @@ def _options(run: Path, base: str | None) -> program.Options:
     return options
 
 
-def work(argv: Sequence[str]) -> int:
-    """The program."""
+def main(argv: Sequence[str]) -> int:
+    """The program; the words after its name."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a DyLoRA run")
     parser.add_argument("--rank", type=int, required=True, help="1 to the run's lora_r")
@@ -91,4 +88,4 @@ def work(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(program.run_main(work))
+    sys.exit(program.run_main(main))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from examples.program.main import run_main
-from examples.run_glue import work
+from examples.program import run_main
+from examples.run_glue import main
 
 if __name__ == "__main__":
-    sys.exit(run_main(work))
+    sys.exit(run_main(main))

@@ -1,5 +1,7 @@
 """Adapter files: PEFT's key names, strict loading, atomic writing.
 
+    load_adapter(model, read_adapter("runs/mrpc"))     # whoever wrote it, into either wiring
+
 A file key is `base_model.model.<module>.<tensor>` without the adapter's name. A file holds the
 adapter's tensors (`….lora_A.weight`), the modules saved in full (`….classifier.weight`) and, where
 `bias` is not "none", the trained biases of the base (`….base_layer.bias`).
@@ -7,30 +9,58 @@ adapter's tensors (`….lora_A.weight`), the modules saved in full (`….classif
 
 from __future__ import annotations
 
+import json
 import os
+import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .config import BIN_NAME, SAFETENSORS_NAME
+from loralib import LoRALayer
+
+from .config import BIN_NAME, SAFETENSORS_NAME, PeftConfig
 from .files import find_file, written_aside
 from .hooks import warn_if_unfinished
-from .tuners.base import BaseTuner, iter_tuners
+from .tuners.base import BaseTuner, iter_adapters, iter_tuners
 from .tuners.modules_to_save import ModulesToSaveWrapper
 
 PREFIX = "base_model.model."
+# An adapter in loralib's layers: its tensors, under the model's own names, and r, lora_alpha, …
+LORALIB_WEIGHTS, LORALIB_CONFIG = "lora.safetensors", "lora.json"
 
 
 class LoadReport(NamedTuple):
-    """What a non-strict load left out."""
+    """What a load left out.
+
+    Attributes:
+        missing_keys: of the model, not in the file.
+        unexpected_keys: of the file, not in the adapter.
+        left_out: of the file, with both shapes: a task head made for other labels.
+    """
 
     missing_keys: list[str]
     unexpected_keys: list[str]
+    left_out: list[str] = []  # noqa: RUF012  of a NamedTuple, and never changed
+
+
+class AdapterFile(NamedTuple):
+    """An adapter as it lies on a disk.
+
+    Attributes:
+        path: its folder or file.
+        tensors: under the file's names.
+        config: what `adapter_config.json` or `lora.json` says; empty for a bare file.
+    """
+
+    path: Path
+    tensors: dict[str, Tensor]
+    config: dict[str, Any]
 
 
 def tuner_of(model: nn.Module) -> BaseTuner:
@@ -121,7 +151,7 @@ def set_peft_model_state_dict(
     tuner = tuner_of(model)
     foreign = [key for key in peft_model_state_dict if not key.startswith(PREFIX)]
     given = {k[len(PREFIX) :]: v for k, v in peft_model_state_dict.items() if k.startswith(PREFIX)}
-    given = _without_copies(tuner, dict(tuner.import_state(adapter_name, given)))
+    given = _without_copies(tuner.model, dict(tuner.import_state(adapter_name, given)))
     shared = _shared_tensors(tuner, adapter_name)
     biases = tuner.bias_parameters(adapter_name)
     expected = {**tuner.live_tensors(adapter_name), **shared}
@@ -141,30 +171,187 @@ def set_peft_model_state_dict(
         )
         missing = [key for key in missing if key not in biases]
     missing = [f"{PREFIX}{key}" for key in missing]
-    shapes = [
-        f"{PREFIX}{key}: file {tuple(given[key].shape)}, model {tuple(expected[key].shape)}"
-        for key in given
-        if key in expected and given[key].shape != expected[key].shape
-    ]
+    shapes = [f"{PREFIX}{line}" for line in _other_shapes(given, expected).values()]
     problems = [("wrong shape", shapes)]
     if strict:
         problems += [("missing", missing), ("unknown", unknown)]
     _raise_for(source, problems)
-    with torch.no_grad():
-        for key, value in given.items():
-            if key in expected:
-                expected[key].copy_(value)
+    _copy(given, expected)
     return LoadReport(missing, unknown)
 
 
-def _without_copies(tuner: BaseTuner, given: dict[str, Tensor]) -> dict[str, Tensor]:
+def _other_shapes(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, str]:
+    """Tensors of another shape than the model's -> a line that gives both."""
+    return {
+        key: f"{key}: file {tuple(value.shape)}, model {tuple(expected[key].shape)}"
+        for key, value in given.items()
+        if key in expected and value.shape != expected[key].shape
+    }
+
+
+@torch.no_grad()
+def _copy(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    for key, value in given.items():
+        if key in expected:
+            expected[key].copy_(value)
+
+
+# --- an adapter of any origin ----------------------------------------------------------------
+
+
+def adapter_folder(path: str | os.PathLike[str]) -> Path:
+    """Where an adapter is: the path itself, or its folder `adapter` in a run's folder."""
+    path = Path(path).expanduser()
+    return path / "adapter" if (path / "adapter").is_dir() else path
+
+
+def read_adapter(path: str | os.PathLike[str]) -> AdapterFile:
+    """Reads an adapter, whoever wrote it.
+
+    Args:
+        path: a run's folder or its `adapter` folder; PEFT's folder (`.safetensors` or `.bin`); a
+            folder with `lora.safetensors` and `lora.json`; or a file of tensors, such as
+            Microsoft's `.bin`.
+
+    Raises:
+        ValueError: nothing of this is there, or a file cannot be read.
+    """
+    path = adapter_folder(path)
+    if path.is_file():
+        return AdapterFile(path, _read_tensors(path), {})
+    if (path / LORALIB_WEIGHTS).is_file():
+        config = json.loads((path / LORALIB_CONFIG).read_text("utf-8"))
+        return AdapterFile(path, _read_tensors(path / LORALIB_WEIGHTS), config)
+    for name in (SAFETENSORS_NAME, BIN_NAME):
+        if (path / name).is_file():
+            config = PeftConfig.from_pretrained(path).to_dict()
+            return AdapterFile(path, _read_tensors(path / name), config)
+    raise ValueError(
+        f"{path}: no adapter; give a run's folder, a folder with {SAFETENSORS_NAME} or "
+        f"{LORALIB_WEIGHTS}, or a file of tensors"
+    )
+
+
+def _read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
+    """Tensors by name; a `.bin` is read without running what it may contain."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path, device=device)
+        state = torch.load(path, map_location=device, weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{path}: damaged, or no file of tensors alone ({reason}); copy it again, or save its "
+            "state dict as safetensors where it is trusted"
+        ) from error
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"{path}: a state dict is needed, tensors by name and nothing else")
+    return dict(state)
+
+
+def _factors(model: nn.Module, adapter: str) -> Iterator[tuple[str, str, Tensor]]:
+    """(name of a layer, name in it, live tensor) of an adapter, whichever wiring it has.
+
+    Injected layers come from the tuner, else loralib's own layers are taken.
+    """
+    if any(iter_tuners(model)):
+        for name, layer in iter_adapters(tuner_of(model).model):
+            yield from (
+                (name, key, tensor) for key, tensor in layer.adapter_tensors(adapter).items()
+            )
+        return
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoRALayer) and layer.adapted:
+            yield from ((name, key, getattr(layer, key)) for key in ("lora_A", "lora_B"))
+
+
+def adapter_tensors(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
+    """The adapter's live tensors by name: of injected layers, or of loralib's own."""
+    return {f"{layer}.{key}": tensor for layer, key, tensor in _factors(model, adapter_name)}
+
+
+def load_adapter(
+    model: nn.Module,
+    file: AdapterFile,
+    adapter_name: str = "default",
+    optional: Collection[str] = (),
+) -> LoadReport:
+    """Copies a saved adapter into one that the model has, injected or in loralib's layers.
+
+    A task head of another shape is left out as a whole, and so is what the model does not train;
+    the report names both.
+
+    Args:
+        model: with an adapter.
+        file: from `read_adapter`.
+        adapter_name: which adapter.
+        optional: tensors of an adapted layer that the file may lack, such as `block_scores`.
+
+    Raises:
+        ValueError: the adapter is not this model's; everything that differs is named.
+    """
+    factors = adapter_tensors(model, adapter_name)
+    body, shared = _body_and_shared(model, adapter_name, factors)
+    known = {
+        spelling: f"{layer}.{key}"
+        for layer, key, _ in _factors(model, adapter_name)
+        for spelling in _spellings(layer, key)
+    }
+    plain = {name.removeprefix(PREFIX): tensor for name, tensor in file.tensors.items()}
+    given = {known.get(name, name): t for name, t in _without_copies(body, plain).items()}
+    # a part (`classifier`) with one tensor of another shape is left out with all its tensors
+    heads = {name: tensor for name, tensor in given.items() if name in shared}
+    wrong = _other_shapes(heads, shared)
+    parts = {name.partition(".")[0] for name in wrong}
+    heads = {n: t for n, t in heads.items() if n.partition(".")[0] not in parts}
+    missing = [name for name in factors if name not in given]
+    absent = {name for name in missing if name.rpartition(".")[2] in optional}
+    # what is frozen here, or of a part that the model has not (`qa_outputs`), is left out as well
+    rest = [name for name in given if name not in factors and name not in shared]
+    frozen = set(body.state_dict())
+    own_parts = {name for name, _ in body.named_children()}
+    unknown = [n for n in rest if n not in frozen and n.partition(".")[0] in own_parts]
+    problems = [
+        ("wrong shape", list(_other_shapes(given, factors).values())),
+        ("missing", [name for name in missing if name not in absent]),
+        ("unknown", unknown),
+    ]
+    _raise_for(str(file.path), problems)
+    _copy({name: given[name] for name in factors if name in given}, factors)
+    _copy(heads, shared)
+    return LoadReport(missing, rest, list(wrong.values()))
+
+
+def _body_and_shared(
+    model: nn.Module, adapter: str, factors: Mapping[str, Tensor]
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The model without a tuner around it, and what trains in full beside the factors."""
+    if any(iter_tuners(model)):
+        tuner = tuner_of(model)
+        return tuner.model, _shared_tensors(tuner, adapter)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return model, {name: p for name, p in trained.items() if name not in factors}
+
+
+def _spellings(layer: str, key: str) -> set[str]:
+    """How files name a factor: `….lora_A.weight` as PEFT does, `….lora_A` as Microsoft does.
+
+    One in a container of its own (`bim.lora_A`) is found under the plain name as well, so that a
+    LoRA adapter can be taken over.
+    """
+    plain = key.removesuffix(".weight")
+    names = {plain, plain.rpartition(".")[2]}
+    return {f"{layer}.{name}{end}" for name in names for end in ("", ".weight")}
+
+
+def _without_copies(body: nn.Module, given: dict[str, Tensor]) -> dict[str, Tensor]:
     """Drops what PEFT writes twice: a saved module's tensors again, under its wrapper's own names.
 
     (`bias="all"` makes it write `classifier.modules_to_save.bias` beside `classifier.bias`.)
     """
     inside = tuple(
         f"{name}.{part}."
-        for name, module in tuner.model.named_modules()
+        for name, module in body.named_modules()
         if isinstance(module, ModulesToSaveWrapper)
         for part in ("modules_to_save", "original_module")
     )
@@ -192,15 +379,13 @@ def load_peft_weights(
 ) -> dict[str, Tensor]:
     """Reads `adapter_model.safetensors`, or an old `adapter_model.bin` (tensors only)."""
     device = "cpu" if device is None else str(device)
-    path = find_file(folder_or_hub_id, SAFETENSORS_NAME, subfolder, **hub)
-    if path is not None:
-        return load_file(path, device=device)
-    path = find_file(folder_or_hub_id, BIN_NAME, subfolder, **hub)
-    if path is None:
-        raise FileNotFoundError(
-            f"{folder_or_hub_id}: neither {SAFETENSORS_NAME} nor {BIN_NAME} is there"
-        )
-    return torch.load(path, map_location=device, weights_only=True)
+    for name in (SAFETENSORS_NAME, BIN_NAME):
+        path = find_file(folder_or_hub_id, name, subfolder, **hub)
+        if path is not None:
+            return _read_tensors(Path(path), device)
+    raise FileNotFoundError(
+        f"{folder_or_hub_id}: neither {SAFETENSORS_NAME} nor {BIN_NAME} is there"
+    )
 
 
 def save_adapter(

@@ -18,54 +18,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-
-class OptionError(ValueError):
-    """An option that does not exist, or a value that it cannot have."""
-
-
-# Names that the originals give to one and the same thing.
-ALIASES = {
-    "max_seq_length": "max_length",
-    "warmup_steps": "num_warmup_steps",
-    "checkpointing_steps": "save_steps",
-    "max_steps": "max_train_steps",
-    "evaluation_strategy": "eval_strategy",
-    "label_smoothing": "label_smoothing_factor",
-    "lora_type": "method",
-    "target_modules": "lora_modules",
-    "per_gpu_train_batch_size": "per_device_train_batch_size",
-    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
-    "epochs": "num_train_epochs",
-    "lr": "learning_rate",
-    "clip_grad": "max_grad_norm",
-    "torch_compile": "compile",
-    "target_rank": "adalora_target_r",
-    "init_warmup": "adalora_tinit",
-    "final_warmup": "adalora_tfinal",
-    "mask_interval": "adalora_delta_t",
-    "reg_orth_coef": "adalora_orth_reg_weight",
-    "criterion": "vilora_criterion",
-}
-# Switches of the originals that stand for a value of another option, unless that one is given too.
-SWITCHES = {
-    "bf16": ("mixed_precision", "bf16"),
-    "fp16": ("mixed_precision", "fp16"),
-    "apply_lora": ("method", "lora"),
-    "with_tracking": ("report_to", "all"),
-    "use_custom_lr_schedule": ("lr_scheduler_type", "clr"),
-    "use_ivon": ("optimizer", "ivon"),
-    "eval_only": ("do_train", "false"),
-}
-# Options of the originals that have no meaning here, and why.
-GONE = {
-    "use_slow_tokenizer": "every tokenizer is the fast one",
-    "use_fast_tokenizer": "every tokenizer is the fast one",
-    "trust_remote_code": "no code is ever loaded from a checkpoint",
-    "use_deterministic_algorithms": "runs on one device repeat bit for bit as they are",
-    "push_to_hub": "upload the run's adapter folder with `hf upload` when you have looked at it",
-    "hub_model_id": "upload the run's adapter folder with `hf upload`",
-    "hub_token": "log in with `hf auth login`",
-}
+from examples.cli.names import ALIASES, GONE, SWITCHES
+from examples.errors import OptionError
 
 
 def option(
@@ -337,8 +291,20 @@ def _sheet(path: Path, after: tuple[Path, ...] = ()) -> tuple[dict[str, Any], di
     return {**before, **values}, merged
 
 
-def help_text(program: str, summary: str, groups: Mapping[str, type]) -> str:
-    """What `--help` prints: every option with its type, default and meaning."""
+def help_text(
+    program: str,
+    summary: str,
+    groups: Mapping[str, type],
+    examples: Mapping[str, Iterable[str]] | None = None,
+) -> str:
+    """What `--help` prints: every option with its type, default and meaning.
+
+    Args:
+        program: its module.
+        summary: what it does.
+        groups: title -> option class.
+        examples: option -> values to name beside its meaning.
+    """
     lines = [f"usage: python -m {program} --option value … [--config FILE.yaml]", "", summary]
     seen: set[str] = set()
     also = {target: [a for a in ALIASES if ALIASES[a] == target] for target in ALIASES.values()}
@@ -353,7 +319,10 @@ def help_text(program: str, summary: str, groups: Mapping[str, type]) -> str:
             names = ", ".join(f"--{n}" for n in (name, *also.get(name, ())))
             head = f"  {names} {kind}".rstrip()
             default = "needed" if item.default is dataclasses.MISSING else _shown(item.default)
-            lines += [head, f"        {item.metadata['help']} (default: {default})"]
+            meaning = item.metadata["help"]
+            if values := (examples or {}).get(name):
+                meaning += f": {' '.join(values)}"
+            lines += [head, f"        {meaning} (default: {default})"]
     lines += ["", "Switches of the originals, for other options:"]
     lines += [f"  --{name}: --{target} {value}" for name, (target, value) in SWITCHES.items()]
     return "\n".join(lines)

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from dataclasses import MISSING, dataclass
 
-from examples.cli.fields import OptionError, option
-from examples.training.schedules import SCHEDULES
+from examples.cli.fields import option
+from examples.errors import OptionError
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
+SCHEDULES = (  # their formulas: examples/training/schedules.py
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "clr",
+)
 
 
 @dataclass(frozen=True)
@@ -17,7 +27,9 @@ class ModelOptions:
     revision: str | None = option(None, "branch, tag or commit on the hub")
     local_files_only: bool = option(False, "never ask the hub")
     ignore_mismatched_sizes: bool = option(
-        False, "draw anew what has another shape in the checkpoint, such as a head of other labels"
+        False,
+        "re-initialise parameters whose shape differs from the checkpoint's, such as a head for "
+        "other labels",
     )
     base_dtype: str = option(
         "auto",
@@ -29,7 +41,7 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class DataOptions:
-    task_name: str | None = option(None, "a task: cola mnli mrpc qnli qqp rte sst2 stsb wnli …")
+    task_name: str | None = option(None, "a task")
     data_dir: str | None = option(
         None, "folder with a folder per task, or the task's own; without it the hub is read"
     )
@@ -138,7 +150,9 @@ class TrainingOptions:
         False,
         "NLL, calibration error and entropy of classes; always where predictions are averaged",
     )
-    plots: bool = option(False, "pictures of ranks and posterior at the end, where there are some")
+    plots: bool = option(
+        False, "what method and optimiser have to show, as pictures in plots/ of the run"
+    )
     report_to: tuple[str, ...] = option(("none",), "trackers", choices=("none", "all", *TRACKERS))
     project_prefix: str = option("rankwise_", "the trackers' project is this and the task")
     disable_tqdm: bool = option(False, "plain lines instead of a progress bar")
@@ -166,3 +180,11 @@ class TrainingOptions:
             raise OptionError("--report_to none stands alone")
         if not (self.do_train or self.do_eval or self.do_predict):
             raise OptionError("nothing to do: --do_train, --do_eval and --do_predict are all off")
+
+
+# What every program that trains on a task has; method and optimiser add theirs.
+OPTION_CLASSES: dict[str, type] = {
+    "model": ModelOptions,
+    "data": DataOptions,
+    "training": TrainingOptions,
+}

@@ -1,4 +1,4 @@
-"""Which rows meet in which step, and how they become tensors.
+"""Order and batching of rows; padding or packing into tensors.
 
 One optimiser step takes a *global batch* of rows: it is formed first, then split over processes
 and into micro-batches. So p processes of b rows see what one process of p·b rows sees. The order is
@@ -6,12 +6,14 @@ f(seed, epoch) through a counter-based generator: any epoch, any global batch, c
 directly, which is how a resumed run skips what it has done.
 
     random   rows in random order
-    bucket   random order, but rows of like length meet: within every CHUNK global batches rows
-             are sorted by length, then the batches are shuffled; little padding is left
+    bucket   rows of similar length share a batch, so there is little padding: the rows of every
+             CHUNK global batches are sorted by length, then the batches are shuffled
 
 Collated batches are padded to their longest row, padded to a fixed width, or packed: the tokens
 of all rows end to end with `cu_seqlens`, no padding at all.
 """
+
+from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -126,32 +128,39 @@ class TrainingBatches:
         if self.order == "random":
             return rows
         size = self.global_batch_size
-        full = len(rows) // size * size
+        full = len(rows) // size * size  # rows of complete global batches
+        # Each piece: (≤ CHUNK, size) rows, one global batch a line.
         pieces = [
             _by_length(piece, self.lengths).reshape(-1, size)
             for piece in np.split(rows[:full], range(CHUNK * size, full, CHUNK * size))
         ]
-        batches = np.concatenate(pieces) if full else rows[:0].reshape(0, size)
+        batches = np.concatenate(pieces) if full else rows[:0].reshape(0, size)  # (batches, size)
         # Another stream than the rows': the number of batches may equal the number of rows.
         batches = batches[permutation(len(batches), self.seed, epoch, stream=1)]
         return np.concatenate((batches.reshape(-1), rows[full:]))
 
     def _split(self, index: int, rows: np.ndarray) -> GlobalBatch:
-        """Splits a global batch; every process computes the same split and takes its own part."""
+        """Splits the rows of a global batch into micro-batches and takes this process's.
+
+        Every process computes the same split, so they agree without exchanging anything.
+        """
         if self.order == "bucket" or self.max_tokens is not None:
-            rows = _by_length(rows, self.lengths)
+            rows = _by_length(rows, self.lengths)  # a micro-batch is padded to its longest row
         if self.max_tokens is not None:
             pieces = split_by_tokens(rows, self.lengths, self.max_tokens)
         else:
             pieces = np.array_split(rows, -(-len(rows) // self.batch_size))
-        # As many pieces for every process, as long as there are rows to make them of.
-        share = -(-len(pieces) // self.processes)
+        # Processes exchange gradients, so each needs the same number of micro-batches. Pieces are
+        # halved until there are enough for all, unless the rows themselves are too few.
+        share = -(-len(pieces) // self.processes)  # micro-batches of each process
         pieces = _halve(pieces, min(share * self.processes, len(rows)), self.lengths)
+        # Dealt out in turn, so that long and short rows are spread over the processes.
         mine = [
             Batch(piece, int(self.lengths[piece].sum()), len(piece) / len(rows))
             for piece in pieces[self.process :: self.processes]
         ]
         if len(mine) < share:
+            # Any row will do: its weight of 0 leaves loss and gradient as they are.
             filler = rows[:1]
             mine.append(Batch(filler, int(self.lengths[filler].sum()), 0.0))
         return GlobalBatch(index, tuple(mine), len(rows))
@@ -165,8 +174,10 @@ def evaluation_batches(
     process: int = 0,
     max_tokens: int | None = None,
 ) -> list[Batch]:
-    """This process's share of a split: longest rows first, each row in exactly one batch of one
-    process. `Batch.rows` puts results back: `out[batch.rows] = logits`.
+    """This process's batches of a split; each row is in exactly one batch of one process.
+
+    The longest rows come first, so a batch that needs too much memory fails at once. Results are
+    put back in order by `out[batch.rows] = logits`.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
@@ -184,10 +195,10 @@ def evaluation_batches(
 
 
 def permutation(n: int, seed: int, epoch: int, stream: int = 0) -> np.ndarray:
-    """(n,) a random order of 0..n-1 that is a function of its arguments alone.
+    """(n,) a random order of 0..n-1 that depends on nothing but the arguments.
 
-    Sorts the raw output of the Philox counter generator, which is fixed by its definition, where
-    the shuffles of a library may change with its version.
+    Sorts the raw output of the Philox counter generator, which its definition fixes; a library's
+    shuffle may change with its version.
     """
     key = np.array([seed % 2**64, stream], np.uint64)
     raw = np.random.Philox(key=key, counter=[0, 0, 0, epoch]).random_raw(n)
@@ -196,9 +207,10 @@ def permutation(n: int, seed: int, epoch: int, stream: int = 0) -> np.ndarray:
 
 def split_by_tokens(rows: np.ndarray, lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
     """Consecutive pieces of `rows` of at most `max_tokens` tokens each, none of them empty."""
-    ends = np.cumsum(lengths[rows])
-    cuts, done = [], 0
+    ends = np.cumsum(lengths[rows])  # (len(rows),) tokens up to and with each row
+    cuts, done = [], 0  # done: tokens before the last cut
     while True:
+        # The first row that would exceed the budget begins the next piece.
         cut = int(np.searchsorted(ends, done + max_tokens, side="right"))
         if cut >= len(rows):
             return np.split(rows, cuts)
@@ -223,11 +235,11 @@ def collate(
         multiple: the default width is rounded up to a multiple of this.
     """
     rows = batch.rows
-    starts, lengths = split.offsets[rows], split.offsets[rows + 1] - split.offsets[rows]
-    ends = np.cumsum(lengths)
+    starts, lengths = split.offsets[rows], split.offsets[rows + 1] - split.offsets[rows]  # (b,)
+    ends = np.cumsum(lengths)  # (b,) where each row ends in the batch
     # Token t of the batch is token `source[t]` of the split: each row's start plus 0, 1, 2, …
-    source = np.arange(ends[-1]) + np.repeat(starts - (ends - lengths), lengths)
-    tokens = split.tokens[source].astype(np.int64)
+    source = np.arange(ends[-1]) + np.repeat(starts - (ends - lengths), lengths)  # (T,)
+    tokens = split.tokens[source].astype(np.int64)  # (T,)
     longest = int(lengths.max())
     data: dict[str, torch.Tensor | int]
     if packed:
@@ -237,8 +249,8 @@ def collate(
             "max_seqlen": longest,
         }
         if split.token_types:
-            place = source - np.repeat(starts, lengths)
-            second = place >= np.repeat(split.first[rows], lengths)
+            place = source - np.repeat(starts, lengths)  # (T,) 0, 1, … in every row
+            second = place >= np.repeat(split.first[rows], lengths)  # (T,)
             data["token_type_ids"] = torch.from_numpy(second.astype(np.int64))
     else:
         if width is not None and width < longest:
@@ -246,14 +258,14 @@ def collate(
         size = width if width is not None else -(-longest // multiple) * multiple
         place = np.arange(size)[None]  # (1, size)
         real = place < lengths[:, None]  # (b, size)
-        ids = np.full(real.shape, split.pad_id, np.int64)
-        ids[real] = tokens
+        ids = np.full(real.shape, split.pad_id, np.int64)  # (b, size)
+        ids[real] = tokens  # both run row by row
         data = {
             "input_ids": torch.from_numpy(ids),
             "attention_mask": torch.from_numpy(real.astype(np.int64)),
         }
         if split.token_types:
-            second = (place >= split.first[rows][:, None]) & real
+            second = (place >= split.first[rows][:, None]) & real  # (b, size)
             data["token_type_ids"] = torch.from_numpy(second.astype(np.int64))
     if split.labels is not None:
         data["labels"] = torch.from_numpy(split.labels[rows])
@@ -269,12 +281,14 @@ def on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def _by_length(rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The rows, shortest first; a stable sort, so every process and version gets the same."""
     return rows[np.argsort(lengths[rows], kind="stable")]
 
 
 def _halve(pieces: list[np.ndarray], count: int, lengths: np.ndarray) -> list[np.ndarray]:
-    """Halves the piece of most tokens that has two rows or more, until there are `count`."""
+    """Halves the largest piece, again and again, until there are `count`."""
     while len(pieces) < count:
+        # By tokens, which are the work of a piece. A single row cannot be halved.
         tokens = [lengths[piece].sum() if len(piece) > 1 else 0 for piece in pieces]
         at = int(np.argmax(tokens))
         pieces = [*pieces[:at], *np.array_split(pieces[at], 2), *pieces[at + 1 :]]
@@ -282,6 +296,7 @@ def _halve(pieces: list[np.ndarray], count: int, lengths: np.ndarray) -> list[np
 
 
 def _check_budget(split: EncodedSplit, max_tokens: int | None) -> None:
+    """Raises ValueError where the longest row alone has more than `max_tokens`."""
     if max_tokens is None or not len(split):
         return
     longest = int(split.lengths.max())

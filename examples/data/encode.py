@@ -1,9 +1,11 @@
-"""Tokenises a split once, into flat arrays, and keeps them on disk.
+"""Tokenises a split once, into flat arrays, and caches them on disk.
 
 The cache key is a hash of everything the tokens depend on: the texts, the tokenizer itself, the
-maximal length, the version of this code. A file that is cut short or altered is noticed (size and
-checksum), reported and made anew; a full disk costs the cache, never the run.
+maximal length, the version of this code. A file that was truncated or altered fails its checksum,
+is reported and written again. A full disk costs the cache, never the run.
 """
+
+from __future__ import annotations
 
 import hashlib
 import os
@@ -64,7 +66,7 @@ def default_cache_dir() -> Path:
 
 def encode(
     raw: RawSplit,
-    tokenizer: "PreTrainedTokenizer",
+    tokenizer: PreTrainedTokenizer,
     max_length: int,
     *,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -78,6 +80,10 @@ def encode(
         max_length: tokens per row, special tokens included.
         cache_dir: where the arrays are kept; default `default_cache_dir()`.
         cache: False neither reads nor writes the cache.
+
+    Raises:
+        ValueError: the model takes fewer tokens, or the tokenizer has no padding token, or its
+            token types are not 0 then 1 in a row.
     """
     limit = tokenizer.model_max_length
     if max_length > limit:
@@ -110,9 +116,10 @@ def encode(
 
 
 def _tokenise(
-    raw: RawSplit, tokenizer: "PreTrainedTokenizer", max_length: int
+    raw: RawSplit, tokenizer: PreTrainedTokenizer, max_length: int
 ) -> dict[str, np.ndarray]:
-    pieces, lengths, first = [], [], []
+    """The arrays `tokens`, `offsets` and `first` of an `EncodedSplit`."""
+    tokens, lengths, first = [], [], []
     for start in range(0, len(raw), CHUNK):
         text = [column[start : start + CHUNK] for column in raw.text]
         batch = tokenizer(
@@ -122,31 +129,35 @@ def _tokenise(
             return_token_type_ids=True,
             return_attention_mask=False,
         )
-        size = np.fromiter(map(len, batch["input_ids"]), np.int64, len(batch["input_ids"]))
-        types = _flat(batch["token_type_ids"], size.sum())
-        ends = np.cumsum(size)
-        ones = np.diff(np.concatenate(([0], np.cumsum(types)))[np.concatenate(([0], ends))])
-        expected = np.arange(len(types)) - np.repeat(ends - size, size) >= np.repeat(
-            size - ones, size
-        )
-        if not np.array_equal(types != 0, expected):
+        # A chunk of c rows and t tokens.
+        size = np.fromiter(map(len, batch["input_ids"]), np.int64, len(batch["input_ids"]))  # (c,)
+        types = _flat(batch["token_type_ids"], size.sum())  # (t,) 0 or 1
+        ends = np.cumsum(size)  # (c,) row i is tokens ends[i] - size[i] to ends[i]
+        # Ones before every token; between the ends of two rows it grows by the ones of a row.
+        ones_before = np.concatenate(([0], np.cumsum(types)))  # (t + 1,)
+        ones = np.diff(ones_before[np.concatenate(([0], ends))])  # (c,)
+        # Of the types only the number of zeros is kept, so the ones must be a row's last tokens.
+        place = np.arange(len(types)) - np.repeat(ends - size, size)  # (t,) 0, 1, … in every row
+        if not np.array_equal(types != 0, place >= np.repeat(size - ones, size)):
             raise ValueError("this tokenizer's token types are not 0 then 1 in every row")
-        pieces.append(_flat(batch["input_ids"], size.sum()))
+        tokens.append(_flat(batch["input_ids"], size.sum()))
         lengths.append(size)
         first.append(size - ones)
     offsets = np.concatenate(([0], np.cumsum(np.concatenate(lengths)))).astype(np.int64)
     return {
-        "tokens": np.concatenate(pieces),
+        "tokens": np.concatenate(tokens),
         "offsets": offsets,
         "first": np.concatenate(first).astype(np.int32),
     }
 
 
 def _flat(lists: Iterable[list[int]], total: int) -> np.ndarray:
+    """(total,) int32, the numbers of all lists."""
     return np.fromiter((value for row in lists for value in row), np.int32, int(total))
 
 
-def _key(raw: RawSplit, tokenizer: "PreTrainedTokenizer", max_length: int) -> str:
+def _key(raw: RawSplit, tokenizer: PreTrainedTokenizer, max_length: int) -> str:
+    """The name of the cache file; labels are not in it, so they are not in the key."""
     digest = hashlib.sha256()
     for part in (VERSION, tokenizer.fingerprint(), str(max_length), str(len(raw.text))):
         digest.update(part.encode() + b"\0")
@@ -158,6 +169,7 @@ def _key(raw: RawSplit, tokenizer: "PreTrainedTokenizer", max_length: int) -> st
 
 
 def _checksum(arrays: dict[str, np.ndarray]) -> str:
+    """CRC-32 of all arrays, eight hexadecimal digits."""
     total = 0
     for name in ("tokens", "offsets", "first"):
         total = zlib.crc32(np.ascontiguousarray(arrays[name]).tobytes(), total)

@@ -181,6 +181,7 @@ def find_split(task: Task, data_dir: Path, split: str) -> list[Path]:
 
 
 def _from_table(table: Table, task: Task, split: str) -> RawSplit:
+    """Text, labels and row numbers of a table of n rows."""
     if not table.lines:
         raise DataError(f"{table.source}: empty, there is no row in it")
     if task.name == CUSTOM.name and not task.text:
@@ -209,17 +210,19 @@ def _column(table: Table, column: str, task: Task) -> str:
 
 
 def _find(table: Table, column: str, task: Task) -> str | None:
+    """The name under which a table has a column, None where it has none."""
     return next((name for name in task.column_names(column) if name in table.columns), None)
 
 
 def _text(table: Table, column: str) -> list[str]:
+    """A column of n strings that UTF-8 can hold."""
     values = table.columns[column]
     for row, value in enumerate(values):
         if not isinstance(value, str):
             shown = "nothing" if value is None else f"{value!r:.60}"
             raise table.fail(row, f"{column!r} must be text, found {shown}")
     try:
-        "".join(values).encode()
+        "".join(values).encode()  # all rows at once; one by one only to name the bad one
     except UnicodeEncodeError:
         for row, value in enumerate(values):
             if any("\ud800" <= char <= "\udfff" for char in value):
@@ -231,6 +234,7 @@ def _text(table: Table, column: str) -> list[str]:
 
 
 def _labels(table: Table, task: Task, split: str) -> list[int] | list[float] | None:
+    """n class indices or scores; None for a test split without labels."""
     testing = split.startswith("test")
     if testing and _find(table, "label", task) is None:
         return None
@@ -258,7 +262,7 @@ def _labels(table: Table, task: Task, split: str) -> list[int] | list[float] | N
 
 
 def _unlabelled(value: Any, task: Task) -> bool:
-    """No value at all, or the -1 of the hub's hidden labels where it cannot be a real one."""
+    """Whether a label is missing, or the hub's -1 for hidden ones where no label can be -1."""
     if value is None or value == "":
         return True
     if task.regression:
@@ -268,19 +272,15 @@ def _unlabelled(value: Any, task: Task) -> bool:
 
 
 def _class_index(value: Any, task: Task, known: dict[str, int]) -> int | str:
-    """The index of a label, or why it is none."""
+    """The index of a label; a string says why it has none."""
     choices = ", ".join(
         f"{i} ({name})" if task.labels_by_index else name for i, name in enumerate(task.labels)
     )
     if isinstance(value, str) and value in known:
         return known[value]
     if not task.labels_by_index:
-        plain = isinstance(value, (bool, int))
-        return (
-            known.get(str(value), f"unknown label {value!r:.60}; the training file has {choices}")
-            if plain
-            else (f"unknown label {value!r:.60}; the training file has {choices}")
-        )
+        unknown = f"unknown label {value!r:.60}; the training file has {choices}"
+        return known.get(str(value), unknown) if isinstance(value, (bool, int)) else unknown
     index = _whole(value)
     if index is None:
         return f"unknown label {value!r:.60}; {task.name} has {choices}"
@@ -290,6 +290,7 @@ def _class_index(value: Any, task: Task, known: dict[str, int]) -> int | str:
 
 
 def _score(value: Any, task: Task, known: dict[str, int]) -> float | str:
+    """The label of a regression; a string says why it is none."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return f"the label must be a number, found {value!r:.60}"
     try:
@@ -305,6 +306,7 @@ def _score(value: Any, task: Task, known: dict[str, int]) -> float | str:
 
 
 def _whole(value: Any) -> int | None:
+    """A whole number, or a string that spells one; None for anything else, `True` and 1.0 too."""
     if isinstance(value, bool):
         return None
     if isinstance(value, int):
@@ -318,7 +320,7 @@ def _whole(value: Any) -> int | None:
 
 
 def _describe(table: Table, task: Task) -> Task:
-    """Finds text columns and labels of a custom training file."""
+    """The task with text columns, labels and metrics as its training file has them."""
     names = list(table.columns)
     if "label" not in names:
         raise DataError(f"{table.source}: no column 'label'; found {', '.join(map(repr, names))}")
@@ -331,7 +333,7 @@ def _describe(table: Table, task: Task) -> Task:
             f"{table.source}: no text column beside 'label'; found {', '.join(map(repr, names))}"
         )
     values = [value for value in table.columns["label"] if value not in (None, "")]
-    if any(isinstance(value, (list, dict)) for value in values):
+    if any(isinstance(value, (list, dict)) for value in values):  # JSON may hold anything
         raise DataError(f"{table.source}: labels must be names or numbers")
     if values and any(_fraction(value) for value in values) and all(map(_number, values)):
         return replace(
@@ -350,6 +352,7 @@ def _describe(table: Table, task: Task) -> Task:
 
 
 def _number(value: Any) -> bool:
+    """Whether a value is a finite number, or a string that spells one."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return False
     try:

@@ -94,6 +94,7 @@ def read_table(path: Path, layout: TsvLayout | None = None) -> Table:
 
 
 def _read_text(path: Path) -> str:
+    """The text of a file, which must be UTF-8 without NUL."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -129,6 +130,7 @@ def _lines(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _read_tsv(path: Path, layout: TsvLayout) -> Table:
+    """Not by the csv module: it would take quotes for more than characters."""
     lines = _lines(_read_text(path))
     first = next(lines, None)
     if first is None:
@@ -163,7 +165,8 @@ def _read_tsv(path: Path, layout: TsvLayout) -> Table:
 
 
 def _read_csv(path: Path) -> Table:
-    previous = csv.field_size_limit(LONGEST_FIELD)
+    """A row may span lines; its number is that of its first line."""
+    previous = csv.field_size_limit(LONGEST_FIELD)  # a setting of the whole process: put back
     try:
         reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
         names: list[str] | None = None
@@ -199,6 +202,7 @@ def _read_json(path: Path) -> Table:
     """An array of objects, `{"data": [...]}`, or JSON lines under this name, as the hub has it."""
     text = _read_text(path)
     start = text.lstrip()[:1]
+    # One object may be the whole file or the first of many: its first line decides.
     if start != "[":
         first = next(_lines(text), (1, ""))[1]
         if start != "{" or _parses(first):
@@ -228,6 +232,7 @@ def _read_jsonl(path: Path) -> Table:
 
 
 def _parses(text: str) -> bool:
+    """Whether a text is JSON."""
     try:
         json.loads(text)
     except (ValueError, RecursionError):
@@ -236,6 +241,7 @@ def _parses(text: str) -> bool:
 
 
 def _json_reason(error: Exception) -> str:
+    """What is wrong with a JSON text; one that ends too early was probably cut off."""
     if isinstance(error, json.JSONDecodeError) and (
         error.pos >= len(error.doc.rstrip()) or "Unterminated" in error.msg
     ):
@@ -244,6 +250,7 @@ def _json_reason(error: Exception) -> str:
 
 
 def _from_objects(path: Path, items: list[tuple[int, Any]], unit: str) -> Table:
+    """A table from numbered JSON objects, which must all have the keys of the first."""
     columns: dict[str, list[Any]] = {}
     for position, (number, item) in enumerate(items):
         if not isinstance(item, dict):
@@ -370,6 +377,7 @@ def _write_csv(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
 
 
 def _objects(columns: Mapping[str, Sequence[Any]]) -> list[str]:
+    """One JSON object a row."""
     rows = zip(*columns.values(), strict=True)
     return [json.dumps(dict(zip(columns, row, strict=True)), ensure_ascii=False) for row in rows]
 

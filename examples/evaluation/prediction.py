@@ -26,16 +26,17 @@ Score = Callable[[np.ndarray], dict[str, float]]
 
 
 class Predictor(Protocol):
-    """How a batch is predicted; a method (`Adapted.predictor`) or an optimiser may bring one.
+    """How a batch is predicted; a method (`AdaptedModel.predictor`) or an optimiser may bring one.
 
-    Two attributes are optional, and False where they are missing:
-
-    * `probabilistic`: the calibration metrics are computed too. They take softmax(logits) for the
-      predicted probabilities. So logits of averaged predictions must be their log-probabilities;
-      ordinary logits serve as they are. A run sets it where the user asks for calibration.
-    * `stacked`: all variants of a batch share one forward pass, in which each has a copy of it.
-      Batches get that many times fewer rows, so a pass has no more rows than the user allows.
+    Attributes:
+        probabilistic: logits are log-probabilities of averaged predictions, so the metrics of
+            `examples.evaluation.calibration` are computed even where nobody asks for them.
+        stacked: all variants of a batch share one forward pass, in which each has a copy of it.
+            Batches get that many times fewer rows, so a pass has no more rows than the user allows.
     """
+
+    probabilistic: bool
+    stacked: bool
 
     def variants(self, final: bool) -> list[str]:
         """Names of the variants, the same on every process; `final` at the end of a run."""
@@ -50,6 +51,9 @@ class Predictor(Protocol):
 
 class PlainPredictor:
     """One forward pass."""
+
+    probabilistic = False
+    stacked = False
 
     def variants(self, final: bool) -> list[str]:
         return [""]
@@ -70,8 +74,9 @@ class EvaluationSet:
         batches: (copies of a batch in one forward pass) -> this process's share of them.
         collate: batch -> arguments of the model.
         score: (rows, …) logits -> metrics.
-        calibration: the same for what only a probabilistic predictor is asked; None for a
-            regression.
+        calibration: (rows, classes) logits -> calibration metrics; None for a regression. Computed
+            where the predictor is probabilistic, or `calibrated`.
+        calibrated: compute them for any predictor: softmax(logits) are its probabilities.
     """
 
     name: str
@@ -80,6 +85,7 @@ class EvaluationSet:
     collate: Collate
     score: Score
     calibration: Score | None = None
+    calibrated: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,7 +134,7 @@ def evaluate(
                 raise RunError(f"evaluation: {error}") from error
             if prediction.loss is not None:
                 scores["loss"] = prediction.loss
-            if data.calibration is not None and getattr(predictor, "probabilistic", False):
+            if data.calibration and (data.calibrated or predictor.probabilistic):
                 scores |= data.calibration(prediction.logits)
             values |= {
                 variant_metric(prefix + name, variant): value for name, value in scores.items()
@@ -154,7 +160,7 @@ def predict(
     """
     variants = predictor.variants(final)
     gathered = [_GatheredLogits(data.rows) for _ in variants]
-    copies = len(variants) if getattr(predictor, "stacked", False) else 1
+    copies = len(variants) if predictor.stacked else 1
     training = model.training
     model.eval()
     with torch.inference_mode(), accelerator.autocast():

@@ -1,5 +1,9 @@
-"""The methods of `--method`, a file each, and the registry of methods and optimisers."""
+"""The methods of `--method`, a file each; a new one is a file and a name in the second import.
 
-from examples.methods.registry import METHODS, OPTIMIZERS
+Nothing here imports torch: that happens when a method is built.
+"""
+
+from examples.methods.registry import METHODS, OPTIMIZERS  # noqa: I001
+from examples.methods import full, lora, dylora, adalora, bim_lora  # noqa: F401  in --help's order
 
 __all__ = ["METHODS", "OPTIMIZERS"]

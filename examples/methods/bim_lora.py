@@ -1,174 +1,110 @@
-"""Builds BIM-LoRA for training, draws its masks, and has the original's configuration by task."""
+"""BIM-LoRA: increments gated block by block, by a mask that starts from features of the weights."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from examples.cli.fields import OptionError
+from examples.cli.fields import option
+from examples.methods.registry import AdaptedModel, register_method
 
 if TYPE_CHECKING:
-    from examples.methods.common import Adapted, ModelSource
-    from examples.methods.registry import BimLoraOptions
-    from examples.training.run_folder import RunFolder
+    from examples.methods.source import ModelSource
+    from peft_custom import PeftModel
 
-MODULES = (
-    "query", "key", "value", "dense", "attention.output.dense", "intermediate.dense",
-    "output.dense",
+# Options that are fields of `BimLoraConfig` under the same name.
+SAME = (
+    "block_size", "mask_init", "initial_block_score", "train_mask", "mlp_epochs", "mlp_lr",
+    "mlp_dropout", "mask_temperature", "temperature_schedule", "temperature_decay_rate",
+    "temperature_decay_steps", "min_temperature", "score_lr_ratio", "head_lr_ratio",
 )  # fmt: skip
+MASK = ("block_scores", "temperature")  # a plain LoRA adapter to start from has none of these
 
 
-def bim_lora(source: ModelSource, options: BimLoraOptions) -> Adapted:
+@dataclass(frozen=True)
+class BimLoraOptions:
+    """Features of weight blocks are collected first; the mask that starts from them trains."""
+
+    lora_r: int = option(16, "rank of the increments before the mask", low=1)
+    lora_alpha: float = option(16.0, "increments are scaled by alpha / r", low=0)
+    lora_dropout: float = option(0.0, "dropout before the increments", low=0, high=0.999)
+    lora_modules: tuple[str, ...] = option(("all-linear",), "layers to adapt, or all-linear")
+    lora_path: str | None = option(
+        None, "start from this adapter (a run's or PEFT's folder): LoRA's, or BIM-LoRA's with mask"
+    )
+    block_size: int = option(16, "a mask entry is for a block of so many rows and columns", low=1)
+    mask_init: str = option(
+        "mlp",
+        "where the mask starts: a network's scores of the blocks, their raw features, random, or "
+        "constant",
+        choices=("mlp", "features", "random", "constant"),
+    )
+    initial_block_score: float = option(0.5, "mask_init constant: logit of the mask")
+    train_mask: bool = option(True, "the mask trains")
+    collection_steps: int | float = option(
+        0, "batches for the features: 300, or 0.05 of the run; 0: 0.05, at most 300", low=0
+    )
+    features_path: str | None = option(
+        None, "features are read from this file if it exists, and written to it if not"
+    )
+    mlp_epochs: int = option(6, "passes of the network over all blocks", low=1)
+    mlp_lr: float = option(2e-3, "its learning rate", low=0)
+    mlp_dropout: float = option(0.1, "its dropout", low=0, high=0.999)
+    mask_temperature: float = option(
+        1.0, "where exponential and constant temperatures start", low=0.01
+    )
+    temperature_schedule: str = option(
+        "table",
+        "table: 1.4, 1.0, 0.8, 0.6, 0.45, from 0, 0.2, 0.4, 0.67 and 0.87 of training on",
+        choices=("table", "exponential", "constant"),
+    )
+    temperature_decay_rate: float = option(0.95, "exponential: factor", low=0.01, high=1)
+    temperature_decay_steps: int = option(100, "exponential: steps between factors", low=1)
+    min_temperature: float = option(0.1, "exponential: not below", low=0.01)
+    score_lr_ratio: float = option(1.0, "the mask's rate over --learning_rate", low=0.0)
+    head_lr_ratio: float = option(3.0, "the head's rate over --learning_rate", low=0.0)
+    hard_mask_threshold: float = option(
+        -1.0, "evaluate with a mask of zeros and ones, cut here; below 0: with the soft one", high=1
+    )
+
+
+def build(source: ModelSource, options: BimLoraOptions) -> AdaptedModel:
     """Block-masked increments, started from `options.lora_path` where given."""
-    from examples.methods.common import Adapted, continue_from, random_parts, read_adapter
-    from peft_custom import BimLoraConfig, get_peft_model
+    from examples.methods.common import with_peft
+    from examples.methods.start import FIXED_RANK, start_from
+    from peft_custom import BimLoraConfig
 
-    base = source.load(frozen=True)
-    modules, alpha = list(options.lora_modules), options.lora_alpha
-    same = (
-        "lora_dropout", "block_size", "mask_init", "initial_block_score", "train_mask",
-        "mlp_epochs", "mlp_lr", "mlp_dropout", "mask_temperature", "temperature_schedule",
-        "temperature_decay_rate", "temperature_decay_steps", "min_temperature", "score_lr_ratio",
-        "head_lr_ratio",
-    )  # fmt: skip
     threshold = options.hard_mask_threshold
-    config = BimLoraConfig(
-        task_type=source.task_type,
+    adapted = with_peft(
+        source,
+        options,
+        BimLoraConfig,
         r=options.lora_r,
-        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
-        target_modules="all-linear" if modules == ["all-linear"] else modules,
-        modules_to_save=random_parts(base) or None,
         collection_steps=options.collection_steps or None,
         features_file=options.features_path,
         hard_mask_threshold=threshold if threshold >= 0 else None,
-        **{name: getattr(options, name) for name in same},
+        **{name: getattr(options, name) for name in SAME},
     )
-    model = get_peft_model(base, config)
-    if options.lora_path is not None:
-        agree = {"r": ("lora_r", options.lora_r), "lora_alpha": ("lora_alpha", alpha)}
-        agree["block_size"] = ("block_size", options.block_size)
-        path = Path(options.lora_path).expanduser()
-        said = continue_from(model, path, agree)
-        if any(name.endswith(".block_scores") for name in read_adapter(path)[0]):
-            model.base_model.initialised.add("default")
-        if said and source.speak:
-            print(said)
-
-    def pictures(folder: RunFolder, title: str) -> None:
-        _draw(model, folder.path, title)
-
-    return Adapted(model, model.save_pretrained, pictures=pictures)
+    agree = {**FIXED_RANK, "block_size": "block_size"}
+    report = start_from(adapted.model, options, source.print_once, agree, optional=MASK)
+    if report is not None and not report.missing_keys:  # with a mask: none is made from features
+        adapted.model.base_model.initialised.add("default")
+    adapted.plot = lambda folder, title, rows: _plot(adapted.model, folder, title)
+    return adapted
 
 
-def _draw(model: Any, folder: Path, title: str) -> None:
+def _plot(model: PeftModel, folder: Path, title: str) -> None:
     """Masks, their histogram over training, and the features they started from."""
-    from examples.plots import block_masks as bim_plots
+    from examples.plots.block_masks import block_masks, feature_maps, mask_history
     from peft_custom.tuners.bim_lora import MaskAllocator
 
-    bim_plots.block_masks(folder / bim_plots.MASKS, MaskAllocator(model).masks(), title)
+    block_masks(folder / "block_masks.png", MaskAllocator(model).masks(), title)
     tuner = model.base_model
     for history in tuner.mask_history.values():
-        bim_plots.mask_history(folder / bim_plots.HISTORY, history, title)
+        mask_history(folder / "mask_history.png", history, title)
     for features in tuner.features.values():
-        bim_plots.feature_maps(folder / bim_plots.FEATURES, features, title)
+        feature_maps(folder / "block_features.png", features, title)
 
 
-# -- the original's configuration -----------------------------------------------------------------
-
-
-@dataclass
-class BIMLoRAConfig:
-    """The original's fields that have an effect, under its names, at its global defaults.
-
-    `peft_custom.tuners.bim_lora.get_bim_lora_model` takes it. `learning_rate` is the rate at which
-    the original moved weights while it collected features; training is at `lora_lr`.
-    """
-
-    model_name_or_path: str = "models/roberta-base"
-    task_name: str = "sst2"
-    max_seq_length: int = 128
-    lora_r: int = 16
-    lora_alpha: float = 16
-    lora_dropout: float = 0.0
-    target_modules: list[str] = field(default_factory=lambda: list(MODULES))
-    block_size: int = 4
-    collection_steps: int = 3000
-    initial_block_score: float = 0.5
-    mask_temperature: float = 1.0
-    mlp_hidden_dim: int = 64
-    mlp_dropout: float = 0.1
-    mlp_lr: float = 1e-3
-    mlp_epochs: int = 3
-    mlp_batch_size: int = 67349
-    feature_weights: list[float] = field(default_factory=lambda: [0.60, 0.20, 0.15, 0.05])
-    per_device_train_batch_size: int = 32
-    per_device_eval_batch_size: int = 64
-    gradient_accumulation_steps: int = 1
-    learning_rate: float = 2e-4
-    lora_lr: float = 5e-4
-    max_grad_norm: float = 1.0
-    num_train_epochs: int = 10
-    eval_steps: int = 500
-    seed: int = 42
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as plain values."""
-        return dataclasses.asdict(self)
-
-    def save(self, path: str | Path) -> None:
-        """Writes JSON."""
-        text = json.dumps(self.to_dict(), indent=2) + "\n"
-        Path(path).write_text(text, encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: str | Path) -> BIMLoRAConfig:
-        """Reads what `save` wrote.
-
-        Raises:
-            OptionError: a field is unknown.
-        """
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-        unknown = set(values) - {f.name for f in dataclasses.fields(cls)}
-        if unknown:
-            raise OptionError(f"{path}: no such field: {', '.join(sorted(unknown))}")
-        return cls(**values)
-
-
-# (epochs, collecting rate, dropout, collecting steps, network epochs, evaluation every); the rest
-# of the original's table is at its defaults, but for those in `_OTHERS`.
-_TABLE = {
-    "sst2": (15, 1e-4, 0.0, 3000, 3, 100), "mrpc": (22, 1e-5, 0.10, 1200, 12, 10),
-    "cola": (22, 1e-5, 0.10, 1200, 12, 10), "mnli": (3, 2e-4, 0.0, 3000, 3, 500),
-    "qnli": (15, 3e-5, 0.05, 5000, 4, 200), "qqp": (15, 3e-4, 0.05, 5000, 10, 800),
-    "rte": (22, 2e-5, 0.10, 1200, 3, 20), "stsb": (18, 2e-5, 0.05, 1500, 5, 20),
-    "wnli": (10, 2e-4, 0.0, 3000, 3, 500),
-}  # fmt: skip
-_OTHERS: dict[str, dict[str, Any]] = {
-    "qnli": {"max_seq_length": 256},
-    "qqp": {"per_device_eval_batch_size": 128, "mlp_lr": 8e-4, "mlp_dropout": 0.08},
-    "rte": {"mlp_lr": 8e-4},
-}
-
-
-def get_default_config(task_name: str = "sst2") -> BIMLoRAConfig:
-    """The original's configuration of a GLUE task.
-
-    Raises:
-        OptionError: the task is unknown.
-    """
-    if task_name not in _TABLE:
-        raise OptionError(f"get_default_config({task_name!r}): one of {', '.join(sorted(_TABLE))}")
-    epochs, rate, dropout, steps, mlp_epochs, every = _TABLE[task_name]
-    return BIMLoRAConfig(
-        task_name=task_name,
-        num_train_epochs=epochs,
-        learning_rate=rate,
-        lora_dropout=dropout,
-        collection_steps=steps,
-        mlp_epochs=mlp_epochs,
-        eval_steps=every,
-        **_OTHERS.get(task_name, {}),
-    )
+register_method("bim_lora", BimLoraOptions, build, "increments gated block by block")

@@ -1,150 +1,94 @@
-"""DyLoRA in its two wirings, evaluated at several ranks in one forward pass.
-
-Metrics at rank b are `eval_r<b>_METRIC`; the plain `eval_METRIC` are those of the whole adapter,
-rank R, and choose the weights. At the end of a run the best of the evaluated ranks and the smallest
-one that is nearly as good are reported, with `rank_curve.json` and its picture.
-"""
+"""DyLoRA, in its two wirings: nested ranks, so that one run serves every rank."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
+from examples.cli.fields import option
+from examples.errors import OptionError
+from examples.methods.options import IncrementOptions
+from examples.methods.registry import AdaptedModel, register_method
 
-import loralib
-from examples.evaluation.prediction import variant_metric
-from examples.methods.common import Adapted, ModelSource, continued, with_loralib, with_peft
-from examples.methods.registry import DyLoraOptions
-from examples.training.run_folder import RANK_CURVE
-from peft_custom import DyLoraConfig, configure_dylora
-from transformers_patched.heads import SequenceClassifierOutput, classification_loss
+if TYPE_CHECKING:
+    from examples.methods.source import ModelSource
 
-PICTURE = "rank_curve.png"
+FILES = ("rank_curve.json", "rank_curve.png")
 
 
-def dylora(source: ModelSource, options: DyLoraOptions) -> Adapted:
+@dataclass(frozen=True)
+class DyLoraOptions(IncrementOptions):
+    """Every rank from r_min to lora_r works: at rank b increments are scaled by alpha / b."""
+
+    dylora_mode: str = option(
+        "normal",
+        "what a step at rank b trains: rows 1 to b (normal) or row b alone (frozen)",
+        choices=("normal", "frozen"),
+    )
+    dylora_dist: str = option(
+        "uniform", "how ranks are drawn: uniform, or geometric(p) such as geometric(0.15)"
+    )
+    dylora_r_min: int = option(1, "smallest rank that is trained", low=1)
+    dylora_dense: bool = option(
+        False, "let momentum and weight decay move what a step does not train, as published"
+    )
+    dylora_eval_ranks: tuple[str, ...] = option(
+        (),
+        "ranks of every evaluation beside lora_r, which chooses the weights; none: r_min during "
+        "training, all from r_min on at the end",
+    )
+    dylora_tolerance: float = option(
+        0.01, "the smallest rank this close to the best one is reported", low=0
+    )
+
+    def __post_init__(self) -> None:
+        if self.dylora_r_min > self.lora_r:
+            raise OptionError(
+                f"--dylora_r_min {self.dylora_r_min} is above --lora_r {self.lora_r}: ranks are "
+                "drawn between them"
+            )
+        for word in self.dylora_eval_ranks:
+            if not word.isdecimal() or not 1 <= int(word) <= self.lora_r:
+                raise OptionError(
+                    f"--dylora_eval_ranks {word}: ranks are whole numbers from 1 to --lora_r, here "
+                    f"{self.lora_r}"
+                )
+
+    def ranks(self, final: bool) -> list[int]:
+        """The ranks to evaluate at, in order; the last is `lora_r`."""
+        asked = [int(word) for word in self.dylora_eval_ranks]
+        every = range(self.dylora_r_min, self.lora_r) if final else [self.dylora_r_min]
+        return sorted({*(asked or every), self.lora_r})
+
+
+def build(source: ModelSource, options: DyLoraOptions) -> AdaptedModel:
     """DyLoRA by `options.wiring`, started from `options.lora_path` where given."""
-    more = {
+    from examples.methods.common import with_loralib, with_peft
+    from examples.methods.dylora_ranks import RankPredictor, RankReport
+    from examples.methods.start import start_from
+    from peft_custom import DyLoraConfig, configure_dylora
+
+    nested = {
         "r_min": options.dylora_r_min,
         "dylora_mode": options.dylora_mode,
         "dylora_dist": options.dylora_dist,
         "dylora_dense": options.dylora_dense,
     }
     if options.wiring == "loralib":
-        adapted = with_loralib(source, options, "dylora", **more)
-        configure_dylora(adapted.model, **more)
+        adapted = with_loralib(source, options, "dylora", **nested)
+        configure_dylora(adapted.model, **nested)
     else:
-        adapted = with_peft(source, options, DyLoraConfig, **more)
-    adapted.predictor = RankPredictor(options)
-    adapted.conclude = RankReport(options)
-    return continued(adapted, source, options)
+        adapted = with_peft(source, options, DyLoraConfig, r=options.lora_r, **nested)
+    start_from(adapted.model, options, source.print_once)
+    adapted.predictor = RankPredictor(options.ranks)
+    adapted.summarize = RankReport(options.ranks, options.dylora_tolerance, FILES)
+    return adapted
 
 
-class RankPredictor:
-    """A variant `r<b>` for every rank b that the options name; the last one is R."""
-
-    stacked = True
-
-    def __init__(self, options: DyLoraOptions) -> None:
-        self.options = options
-
-    def variants(self, final: bool) -> list[str]:
-        return [f"r{b}" for b in self.options.ranks(final)]
-
-    def outputs(
-        self, model: nn.Module, arguments: dict[str, Any], variants: list[str]
-    ) -> list[Any]:
-        """One pass over the batch repeated for every rank; then each rank's logits and loss.
-
-        A model that cannot be stacked has one pass for every rank.
-        """
-        if not loralib.can_batch_ranks(model):
-            return [self._at(model, arguments, int(variant[1:])) for variant in variants]
-        labels = arguments.get("labels")
-        inputs = {name: value for name, value in arguments.items() if name != "labels"}
-        with loralib.batched_ranks(model, [int(variant[1:]) for variant in variants]):
-            logits = model(**repeated(inputs, len(variants))).logits.chunk(len(variants))
-        losses = [None] * len(variants)
-        if labels is not None:
-            losses = [classification_loss(part, labels, model.config) for part in logits]
-        pairs = zip(logits, losses, strict=True)
-        return [SequenceClassifierOutput(loss=loss, logits=part) for part, loss in pairs]
-
-    @staticmethod
-    def _at(model: nn.Module, arguments: dict[str, Any], rank: int) -> Any:
-        with loralib.at_rank(model, rank):
-            return model(**arguments)
-
-
-def repeated(arguments: dict[str, Any], copies: int) -> dict[str, Any]:
-    """The arguments of a batch whose rows come `copies` times, all of them before any again.
-
-    Args:
-        arguments: of a padded batch, tensors (n, …); or of a packed one, tensors (T, …) and
-            `cu_seqlens` (n + 1,). What is no tensor stays.
-        copies: how many.
-    """
-    found = {}
-    for name, value in arguments.items():
-        if not isinstance(value, Tensor):
-            found[name] = value
-        elif name == "cu_seqlens":
-            starts = torch.arange(copies, device=value.device, dtype=value.dtype) * value[-1]
-            ends = (starts[:, None] + value[1:]).flatten()
-            found[name] = torch.cat((value[:1], ends))
-        else:
-            found[name] = value.repeat(copies, *(1,) * (value.dim() - 1))
-    return found
-
-
-class RankReport:
-    """What the final metrics say about the ranks."""
-
-    def __init__(self, options: DyLoraOptions) -> None:
-        self.options = options
-
-    def __call__(
-        self, metrics: dict[str, float], main: str, title: str, folder: Path | None
-    ) -> dict[str, Any]:
-        """The best rank and the smallest good one; the curve goes into `folder`."""
-        ranks, tolerance = self.options.ranks(final=True), self.options.dylora_tolerance
-        values = [metrics[variant_metric(main, f"r{b}")] for b in ranks]
-        found = chosen_ranks(ranks, values, tolerance, smaller=main.endswith("loss"))
-        if folder is None:
-            return found
-        names = [n for n in metrics if all(variant_metric(n, f"r{b}") in metrics for b in ranks)]
-        curve = {name: [metrics[variant_metric(name, f"r{b}")] for b in ranks] for name in names}
-        content = {"metric": main, **found, "tolerance": tolerance, "ranks": ranks, **curve}
-        (folder / RANK_CURVE).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-        self._draw(folder / PICTURE, ranks, values, found, main, title)
-        return found
-
-    def _draw(self, path: Path, *what: Any) -> None:
-        from examples.plots.curves import rank_curve
-
-        if why_not := rank_curve(path, *what, self.options.dylora_tolerance):
-            print(why_not)
-
-
-def chosen_ranks(
-    ranks: list[int], values: list[float], tolerance: float, smaller: bool
-) -> dict[str, int]:
-    """`best_rank`, and `smallest_rank` whose value is at most `tolerance` worse.
-
-    Args:
-        ranks: ascending; of equal values the lower rank's counts as better.
-        values: of the metric, one per rank.
-        tolerance: in the metric's own unit.
-        smaller: the smaller the better.
-    """
-    worth = [-value if smaller else value for value in values]
-    best = max(worth)
-    return {
-        "best_rank": ranks[worth.index(best)],
-        "smallest_rank": next(
-            b for b, w in zip(ranks, worth, strict=True) if w >= best - tolerance
-        ),
-    }
+register_method(
+    "dylora",
+    DyLoraOptions,
+    build,
+    "nested ranks: one run, every rank",
+    files=FILES,
+)

@@ -1,43 +1,40 @@
-"""IVON in the runner: how it is built, predictions averaged over its posterior, and its file.
-
-The posterior of every trained weight is N(m, σ²) with σ² = 1/(ess·(h + δ)); m is the weight. Beside
-the result `ivon_hessian.safetensors` keeps h under the result's own names, cut to the same ranks,
-and ess and δ in its metadata. A run that starts from there (`--lora_path`) goes on with it.
-"""
+"""IVON: a Gaussian over the weights, by variational inference."""
 
 from __future__ import annotations
 
-import json
-import math
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.nn.functional import mse_loss, nll_loss
+from examples.cli.fields import option
+from examples.methods.registry import BuiltOptimizer, RunInfo, register_optimizer
 
-from examples.evaluation.prediction import PlainPredictor, Predictor
-from examples.methods.common import adapter_folder
-from examples.methods.registry import IvonOptions, RunFacts
-from ivon import IVON
-from ivon.posterior import KEY
-from peft_custom import PeftModel, get_peft_model_state_dict
-from peft_custom.rng import generator
-from transformers_patched import CheckpointError
-from transformers_patched.checkpoint import write_atomically
-
-HESSIAN = "ivon_hessian.safetensors"
-DRAWS = 1 << 33  # tells evaluation's draws from those of training
+if TYPE_CHECKING:
+    import torch
 
 
-def ivon(groups: list[dict[str, Any]], options: IvonOptions, run: RunFacts) -> IVON:
+@dataclass(frozen=True)
+class IvonOptions:
+    """σ = 1/√(ess·(h + weight_decay)) for every trained weight; h starts at hess_init."""
+
+    ivon_ess: float = option(0, "effective number of training rows; 0: all rows", low=0)
+    ivon_hess_init: float = option(1.0, "h at the start", low=0)
+    ivon_beta1: float = option(0.9, "decay of the mean gradient", low=0, high=1)
+    ivon_beta2: float = option(0.99999, "decay of h", low=0, high=1)
+    ivon_weight_decay: float = option(1e-8, "precision of the prior over ess", low=0)
+    ivon_train_mc_samples: int = option(1, "samples of the weights per step", low=1)
+    ivon_infer_mc_samples: int = option(
+        0, "predictions are averaged over so many samples of the weights; 0: at their mean", low=0
+    )
+    ivon_clip_radius: float = option(
+        1e-3, "no weight moves by more than this times the rate", low=0
+    )
+
+
+def build(groups: list[dict[str, Any]], options: IvonOptions, run: RunInfo) -> BuiltOptimizer:
     """IVON over all groups; without a stated ess, its posterior is that of the run's N rows."""
+    from examples.optimizers.ivon_posterior import PosteriorFile, PosteriorPredictor
+    from ivon import IVON
+
     if run.fp16:
         raise ValueError(
             "--optimizer ivon needs gradients as they are, and fp16 scales them: use "
@@ -59,13 +56,14 @@ def ivon(groups: list[dict[str, Any]], options: IvonOptions, run: RunFacts) -> I
         clip_radius=options.ivon_clip_radius,
         generator=_shared_noise(run),
     )
-    optimizer.posterior = PosteriorFile(optimizer, any_ess=not (options.ivon_ess or run.rows))
-    if options.ivon_infer_mc_samples:
-        optimizer.predictor = PosteriorPredictor(optimizer, options.ivon_infer_mc_samples, run.seed)
-    return optimizer
+    built = BuiltOptimizer(optimizer, sampler=optimizer)
+    built.posterior = PosteriorFile(optimizer, any_ess=not (options.ivon_ess or run.rows))
+    if samples := options.ivon_infer_mc_samples:
+        built.predictor = lambda inner: PosteriorPredictor(optimizer, samples, run.seed, inner)
+    return built
 
 
-def _shared_noise(run: RunFacts) -> torch.Generator | None:
+def _shared_noise(run: RunInfo) -> torch.Generator | None:
     """Several processes average gradients at one and the same draw of the weights.
 
     It comes from torch's own generator in any case, which the trainer seeds alike on all of them
@@ -73,6 +71,8 @@ def _shared_noise(run: RunFacts) -> torch.Generator | None:
     """
     if run.processes == 1:
         return None
+    import torch
+
     device = torch.device(run.device)
     if device.type == "cuda":
         return torch.cuda.default_generators[device.index or 0]
@@ -89,176 +89,10 @@ def _merged(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-# -- prediction ---------------------------------------------------------------------------------
-
-
-class PosteriorPredictor:
-    """Predictions averaged over S draws of the weights.
-
-        p(y | x) = 1/S Σₛ softmax(f(x; θₛ)),  θₛ ~ N(m, diag σ²)
-
-    Logits are log p; a regression's are the mean of the S outputs. θₛ = m + σ·εₛ with εₛ a function
-    of (seed, s) alone: all batches of an evaluation, and all processes, share the same S networks,
-    so that a row's prediction does not depend on its batch; and evaluations of one run differ by
-    its weights only, not by the luck of their draws. (An adapter that was cut on saving has
-    fewer weights, so other draws.) At the end of a run the variant "mean" adds the prediction at m.
-
-    Args:
-        optimizer: whose posterior it is.
-        samples: S.
-        seed: of the run.
-
-    Attributes:
-        inner: predicts at one draw; each of its variants is averaged by itself.
-    """
-
-    probabilistic = True
-
-    def __init__(self, optimizer: IVON, samples: int, seed: int) -> None:
-        self.optimizer, self.samples, self.seed = optimizer, samples, seed
-        self.inner: Predictor = PlainPredictor()
-
-    @property
-    def stacked(self) -> bool:
-        return getattr(self.inner, "stacked", False)
-
-    def variants(self, final: bool) -> list[str]:
-        variants = self.inner.variants(final)
-        return [*variants, "mean"] if final and "" in variants else variants
-
-    def outputs(
-        self, model: nn.Module, arguments: dict[str, Any], variants: list[str]
-    ) -> list[Any]:
-        inner = [variant for variant in variants if variant != "mean"]
-        drawn = []
-        for s in range(self.samples):
-            noise = generator(self.seed, DRAWS, s)
-            with self.optimizer.sampled_params(generator=noise):
-                drawn.append(self.inner.outputs(model, arguments, inner))
-        averaged = [average(outputs, arguments) for outputs in zip(*drawn, strict=True)]
-        if "mean" in variants:
-            averaged += self.inner.outputs(model, arguments, [""])
-        return averaged
-
-
-def average(outputs: Sequence[Any], arguments: dict[str, Any]) -> SimpleNamespace:
-    """log 1/S Σₛ softmax(logitsₛ) and its loss; of a regression (one logit) the mean.
-
-    Args:
-        outputs: S of them, `.logits` (b, classes) and `.loss` or None.
-        arguments: of the model; a loss needs their `labels`.
-    """
-    logits = torch.stack([output.logits.float() for output in outputs])  # (S, b, classes)
-    regression = logits.shape[-1] == 1
-    if regression:
-        mean = logits.mean(0)
-    else:
-        mean = logits.log_softmax(-1).logsumexp(0) - math.log(len(outputs))
-    loss = None
-    if outputs[0].loss is not None:
-        labels = arguments["labels"]
-        loss = mse_loss(mean[:, 0], labels.float()) if regression else nll_loss(mean, labels)
-    return SimpleNamespace(logits=mean, loss=loss)
-
-
-# -- the file -----------------------------------------------------------------------------------
-
-
-class PosteriorFile:
-    """h, saved and loaded beside a result.
-
-    Args:
-        optimizer: whose h it is.
-        any_ess: no ess was given, so that the file's counts.
-    """
-
-    def __init__(self, optimizer: IVON, any_ess: bool = False) -> None:
-        self.optimizer, self.any_ess = optimizer, any_ess
-
-    def save(self, folder: Path, model: nn.Module) -> None:
-        """Writes h of what the result holds."""
-        named = dict(model.named_parameters())
-        hess = self.optimizer.posterior_tensors(named.items())
-        with _holding({named[name]: h for name, h in hess.items()}):
-            tensors = {n: t.detach().clone().cpu() for n, t in _tensors(model).items()}
-        # one entry: of several, safetensors writes now this one first and now that one
-        facts = self.optimizer.posterior_metadata(named.items())
-        write_atomically(folder / HESSIAN, lambda aside: save_file(tensors, aside, facts))
-
-    def load(self, start: Path, model: nn.Module) -> str:
-        """Takes h over from the folder a run starts from; what there is to say about it.
-
-        Raises:
-            CheckpointError: the file's posterior is not of the run's ess, decay or weights.
-        """
-        path = adapter_folder(start) / HESSIAN
-        if not path.is_file():
-            if self.any_ess:
-                raise CheckpointError(
-                    f"{path}: no such file, so --ivon_ess must say how wide the posterior is"
-                )
-            return f"{path}: no such file; h starts at --ivon_hess_init"
-        with safe_open(path, "pt") as file:
-            facts = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if self.any_ess and KEY in facts:
-            for group in self.optimizer.param_groups:
-                group["ess"] = json.loads(facts[KEY])[0]["ess"]
-        named = dict(model.named_parameters())
-        first = self.optimizer.posterior_tensors(named.items())
-        with _holding({named[name]: h for name, h in first.items()}):
-            count = _put(model, tensors, path)  # what does not fit keeps its first h
-            found = {name: named[name].detach().clone() for name in first}
-        try:
-            self.optimizer.load_posterior(named.items(), found, facts)
-        except ValueError as error:
-            raise CheckpointError(f"{path}: {error} (--ivon_ess, --ivon_weight_decay)") from error
-        return f"{path}: h of {count:,} weights taken over"
-
-    def pictures(self, folder: Path, title: str, model: nn.Module) -> None:
-        """Histograms of σ and |μ|/σ by kind of weight."""
-        from examples.plots.ranks import POSTERIOR, posterior_histograms
-
-        found: dict[str, list[Tensor]] = defaultdict(list)
-        for name, p in model.named_parameters():
-            if p.requires_grad:
-                factor = [part for part in name.split(".") if part.startswith("lora_")]
-                pair = torch.stack([p.detach(), self.optimizer.posterior_std(p)])
-                found[factor[0] if factor else "head and biases"].append(pair.flatten(1).cpu())
-        values = {kind: tuple(torch.cat(own, 1).numpy()) for kind, own in found.items()}
-        posterior_histograms(folder / POSTERIOR, values, title)
-
-
-@contextmanager
-def _holding(values: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
-    """Parameters hold other values for a while, so that a result's own saving names and cuts them.
-
-    In place: nothing that refers to a parameter notices.
-    """
-    with torch.no_grad():
-        before = {p: p.detach().clone() for p in values}
-        try:
-            for p, value in values.items():
-                p.copy_(value)
-            yield
-        finally:
-            for p, value in before.items():
-                p.copy_(value)
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What training changed, under the names it is saved by."""
-    if isinstance(model, PeftModel):
-        return get_peft_model_state_dict(model)
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def _put(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> int:
-    """Writes tensors into the parameters of their names and shapes; how many there were."""
-    own = _tensors(model)
-    fitting = [n for n, tensor in tensors.items() if n in own and own[n].shape == tensor.shape]
-    if not fitting:
-        raise CheckpointError(f"{path} is of another model: {', '.join(list(tensors)[:3])} …")
-    for name in fitting:
-        own[name].copy_(tensors[name])
-    return sum(tensors[name].numel() for name in fitting)
+register_optimizer(
+    "ivon",
+    IvonOptions,
+    build,
+    "a Gaussian over the weights, by variational inference",
+    has_posterior=True,
+)

@@ -1,7 +1,4 @@
-"""Pictures of block masks: the masks themselves, their histogram over training, the features.
-
-matplotlib is asked for only when a picture is drawn.
-"""
+"""Pictures of block masks: the masks themselves, their histogram over training, the features."""
 
 from __future__ import annotations
 
@@ -13,10 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from examples.plots.curves import canvas
+from examples.plots.canvas import canvas
 from examples.plots.ranks import split_name
 
-MASKS, HISTORY, FEATURES = "block_masks.png", "mask_history.png", "block_features.png"
 FEATURE_TITLES = ("mean |gradient|", "gradient variance", "input variance", "weight norm")
 
 
@@ -66,8 +62,8 @@ def block_masks(path: Path, masks: Mapping[str, Tensor], title: str) -> None:
         title: the run in a few words.
     """
     everything = torch.cat([m.flatten() for m in masks.values()])
-    said = f"{title}\n{len(everything)} blocks, mean {everything.mean():.3f}"
-    _draw_grid(path, masks, "mask", said, vmin=0.0, vmax=1.0, cmap="viridis")
+    heading = f"{title}\n{len(everything)} blocks, mean {everything.mean():.3f}"
+    _draw_grid(path, masks, "mask", heading, vmin=0.0, vmax=1.0, cmap="viridis")
 
 
 def feature_maps(path: Path, features: Any, title: str) -> None:

@@ -1,17 +1,19 @@
-"""The learning curve of a run, as a PNG. matplotlib is asked for only here."""
+"""Metrics over training and over ranks, as PNGs."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-Rows = list[dict[str, Any]]
+from examples.plots.canvas import canvas
+
+LogLines = list[dict[str, Any]]
 
 
 def learning_curve(
     path: Path,
-    log: Rows,
-    metrics: Rows,
+    log: LogLines,
+    metrics: LogLines,
     main_metric: str,
     title: str,
 ) -> str | None:
@@ -19,8 +21,8 @@ def learning_curve(
 
     Args:
         path: of the PNG.
-        log: rows of `log.jsonl`.
-        metrics: rows of `metrics.jsonl`.
+        log: lines of `log.jsonl`.
+        metrics: lines of `metrics.jsonl`.
         main_metric: the metric that chooses the best weights; its best point is marked.
         title: the run in a few words.
 
@@ -59,23 +61,7 @@ def learning_curve(
     return None
 
 
-def canvas() -> Any:
-    """pyplot, drawing into files only.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib
-    except ImportError:
-        raise ImportError("matplotlib is not installed (pip install 'rankwise[plots]')") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def _metric(axes: Any, rows: Rows, name: str) -> None:
+def _metric(axes: Any, rows: LogLines, name: str) -> None:
     values, epochs = _of(rows, name), _of(rows, "epoch")
     best = max(range(len(values)), key=values.__getitem__)
     axes.plot(epochs, values, "o-", color="tab:blue", ms=4, label=name)
@@ -90,7 +76,7 @@ def _metric(axes: Any, rows: Rows, name: str) -> None:
     axes.set_ylabel(name, color="tab:blue")
 
 
-def _of(rows: Rows, name: str) -> list[float]:
+def _of(rows: LogLines, name: str) -> list[float]:
     return [row[name] for row in rows]
 
 

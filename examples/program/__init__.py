@@ -1,1 +1,48 @@
-"""What every program does around its task."""
+"""What every program does around its task: options, errors, data, the run, the final table.
+
+A program gives its `main` to `run_main`. It calls `parse` with its option classes, makes `TaskData`
+and a `Run` of them, and lets `train_and_evaluate` do the rest. Whatever needs torch is imported
+when it is first asked for, so that `--help` and wrong options answer at once.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from examples.errors import OptionError
+from examples.program.batching import accumulation, rows_at_once
+from examples.program.main import MethodOptions, Options, parse, run_main
+
+if TYPE_CHECKING:
+    from examples.program.run import Run, make_accelerator, train_and_evaluate
+    from examples.program.task_data import TaskData, sequence_classifier
+
+_WITH_TORCH = {
+    "Run": "run",
+    "make_accelerator": "run",
+    "train_and_evaluate": "run",
+    "TaskData": "task_data",
+    "sequence_classifier": "task_data",
+}
+
+__all__ = [
+    "MethodOptions",
+    "OptionError",
+    "Options",
+    "Run",
+    "TaskData",
+    "accumulation",
+    "make_accelerator",
+    "parse",
+    "rows_at_once",
+    "run_main",
+    "sequence_classifier",
+    "train_and_evaluate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WITH_TORCH:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_WITH_TORCH[name]}"), name)

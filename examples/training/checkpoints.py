@@ -1,7 +1,7 @@
-"""Checkpoints: folders `checkpoint-N` that appear whole or not at all, without a pickle in them.
+"""Checkpoints: folders `checkpoint-N`, written whole or not at all, without a pickle in them.
 
 `state.safetensors` holds all that a resumed run needs (see `peft_custom.state_files`);
-`progress.json` repeats the figures for people.
+`progress.json` shows its counters to people, and is not read back.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Progress:
             setattr(self, f"{name}_steps", getattr(self, f"{name}_steps") + len(losses))
 
     def take(self, name: str) -> tuple[float, int]:
-        """Sum and number of the losses since this was last called for `name`: "loss" or "log"."""
+        """Sum and number of the losses of `name` ("loss" or "log"); both start at 0 again."""
         found = getattr(self, f"{name}_sum"), getattr(self, f"{name}_steps")
         setattr(self, f"{name}_sum", 0.0)
         setattr(self, f"{name}_steps", 0)
@@ -84,7 +84,8 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether saving failed for want of room (or of a quota, or of a permitted file size)."""
+    """Whether saving failed because the disk, a quota or the largest permitted file is full."""
+    # safetensors reports errors of the system in words, without a number.
     codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     words = ("No space left", "quota exceeded", "File too large", "StorageFull", "os error 28")
     if isinstance(error, OSError) and error.errno in codes:
@@ -105,7 +106,7 @@ def save(folder: Path, step: int, state: dict[str, Any], progress: dict[str, Any
         aside.mkdir(parents=True)
         write_tree(aside / STATE, state)
         (aside / PROGRESS).write_text(json.dumps(progress, indent=1) + "\n", "utf-8")
-        for name in (STATE, PROGRESS):
+        for name in (STATE, PROGRESS):  # on the disk before the folder has its name
             with open(aside / name, "rb+") as file:
                 os.fsync(file.fileno())
         if final.exists():  # written by a run that was resumed from before it

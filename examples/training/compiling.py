@@ -9,7 +9,7 @@ from torch import nn
 
 
 def compile_and_compare(model: nn.Module, run_passes: Callable[[], object], steps: int) -> str:
-    """Compiles `model` in place and says what that costs and gains.
+    """Compiles `model` in place and reports what that costs and gains.
 
     `run_passes` is called before and after, twice each: a first call warms up, or compiles; the
     second is timed. Compiling pays after cost / (gain per step) steps.

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a bar with ETA, loss and metric; without a terminal, lines."""
+"""A run's progress for people: a bar with remaining time, loss and metric, or lines of text."""
 
 from __future__ import annotations
 

@@ -7,7 +7,9 @@ log.jsonl          one line per `logging_steps`
 all_results.json   the end: metrics of the result, best epoch, parameters, time, memory
 adapter/, model/   the result
 checkpoint-N/      to go on from
-learning_curve.png, the pictures of --plots, rank_curve.json and .png (nested ranks)
+learning_curve.png
+plots/             the pictures of --plots
+and what the method's summary writes, such as rank_curve.json and its picture
 """
 
 from __future__ import annotations
@@ -18,19 +20,20 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from examples.training.checkpoints import ASIDE, RunError, list_checkpoints, saving_failed
+from examples.errors import RunError
+from examples.training.checkpoints import ASIDE, list_checkpoints, saving_failed
 
 CONFIG, ENVIRONMENT, RESULTS = "config.json", "env.json", "all_results.json"
 METRICS, LOG, CURVE = "metrics.jsonl", "log.jsonl", "learning_curve.png"
-PICTURES = (CURVE, "ranks.png", "rank_trajectories.png", "posterior.png", "rank_curve.png")
-RANK_CURVE = "rank_curve.json"
+PLOTS = "plots"
 OUTPUTS = ("adapter", "model", "submission")
 # Options that do not change what is computed: a run may be resumed with others.
-FREE = frozenset(
+NOT_PART_OF_A_RUN = frozenset(
     "output_dir overwrite_output_dir resume_from_checkpoint do_train do_eval do_predict data_dir "
     "cache cache_dir local_files_only logging_steps report_to project_prefix disable_tqdm "
     "save_total_limit max_predict_samples test_file per_device_eval_batch_size plots "
@@ -46,10 +49,18 @@ class RunFolder:
         path: the folder.
         config: all resolved options.
         main: this is the main process.
+        summaries: files that some method's summary writes; overwriting removes them.
     """
 
-    def __init__(self, path: Path, config: dict[str, Any], main: bool = True) -> None:
+    def __init__(
+        self,
+        path: Path,
+        config: dict[str, Any],
+        main: bool = True,
+        summaries: Iterable[str] = (),
+    ) -> None:
         self.path, self.config, self.main = path, config, main
+        self.summaries = tuple(summaries)
 
     def check(self, overwrite: bool, resume: str | None) -> Path | None:
         """Whether the run may use the folder; the checkpoint to go on from, if any.
@@ -96,7 +107,9 @@ class RunFolder:
                 f"({error})"
             ) from error
         now = json.loads(json.dumps(self.config))
-        names = [n for n in {**saved, **now} if n not in FREE and saved.get(n) != now.get(n)]
+        names = [
+            n for n in {**saved, **now} if n not in NOT_PART_OF_A_RUN and saved.get(n) != now.get(n)
+        ]
         if names:
             shown = "; ".join(f"{n} was {saved.get(n)}, now {now.get(n)}" for n in names[:5])
             raise RunError(
@@ -129,9 +142,12 @@ class RunFolder:
             raise saving_failed(self.path, error) from error
 
     def _clear(self) -> None:
-        for path in [*list_checkpoints(self.path), *(self.path / name for name in OUTPUTS)]:
+        folders = OUTPUTS
+        if (self.path / CONFIG).is_file():  # a run was here, so the folder of that name is its own
+            folders = (*OUTPUTS, PLOTS)
+        for path in [*list_checkpoints(self.path), *(self.path / name for name in folders)]:
             shutil.rmtree(path, ignore_errors=True)
-        for name in (RESULTS, METRICS, LOG, RANK_CURVE, *PICTURES):
+        for name in (RESULTS, METRICS, LOG, CURVE, *self.summaries):
             (self.path / name).unlink(missing_ok=True)
 
     def _cut(self, path: Path, step: int) -> None:

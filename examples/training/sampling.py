@@ -1,8 +1,7 @@
 """The passes of one optimiser step, and where their random draws come from.
 
-Most optimisers take the weights as they are: one pass. One with `sampled_params` (a variational
-optimiser) perturbs them first, in each of `mc_samples` passes anew, and makes the gradients their
-mean itself when a pass ends.
+Most optimisers take the weights as they are: one pass. A `WeightSampler` (a variational optimiser)
+draws a sample of them for each of its passes, and makes the gradient their mean itself.
 
 Every pass seeds the generators: with f(seed, step, pass) for the noise of the weights, which all
 processes must share, then with f(seed, step, process, pass) for dropout, which they must not.
@@ -11,30 +10,45 @@ processes must share, then with f(seed, step, process, pass) for dropout, which 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from peft_custom.rng import bits
 
 NOISE = 1 << 32  # stands where a process has its number
 
 
+class WeightSampler(Protocol):
+    """An optimiser that takes the gradient at samples of the weights.
+
+    Attributes:
+        mc_samples: passes per optimiser step, each at a sample of its own.
+    """
+
+    mc_samples: int
+
+    def sampled_params(self, *, train: bool) -> AbstractContextManager[object]:
+        """The weights are a sample within the context; `train`: the optimiser learns from it."""
+        ...
+
+
 def over_samples(
     backward: Callable[[], Tensor],
-    optimizer: Optimizer,
+    sampler: WeightSampler | None,
     seed: int,
     step: int,
     process: int,
     *,
     train: bool = True,
 ) -> Tensor:
-    """Calls `backward`, once per sample of the weights where the optimiser samples them.
+    """Calls `backward`: once, or once per sample of the weights.
 
     Args:
         backward: one pass: gradients are added up, the loss is returned.
-        optimizer: the innermost one.
+        sampler: the optimiser where it samples the weights, else None.
         seed: of the run.
         step: index of the optimiser step.
         process: number of this process.
@@ -43,13 +57,13 @@ def over_samples(
     Returns:
         The mean loss over the samples.
     """
-    if not hasattr(optimizer, "sampled_params"):
+    if sampler is None:
         _seed(seed, step, process)
         return backward()
     losses = []
-    for k in range(optimizer.mc_samples):
+    for k in range(sampler.mc_samples):
         _seed(seed, step, NOISE, k)
-        with optimizer.sampled_params(train=train):
+        with sampler.sampled_params(train=train):
             _seed(seed, step, process, k)
             losses.append(backward())
     return torch.stack(losses).mean(0)

@@ -19,16 +19,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-SCHEDULES = (
-    "linear",
-    "cosine",
-    "cosine_with_restarts",
-    "polynomial",
-    "constant",
-    "constant_with_warmup",
-    "inverse_sqrt",
-    "clr",
-)
+from examples.cli.groups import SCHEDULES
+
 POLYNOMIAL_END = 1e-7
 
 
@@ -41,7 +33,7 @@ def schedule(
         name: which.
         total: T.
         warmup: w.
-        peak: the base rate; only `polynomial`, whose end is an absolute rate, asks for it.
+        peak: the base rate; needed by `polynomial` alone, which ends at an absolute rate.
         cycles: c.
     """
 

@@ -36,9 +36,8 @@ from examples.training.checkpoints import Progress
 from examples.training.compiling import compile_and_compare
 from examples.training.progress import ProgressBar
 from examples.training.run_folder import LOG, METRICS, RunFolder
-from examples.training.sampling import over_samples
+from examples.training.sampling import WeightSampler, over_samples
 from peft_custom.hooks import attach
-from peft_custom.step_driver import unwrap_optimizer
 
 LOSS_CHECK_EVERY = 20  # steps: reading the losses of an accelerator waits for all its work
 SUMS = ("tokens", "loss_sum", "log_sum")  # every process has its own part of these
@@ -62,7 +61,9 @@ class Trainer:
         evaluations: in order; the metric that chooses the best weights is the first one's.
         main_metric: its name, such as `eval_f1`; the smaller the better only for `eval_loss`.
         loss: (output, arguments) -> mean loss over the batch's rows.
-        predictor: how evaluation predicts; default: one forward pass.
+        predictor: how evaluation sets are predicted; default: one forward pass.
+        sampler: the optimiser, where it samples the weights.
+        posterior: the weights are a distribution's: the optimiser's state belongs to them.
     """
 
     def __init__(
@@ -81,17 +82,18 @@ class Trainer:
         main_metric: str = "eval_loss",
         loss: Callable[[Any, dict[str, Any]], Tensor] = lambda output, arguments: output.loss,
         predictor: Predictor | None = None,
+        sampler: WeightSampler | None = None,
+        posterior: bool = False,
     ) -> None:
         self.options, self.accelerator, self.folder = options, accelerator, folder
         self.train_batches, self.collate, self.schedule = train, collate, schedule
         self.total_steps, self.evaluations = total_steps, evaluations or []
         self.main_metric, self.loss = main_metric, loss
         self.predictor = predictor or PlainPredictor()
+        self.sampler, self.posterior = sampler, posterior
         self.device = accelerator.device
         self.progress = Progress()
-        self.best_state: dict[str, Any] | None = (
-            None  # of the best evaluation, where nothing is saved
-        )
+        self.best_state: dict[str, Any] | None = None  # where no checkpoints are saved
         self.pending_losses: list[Tensor] = []  # on the device, not yet read
         if optimizer is None:
             self.unwrapped = self.model = model.to(self.device)
@@ -104,9 +106,9 @@ class Trainer:
         self.clip_groups = self._make_clip_groups()
 
     def _make_clip_groups(self) -> list[tuple[list[nn.Parameter], float]]:
-        """Parameters whose gradients are scaled down together, and to which norm."""
+        """Lists of parameters, and the norm to which the gradients of each list are clipped."""
         common: list[nn.Parameter] = []
-        own = []
+        own = []  # groups with a norm of their own, such as a mask's logits
         for group in self.optimizer.param_groups:
             if "max_grad_norm" in group:
                 own.append((group["params"], group["max_grad_norm"]))
@@ -119,7 +121,7 @@ class Trainer:
 
     def train(self) -> None:
         """Takes all steps that are left, evaluating and saving on the way."""
-        if self.progress.step == 0:
+        if self.progress.step == 0:  # what it found is in the hooks' state of a resumed run
             self.hooks.prepare(lambda: self._batches_of_epoch(0), self._forward_loss)
         state = self.progress
         self.bar = ProgressBar(
@@ -143,7 +145,10 @@ class Trainer:
         self.bar.close()
 
     def _compile(self) -> None:
-        """Compiles the model, and measures on the next global batch whether that pays."""
+        """Compiles the model, and measures on the next global batch whether that pays.
+
+        The weights and the optimiser's state stay as they are, so the run is the same without.
+        """
         epoch, start = divmod(self.progress.step, len(self.train_batches))
         batch = next(self.train_batches.global_batches(epoch, start))
 
@@ -157,6 +162,7 @@ class Trainer:
         self.bar.line(compile_and_compare(self.unwrapped, run_passes, left))
 
     def _batches_of_epoch(self, epoch: int) -> Iterator[dict[str, Any]]:
+        """The model's arguments for every micro-batch, for methods that look at data first."""
         for batch in self.train_batches.global_batches(epoch):
             for micro_batch in batch.micro_batches:
                 yield on_device(self.collate(micro_batch), self.device)
@@ -170,9 +176,10 @@ class Trainer:
         factor = self.schedule(state.step)
         for group, base_lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base_lr * factor
-        for _ in range(RETRIES):
+        for _ in range(RETRIES):  # once, but under fp16
             loss = self._passes(batch)
             self.accelerator.unscale_gradients()
+            # In the order of accumulate, unscale, clip, step; the hooks run within `step`.
             for parameters, norm in self.clip_groups:
                 torch.nn.utils.clip_grad_norm_(parameters, norm)
             self.optimizer.step()
@@ -183,22 +190,21 @@ class Trainer:
             raise self._diverged(state.step)
         state.step += 1
         state.tokens += batch.tokens
-        self.pending_losses.append(loss)
+        self.pending_losses.append(loss)  # reading it here would wait for the device
         self.bar.advance()
 
     def _passes(self, batch: GlobalBatch, train: bool = True) -> Tensor:
         """The global batch's loss and gradient, over all samples of the weights."""
         where = self.options.seed, self.progress.step, self.accelerator.process_index
-        inner = unwrap_optimizer(self.optimizer)
-        return over_samples(lambda: self._backward(batch), inner, *where, train=train)
+        return over_samples(lambda: self._backward(batch), self.sampler, *where, train=train)
 
     def _backward(self, batch: GlobalBatch) -> Tensor:
         """Σ weight·loss of this process's micro-batches, its gradient added up on the way."""
-        total = torch.zeros((), device=self.device)
+        total = torch.zeros((), device=self.device)  # ()
         processes = self.accelerator.num_processes  # gradients are averaged over them, not summed
         last = len(batch.micro_batches) - 1
         for i, micro_batch in enumerate(batch.micro_batches):
-            hold = i < last and processes > 1
+            hold = i < last and processes > 1  # gradients are exchanged once, with the last one
             with self.accelerator.no_sync(self.model) if hold else nullcontext():
                 arguments = on_device(self.collate(micro_batch), self.device)
                 loss = self._forward_loss(arguments).float() * micro_batch.weight
@@ -252,9 +258,10 @@ class Trainer:
         return step % options.save_steps == 0
 
     def _check_losses(self) -> None:
+        """Reads the pending losses, all at once; one that is not finite ends the run."""
         if not self.pending_losses:
             return
-        losses = torch.stack(self.pending_losses).double().tolist()
+        losses = torch.stack(self.pending_losses).double().tolist()  # (steps,)
         first = self.progress.step - len(losses)
         self.pending_losses.clear()
         for i, loss in enumerate(losses):
@@ -277,7 +284,7 @@ class Trainer:
         self.bar.note(step, loss=loss)
 
     def _mean_loss(self, name: str) -> float:
-        """Over processes and over the steps since this was last asked for `name`."""
+        """Over all processes, and the steps since the last call for `name` ("loss" or "log")."""
         own, steps = self.progress.take(name)
         return self.over_processes(own) / max(1, steps)
 
@@ -294,7 +301,7 @@ class Trainer:
         return round(step / len(self.train_batches), 4)
 
     def _evaluate_on_the_way(self) -> bool:
-        """Evaluates, logs, and says whether this is the best so far."""
+        """Evaluates and logs; returns whether this is the best evaluation so far."""
         self._check_losses()
         self._stop_clock()
         state = self.progress
@@ -321,7 +328,8 @@ class Trainer:
         return better
 
     def _is_better(self, value: float) -> bool:
-        """Weights whose adapter has not its final form yet are no candidates."""
+        """Whether a value of the main metric is the best so far."""
+        # Before its final ranks or mask an adapter is another model than the run's result.
         if not self.hooks.finished:
             return False
         if self.progress.best is None:
@@ -357,6 +365,7 @@ class Trainer:
         self._check_losses()
         self._stop_clock()
         state, weights = self.progress, self.weights()
+        # A finite loss may have made weights that are not; such a checkpoint would be the newest.
         if not all(bool(t.isfinite().all()) for t in weights.values() if t.is_floating_point()):
             raise self._diverged(state.step - 1)
         sums = {name: self.over_processes(getattr(state, name)) for name in SUMS}
@@ -416,10 +425,9 @@ class Trainer:
             content = checkpoints.read_state(folder / checkpoints.STATE)
         if content is not None:
             self._put(content["weights"], folder)
-            if self._posterior():
+            if self.posterior:
                 self.optimizer.load_state_dict(content["optimizer"])
 
     def _posterior(self) -> dict[str, Any]:
         """The optimiser's state where it belongs to the weights: they are a distribution's."""
-        belongs = hasattr(unwrap_optimizer(self.optimizer), "posterior_std")
-        return {"optimizer": self.optimizer.state_dict()} if belongs else {}
+        return {"optimizer": self.optimizer.state_dict()} if self.posterior else {}

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.runner_cases import lines, pair_task, results, tiny_bert
+from support.runner_cases import evaluated, lines, pair_task, results, tiny_bert
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
+from examples import program
 from examples.config import OptionError, get_default_config
-from examples.program import main as program
-from examples.run_glue import work
+from examples.run_glue import main
 from peft_custom.tuners.bim_lora import BIMLoRALinear, MaskAllocator, get_bim_lora_model
 
 
@@ -67,18 +67,18 @@ def test_a_run_with_pictures_starts_another(setting: list[str], tmp_path: Path) 
     features = tmp_path / "features.safetensors"
     words = [*setting, "--output_dir", str(tmp_path / "one"), "--plots",
              "--features_path", str(features), "--collection_steps", "2"]  # fmt: skip
-    assert program.run_main(work, words) == 0
+    assert program.run_main(main, words) == 0
     rows = lines(tmp_path / "one" / "metrics.jsonl")
     assert rows[0]["temperature"] > rows[-1]["temperature"] == pytest.approx(0.45)
     assert {"mask_mean", "mask_std", "mask_open"} <= set(rows[0])
     assert features.is_file() and results(tmp_path / "one")["trainable_parameters"] > 0
     pytest.importorskip("matplotlib")
     for name in ("block_masks", "mask_history", *(f"block_features_{k}" for k in (1, 2, 3, 4))):
-        assert (tmp_path / "one" / f"{name}.png").stat().st_size > 5_000
+        assert (tmp_path / "one" / "plots" / f"{name}.png").stat().st_size > 5_000
 
     again = [*setting, "--output_dir", str(tmp_path / "two"), "--num_train_epochs", "0.25",
              "--lora_path", str(tmp_path / "one"), "--learning_rate", "0"]  # fmt: skip
-    assert program.run_main(work, again) == 0
+    assert program.run_main(main, again) == 0
     from safetensors.torch import load_file
 
     one, two = (
@@ -89,10 +89,66 @@ def test_a_run_with_pictures_starts_another(setting: list[str], tmp_path: Path) 
     assert same and all(torch.equal(one[name], two[name]) for name in same)
 
 
+def as_lora(setting: list[str]) -> list[str]:
+    """The same for plain LoRA, which has no blocks."""
+    at = setting.index("--block_size")
+    return [*setting[:at], *setting[at + 2 :], "--method", "lora"]
+
+
+def test_the_saved_adapter_gives_the_reported_metrics(setting: list[str], tmp_path: Path) -> None:
+    """Its temperature comes with it: the mask is σ(Z/τ), and τ has fallen."""
+    words = [*setting, "--output_dir", str(tmp_path / "run"), "--mask_init", "random"]
+    assert program.run_main(main, words) == 0
+    found = evaluated(
+        [*setting, "--output_dir", str(tmp_path / "x"), "--lora_path", str(tmp_path / "run")]
+    )
+    said = {name: results(tmp_path / "run")[name] for name in found}
+    assert found == pytest.approx(said, abs=1e-6)
+
+
+def test_a_plain_lora_adapter_is_a_start(setting: list[str], tmp_path: Path) -> None:
+    lora = [*as_lora(setting), "--output_dir", str(tmp_path / "lora"), "--lora_modules", "query"]
+    assert program.run_main(main, lora) == 0
+    words = [*setting, "--output_dir", str(tmp_path / "bim"), "--lora_modules", "query"]
+    words += ["--lora_path", str(tmp_path / "lora"), "--learning_rate", "0", "--max_steps", "1"]
+    assert program.run_main(main, [*words, "--mask_init", "constant"]) == 0
+    from safetensors.torch import load_file
+
+    first, second = (
+        load_file(tmp_path / run / "adapter" / "adapter_model.safetensors")
+        for run in ("lora", "bim")
+    )
+    factors = [name for name in first if name.endswith("lora_B.weight")]
+    assert factors
+    for name in factors:
+        layer = name.removesuffix(".lora_B.weight")
+        assert torch.equal(first[name], second[f"{layer}.bim.lora_B"])
+
+
+def test_overwriting_leaves_no_picture_of_the_run_before(
+    setting: list[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    words = [*setting, "--output_dir", str(tmp_path), "--max_steps", "1", "--mask_init", "constant"]
+    assert program.run_main(main, [*words, "--plots"]) == 0
+    assert list(tmp_path.rglob("block_masks.png"))
+    words = [*as_lora(setting), "--output_dir", str(tmp_path), "--max_steps", "1"]
+    assert program.run_main(main, [*words, "--overwrite_output_dir"]) == 0
+    assert [path.name for path in tmp_path.rglob("*.png")] == ["learning_curve.png"]
+
+
+def test_a_folder_of_pictures_that_is_no_runs_stays(setting: list[str], tmp_path: Path) -> None:
+    (tmp_path / "plots").mkdir()
+    (tmp_path / "plots" / "mine.png").touch()
+    words = [*setting, "--output_dir", str(tmp_path), "--max_steps", "1", "--mask_init", "constant"]
+    assert program.run_main(main, words) == 0
+    assert (tmp_path / "plots" / "mine.png").exists()
+
+
 @pytest.mark.parametrize("init", ["constant", "random", "features"])
 def test_other_starts_of_the_mask(setting: list[str], tmp_path: Path, init: str) -> None:
     words = [*setting, "--output_dir", str(tmp_path), "--mask_init", init, "--max_steps", "2",
              "--train_mask", "false", "--mask_temperature", "0.7",
              "--temperature_schedule", "constant"]  # fmt: skip
-    assert program.run_main(work, words) == 0
+    assert program.run_main(main, words) == 0
     assert lines(tmp_path / "metrics.jsonl")[-1]["temperature"] == pytest.approx(0.7)

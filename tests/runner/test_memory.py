@@ -50,7 +50,8 @@ def test_thresholds_of_the_environment_stay() -> None:
 
 def test_room_for_compiled_kernels_unless_it_is_set() -> None:
     code = (
-        "import os, examples.program.main;"
+        "import os; from examples.program import run_main;"
+        "run_main(lambda argv: 0, []);"
         "print(os.environ['LRU_CACHE_CAPACITY'], os.environ['ONEDNN_PRIMITIVE_CACHE_CAPACITY'])"
     )
     assert run(code, LRU_CACHE_CAPACITY="7", ONEDNN_PRIMITIVE_CACHE_CAPACITY="8") == ["7", "8"]

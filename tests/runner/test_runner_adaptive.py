@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from support.runner_cases import evaluated, lines, pair_task, results, tiny_bert, tiny_deberta
 
-from examples.program import main as program
-from examples.run_glue import OWNERS, SUMMARY, work
+from examples import program
+from examples.run_glue import OPTION_CLASSES, SUMMARY, main
 from peft_custom import CRITERIA
 
 # 14 steps: ranks fall from 3 to 2 between steps 2 and 9
@@ -41,7 +41,7 @@ def words(home: Path, out: Path, *more: str) -> list[str]:
 
 
 def run(home: Path, out: Path, *more: str) -> Path:
-    assert program.run_main(work, words(home, out, *more)) == 0
+    assert program.run_main(main, words(home, out, *more)) == 0
     return out
 
 
@@ -111,7 +111,7 @@ def test_a_pooler_that_no_checkpoint_has_is_trained_and_saved(home, tmp_path, ki
     if kind == "lora":
         start = base.index(SCHEDULE[0])
         del base[start : start + len(SCHEDULE)]
-    assert program.run_main(work, base) == 0
+    assert program.run_main(main, base) == 0
     adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     inside = [name for name in adapter if "pooler" in name]
     assert [name.rpartition(".")[2] for name in inside] == ["bias", "weight"]
@@ -126,12 +126,13 @@ def test_a_pooler_that_no_checkpoint_has_is_trained_and_saved(home, tmp_path, ki
 def test_pictures_are_drawn_when_asked_for(home, trained, tmp_path, capsys):
     wanted = {"adalora": PICTURES - {"posterior.png"}, "vilora": PICTURES}
     for kind, names in wanted.items():
-        found = {path.name for path in trained[kind].glob("*.png")}
-        assert found == {"learning_curve.png", *names}
+        assert {path.name for path in trained[kind].glob("*.png")} == {"learning_curve.png"}
+        assert {path.name for path in (trained[kind] / "plots").iterdir()} == names
         for name in names:
-            assert (trained[kind] / name).read_bytes()[:4] == b"\x89PNG"
+            assert (trained[kind] / "plots" / name).read_bytes()[:4] == b"\x89PNG"
     out = run(home, tmp_path / "run", *KINDS["vilora"], "--max_train_steps", "8")
     assert {path.name for path in out.glob("*.png")} == {"learning_curve.png"}
+    assert not (out / "plots").exists()
     capsys.readouterr()
     run(home, tmp_path / "run", "--overwrite_output_dir", "--plots", *KINDS["vilora"])
     assert "pictures" in capsys.readouterr().out
@@ -188,7 +189,7 @@ def test_a_saved_adapter_is_trained_on_within_its_ranks(home, trained, tmp_path)
 
 def test_mistakes_are_said(home, trained, tmp_path, capsys):
     def said(*more: str) -> str:
-        assert program.run_main(work, words(home, tmp_path / "run", *more)) == 2
+        assert program.run_main(main, words(home, tmp_path / "run", *more)) == 2
         return capsys.readouterr().err
 
     assert "ranks are only cut" in said(*KINDS["adalora"], "--adalora_target_r", "4")
@@ -204,7 +205,7 @@ def test_mistakes_are_said(home, trained, tmp_path, capsys):
 
 def parsed(*more: str) -> program.Options:
     base = ["--task_name", "mrpc", "--model_name_or_path", "m", "--output_dir", "o"]
-    return program.parse([*base, *more], "examples.run_glue", SUMMARY, OWNERS, "task_name")
+    return program.parse([*base, *more], "examples.run_glue", SUMMARY, OPTION_CLASSES, "task_name")
 
 
 def test_options_have_the_originals_names_and_defaults():

@@ -11,12 +11,11 @@ from safetensors.torch import load_file
 from support.runner_cases import lines, pair_task, results, tiny_bert
 
 import loralib
-from examples import export_adapter
+from examples import export_adapter, program
 from examples.evaluation import prediction as evaluation
-from examples.methods.dylora import chosen_ranks, repeated
-from examples.methods.registry import DyLoraOptions
-from examples.program import main as program
-from examples.run_glue import work
+from examples.methods.dylora import DyLoraOptions
+from examples.methods.dylora_ranks import chosen_ranks, repeated
+from examples.run_glue import main
 
 FAST = (
     "--base_dtype float32 --learning_rate 2e-2 --num_train_epochs 2 --max_length 40 --lora_r 5"
@@ -37,7 +36,7 @@ def home(tmp_path_factory):
 def run(home: Path, out: Path, *more: str, task: str = "mrpc", method: str = "dylora") -> Path:
     words = ["--task_name", task, "--model_name_or_path", str(home / "bert"), "--data_dir"]
     words += [str(home), "--cache_dir", str(home / "cache"), "--output_dir", str(out), *FAST]
-    assert program.run_main(work, [*words, "--method", method, *more]) == 0
+    assert program.run_main(main, [*words, "--method", method, *more]) == 0
     return out
 
 
@@ -124,7 +123,7 @@ def test_a_stacked_pass_is_one_pass_per_rank(home, runs, tmp_path, monkeypatch, 
             return kept(model, data, accelerator, evaluation.PlainPredictor(), final)
 
     monkeypatch.setattr(evaluation, "predict", at_rank_2)
-    monkeypatch.setattr("examples.methods.dylora.RankReport.__call__", lambda *given: {})
+    monkeypatch.setattr("examples.methods.dylora_ranks.RankReport.__call__", lambda *given: {})
     plain = figures(monkeypatch, home, tmp_path / "none", *words, *batches)
     assert plain["eval_loss"] == pytest.approx(stacked["eval_r2_loss"], abs=1e-6)
     assert plain["eval_f1"] == stacked["eval_r2_f1"]
@@ -190,10 +189,17 @@ def test_an_mnli_adapter_is_continued(home, tmp_path, capsys, method, wiring):
         assert torch.equal(found, tensor)
 
 
+def test_overwriting_leaves_no_curve_of_the_run_before(home, tmp_path):
+    out = run(home, tmp_path / "run", "--max_train_steps", "1")
+    assert (out / "rank_curve.json").is_file()
+    run(home, out, "--max_train_steps", "1", "--overwrite_output_dir", method="lora")
+    assert not list(out.glob("rank_curve.*"))
+
+
 def test_another_rank_is_refused(home, runs, tmp_path, capsys):
     words = ["--task_name", "mrpc", "--model_name_or_path", str(home / "bert"), "--method"]
     words += ["dylora", "--data_dir", str(home), "--output_dir", str(tmp_path / "x"), *FAST[:-2]]
-    assert program.run_main(work, [*words, "--lora_path", str(runs / "start")]) == 2
+    assert program.run_main(main, [*words, "--lora_path", str(runs / "start")]) == 2
     assert "has r 5: give --lora_r 5" in capsys.readouterr().err
 
 
@@ -201,7 +207,7 @@ def test_another_rank_is_refused(home, runs, tmp_path, capsys):
 def test_an_exported_rank_has_the_reported_metrics(home, runs, tmp_path, monkeypatch, wiring):
     said = results(runs / wiring)
     out = tmp_path / "r2"
-    assert export_adapter.work([str(runs / wiring), "--rank", "2", "--out", str(out)]) == 0
+    assert export_adapter.main([str(runs / wiring), "--rank", "2", "--out", str(out)]) == 0
     values = json.loads((out / "adapter_config.json").read_text())
     assert (values["peft_type"], values["r"], values["lora_alpha"]) == ("LORA", 2, 16)
     words = ["--lora_path", str(out), "--lora_r", "2"]
@@ -209,12 +215,12 @@ def test_an_exported_rank_has_the_reported_metrics(home, runs, tmp_path, monkeyp
     assert found["eval_loss"] == pytest.approx(said["eval_r2_loss"], abs=1e-6)
     merged = tmp_path / "merged"
     words = [str(runs / wiring), "--rank", "3", "--out", str(merged), "--merged"]
-    assert export_adapter.work(words) == 0
+    assert export_adapter.main(words) == 0
     words = ["--model_name_or_path", str(merged), "--method", "full", "--eval_only"]
     seen = {}
     monkeypatch.setattr(program.Run, "finish", lambda self, metrics, _: seen.update(metrics))
     base = ["--task_name", "mrpc", "--data_dir", str(home), "--output_dir", str(tmp_path / "no")]
-    assert program.run_main(work, [*base, *words, "--max_length", "40", "--no_cache"]) == 0
+    assert program.run_main(main, [*base, *words, "--max_length", "40", "--no_cache"]) == 0
     assert seen["eval_loss"] == pytest.approx(said["eval_r3_loss"], abs=1e-6)
 
 
@@ -227,7 +233,7 @@ def test_exports_that_cannot_be(home, runs, tmp_path, capsys):
         ([str(plain), "--rank", "1", "--out", new], "run of --method lora, whose adapter"),
         ([str(tmp_path), "--rank", "1", "--out", new], "is no finished run"),
     ):
-        assert program.run_main(export_adapter.work, words) == 2
+        assert program.run_main(export_adapter.main, words) == 2
         assert message in capsys.readouterr().err
         assert not Path(new).exists()
 
@@ -251,6 +257,6 @@ def test_the_best_and_the_smallest_good_rank():
 def test_mistakes_are_one_line(home, tmp_path, capsys, words, message):
     base = ["--task_name", "mrpc", "--model_name_or_path", str(home / "bert"), "--data_dir"]
     base += [str(home), "--output_dir", str(tmp_path / "x"), *FAST]
-    assert program.run_main(work, [*base, "--method", "dylora", *words]) == 2
+    assert program.run_main(main, [*base, "--method", "dylora", *words]) == 2
     said = capsys.readouterr().err
     assert message in said and len(said.splitlines()) == 1

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.runner_cases import lines, pair_task, results, tiny_bert, tiny_roberta
 
-from examples.program import main as program
-from examples.run_glue import work
+from examples import program
+from examples.run_glue import main
+from peft_custom import PeftModel
 from transformers_patched import AutoModelForSequenceClassification, AutoTokenizer, CheckpointError
 
 SPLITS = {"train": 40, "validation": 24, "test": 10}
@@ -35,7 +36,7 @@ def run(home, out, *words, task="mrpc"):
     base = ["--task_name", task, "--model_name_or_path", str(home / "bert")]
     base += ["--data_dir", str(home / "data"), "--output_dir", str(out)]
     base += ["--cache_dir", str(home / "cache"), *FAST]
-    return program.run_main(work, [*base, *words])
+    return program.run_main(main, [*base, *words])
 
 
 def test_the_run_folder(home, tmp_path, capsys):
@@ -163,8 +164,15 @@ def test_regression(home, tmp_path):
     assert all(0 <= float(line.split("\t")[1]) <= 5 for line in text[1:])
 
 
-def test_files_of_ones_own(home, tmp_path):
+def test_files_of_ones_own(home, tmp_path, monkeypatch):
+    """Each of them is read once, the training file too, though it says the columns and labels."""
+    from examples.data import readers
     from examples.data.tables import write_table
+
+    read, reader = [], readers.read_table
+    monkeypatch.setattr(
+        readers, "read_table", lambda path, task: [read.append(path.name), reader(path, task)][1]
+    )
 
     for split, rows in (("train", 20), ("dev", 8)):
         columns = {"text": ["bado eno", "fado"] * (rows // 2), "label": ["no", "yes"] * (rows // 2)}
@@ -172,8 +180,9 @@ def test_files_of_ones_own(home, tmp_path):
     words = ["--train_file", str(tmp_path / "train.tsv"), "--output_dir", str(tmp_path / "run")]
     words += ["--validation_file", str(tmp_path / "dev.tsv"), *FAST, "--no_cache"]
     base = ["--model_name_or_path", str(home / "bert")]
-    assert program.run_main(work, [*base, *words]) == 0
+    assert program.run_main(main, [*base, *words]) == 0
     assert "eval_accuracy" in results(tmp_path / "run")
+    assert sorted(read) == ["dev.tsv", "train.tsv"]
 
 
 def test_label_smoothing_and_early_stopping(home, tmp_path):
@@ -200,12 +209,20 @@ def test_trackers(home, tmp_path):
     assert list((tmp_path / "run").rglob("events.out.tfevents*"))
 
 
+def trained_head(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The classifier that trains, of either wiring, under the names it has inside."""
+    if isinstance(model, PeftModel):
+        return model.base_model.model.classifier.modules_to_save["default"].state_dict()
+    return model.classifier.state_dict()
+
+
 def test_microsofts_checkpoint_continues_in_both_wirings(tmp_path):
     """Tensors under RoBERTa's names, head of three labels: the factors are taken, the head not."""
     from pathlib import Path
 
-    from examples.methods.common import ModelSource, _named, lora
-    from examples.methods.registry import LoraOptions
+    from examples.methods.common import ModelSource
+    from examples.methods.lora import LoraOptions, build
+    from peft_custom.save_and_load import adapter_tensors
 
     tiny_roberta(tmp_path / "roberta")
     state = {}
@@ -227,20 +244,22 @@ def test_microsofts_checkpoint_continues_in_both_wirings(tmp_path):
         for labels in (2, 3):
             source = ModelSource(str(tmp_path / "roberta"), *arguments, {"num_labels": labels})
             options = LoraOptions(lora_r=4, lora_alpha=16.0, lora_path=str(path), wiring=wiring)
-            values = _named(lora(source, options).model)
+            model = build(source, options).model
+            values = {n.removesuffix(".weight"): t for n, t in adapter_tensors(model).items()}
+            values |= {f"classifier.{n}": t for n, t in trained_head(model).items()}
             for name, tensor in state.items():
                 if ".lora_" in name or labels == 3:
                     assert torch.equal(values[name], tensor), name
             assert labels == 3 or not torch.equal(
                 values["classifier.dense.weight"], state["classifier.dense.weight"]
             )
-        with pytest.raises(CheckpointError, match=r"\(4, 32\) in the file, \(8, 32\) here"):
-            lora(source, LoraOptions(lora_r=8, lora_path=str(path), wiring=wiring))
+        with pytest.raises(CheckpointError, match=r"file \(4, 32\), model \(8, 32\)"):
+            build(source, LoraOptions(lora_r=8, lora_path=str(path), wiring=wiring))
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
-    with pytest.raises(CheckpointError, match="not in the file"):
-        lora(source, LoraOptions(lora_path=str(tmp_path / "x.safetensors")))
+    with pytest.raises(CheckpointError, match=r"missing \(8\):"):
+        build(source, LoraOptions(lora_path=str(tmp_path / "x.safetensors")))
     with pytest.raises(CheckpointError, match="no adapter"):
-        lora(source, LoraOptions(lora_path=str(Path(tmp_path) / "nowhere")))
+        build(source, LoraOptions(lora_path=str(Path(tmp_path) / "nowhere")))
 
 
 def test_another_runs_folder_is_refused(home, tmp_path, capsys):
@@ -305,7 +324,8 @@ def test_predictions_do_not_depend_on_batches(home, tmp_path):
 
 def test_a_head_with_its_labels_in_another_order_is_put_in_ours(tmp_path):
     """As in published MNLI checkpoints, whose classes stand the other way round."""
-    from examples.methods.common import FullOptions, ModelSource, full
+    from examples.methods.common import ModelSource
+    from examples.methods.full import FullOptions, build
 
     names = {0: "CONTRADICTION", 1: "NEUTRAL", 2: "ENTAILMENT"}
     model = tiny_roberta(tmp_path / "roberta", num_labels=3)
@@ -315,7 +335,7 @@ def test_a_head_with_its_labels_in_another_order_is_put_in_ours(tmp_path):
     source = ModelSource(
         str(tmp_path / "mnli"), "AutoModelForSequenceClassification", "SEQ_CLS", "auto", arguments
     )
-    found = full(source, FullOptions()).model.eval()
+    found = build(source, FullOptions()).model.eval()
     ids = torch.randint(5, 60, (4, 9))
     expected = model.eval()(input_ids=ids).logits[:, [2, 1, 0]]
     torch.testing.assert_close(found(input_ids=ids).logits, expected)

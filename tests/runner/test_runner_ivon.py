@@ -16,9 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from support.runner_cases import evaluated, lines, pair_task, results, tiny_bert
 
-from examples.optimizers.ivon import HESSIAN, PosteriorPredictor, average
-from examples.program import main as program
-from examples.run_glue import OWNERS, SUMMARY, work
+from examples import program
+from examples.optimizers.ivon_posterior import HESSIAN, PosteriorPredictor, average
+from examples.run_glue import OPTION_CLASSES, SUMMARY, main
 from examples.training.checkpoints import STATE, read_state
 from ivon import IVON
 
@@ -43,12 +43,12 @@ def words(home: Path, out: Path, *more: str) -> list[str]:
 
 
 def run(home: Path, out: Path, *more: str) -> Path:
-    assert program.run_main(work, words(home, out, *more)) == 0
+    assert program.run_main(main, words(home, out, *more)) == 0
     return out
 
 
 def fails(home: Path, out: Path, capsys, *more: str) -> str:
-    assert program.run_main(work, words(home, out, *more)) == 2
+    assert program.run_main(main, words(home, out, *more)) == 2
     return capsys.readouterr().err
 
 
@@ -98,8 +98,7 @@ def test_draws_are_those_of_the_posterior_and_repeat():
                 variants
             )
 
-    predictor = PosteriorPredictor(optimizer, samples=4, seed=7)
-    predictor.inner = Looks()
+    predictor = PosteriorPredictor(optimizer, samples=4, seed=7, inner=Looks())
     assert predictor.variants(False) == ["", "other"]
     state = torch.get_rng_state()
     arguments = {"x": torch.randn(5, 300)}
@@ -258,7 +257,7 @@ def test_two_processes_equal_one(home, tmp_path):
 
 def parsed(*more: str) -> program.Options:
     base = ["--task_name", "mrpc", "--model_name_or_path", "m", "--output_dir", "o"]
-    return program.parse([*base, *more], "examples.run_glue", SUMMARY, OWNERS, "task_name")
+    return program.parse([*base, *more], "examples.run_glue", SUMMARY, OPTION_CLASSES, "task_name")
 
 
 def test_the_originals_names():

@@ -8,24 +8,26 @@ import sys
 
 import pytest
 
+from examples import program
 from examples.cli import fields as config
 from examples.cli.fields import OptionError
 from examples.cli.groups import DataOptions, ModelOptions, TrainingOptions
-from examples.program import main as program
-from examples.run_glue import OWNERS, SUMMARY
+from examples.run_glue import OPTION_CLASSES, SUMMARY
 
 NEEDED = ["--task_name", "mrpc", "--model_name_or_path", "m", "--output_dir", "o"]
 
 
 def parse(*words: str) -> program.Options:
-    return program.parse([*NEEDED, *words], "examples.run_glue", SUMMARY, OWNERS, "task_name")
+    return program.parse(
+        [*NEEDED, *words], "examples.run_glue", SUMMARY, OPTION_CLASSES, "task_name"
+    )
 
 
 @pytest.mark.parametrize("module", ["run_glue", "run_glue_no_trainer"])
 def test_help_imports_no_torch(module):
     code = (
-        f"import sys, examples.{module} as m; from examples.run_glue import work;"
-        "assert work(['--help']) == 0;"
+        f"import sys, examples.{module} as m; from examples.run_glue import main;"
+        "assert main(['--help']) == 0;"
         "heavy = [n for n in ('torch', 'numpy', 'accelerate', 'yaml') if n in sys.modules];"
         "sys.exit(' '.join(heavy) or 0)"
     )
@@ -127,7 +129,7 @@ def test_mistakes_are_named(words, message):
 def test_needed_options():
     for words, name in (([], "model_name_or_path"), (["--model_name_or_path", "m"], "task_name")):
         with pytest.raises(OptionError, match=name):
-            program.parse(words, "examples.run_glue", SUMMARY, OWNERS, "task_name")
+            program.parse(words, "examples.run_glue", SUMMARY, OPTION_CLASSES, "task_name")
 
 
 def test_a_file_of_options_and_its_rows(tmp_path):
@@ -142,7 +144,9 @@ def test_a_file_of_options_and_its_rows(tmp_path):
     assert values["lora_r"] == 4 and values["num_warmup_steps"] == 3 and values["seed"] == 0
     again = tmp_path / "config.json"
     again.write_text(json.dumps(values))
-    read = program.parse(["--config", str(again)], "examples.run_glue", SUMMARY, OWNERS, None)
+    read = program.parse(
+        ["--config", str(again)], "examples.run_glue", SUMMARY, OPTION_CLASSES, None
+    )
     assert read.resolved() == values
 
 
@@ -186,5 +190,5 @@ def test_the_global_batch_is_kept(batch, limit, processes, expected):
 
 
 def test_every_option_has_a_help_line():
-    fields = config.fields_of([*OWNERS.values()])
+    fields = config.fields_of([*OPTION_CLASSES.values()])
     assert all(len(item.metadata["help"]) > 3 for item, _ in fields.values())

@@ -15,10 +15,10 @@ from support import sampling_case
 from support.paths import ROOT
 from support.runner_cases import lines, pair_task, results, tiny_bert
 
+from examples import program
 from examples.evaluation.prediction import summary_metrics, variant_metric
 from examples.methods import registry as methods
-from examples.program import main as program
-from examples.run_glue import work
+from examples.run_glue import main
 from examples.training import trainer
 from examples.training.sampling import over_samples
 
@@ -52,7 +52,7 @@ def words(home: Path, out: Path, *more: str, task: str = "mrpc") -> list[str]:
 
 
 def run(home: Path, out: Path, *more: str, task: str = "mrpc") -> Path:
-    assert program.run_main(work, words(home, out, *more, task=task)) == 0
+    assert program.run_main(main, words(home, out, *more, task=task)) == 0
     return out
 
 
@@ -106,8 +106,7 @@ def test_processes_share_the_noise_of_the_weights_and_nothing_else():
 
 def test_an_ordinary_optimiser_has_one_pass():
     draws = Draws()
-    plain = torch.optim.SGD([draws.weights], lr=1.0)
-    over_samples(draws.backward, plain, 7, 0, 0)
+    over_samples(draws.backward, None, 7, 0, 0)
     assert draws.noise_drawn == [0.0] and draws.calls == []
 
 
@@ -122,9 +121,9 @@ def test_samples_without_noise_are_the_plain_step(home, tmp_path):
 def test_looking_whether_compiling_pays_changes_nothing(home, tmp_path, monkeypatch):
     made = []
 
-    def twice(model, run_window, steps):
-        run_window()
-        run_window()
+    def twice(model, run_passes, steps):
+        run_passes()
+        run_passes()
         return "compiled"
 
     class Kept(sampling_case.NoisySGD):

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from support.runner_cases import lines, pair_task, results, tiny_bert
 
-from examples.program import main as program
-from examples.run_glue import work
+from examples import program
+from examples.run_glue import main
 
 OPTIONS = (
     "--task_name mrpc --base_dtype float32 --learning_rate 5e-3 --num_train_epochs 2 "
@@ -56,7 +56,7 @@ def test_two_processes_equal_one(home, tmp_path, packing):
     small = ["--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "5", *packing]
     two_processes(home, tmp_path / "two", *small)
     large = ["--per_device_train_batch_size", "8", *packing]
-    assert program.run_main(work, words(home, tmp_path / "one", *large)) == 0
+    assert program.run_main(main, words(home, tmp_path / "one", *large)) == 0
     first, second = (
         load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
         for name in ("one", "two")

@@ -14,8 +14,8 @@ import pytest
 import torch
 from support.runner_cases import lines, pair_task, results, tiny_bert
 
-from examples.program import main as program
-from examples.run_glue import work
+from examples import program
+from examples.run_glue import main
 from examples.training import checkpoints
 from examples.training.checkpoints import Progress, RunError, read_state
 from peft_custom.state_files import write_tree
@@ -44,7 +44,7 @@ def words(home, out, *more):
 
 
 def run(home, out, *more):
-    return program.run_main(work, words(home, out, *more))
+    return program.run_main(main, words(home, out, *more))
 
 
 @pytest.fixture(scope="module")
@@ -134,10 +134,10 @@ def test_a_damaged_checkpoint_is_named(home, whole, tmp_path, capsys):
 
 FULL_DISK = """
 import resource, sys
-from examples.program import main as program
-from examples.run_glue import work
+from examples import program
+from examples.run_glue import main
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))  # no file may grow larger
-sys.exit(program.run_main(work, sys.argv[1:]))
+sys.exit(program.run_main(main, sys.argv[1:]))
 """
 
 

@@ -38,12 +38,11 @@ def shell(command: str, cwd: Path, **variables: str) -> str:
 
 def parsed(command: str) -> None:
     """The options of a run_glue command exist and have possible values."""
-    from examples import run_glue
-    from examples.program import main as program
+    from examples import program, run_glue
 
     words = shlex.split(command)
     options = words[words.index("examples.run_glue") + 1 :]
-    assert program.parse(options, "run_glue", "", run_glue.OWNERS, "task_name") is not None
+    assert program.parse(options, "run_glue", "", run_glue.OPTION_CLASSES, "task_name") is not None
 
 
 def test_every_command_is_covered_here() -> None:

@@ -10,11 +10,11 @@ import pytest
 from support.paths import ROOT
 from support.script_cases import Dry, parsed, rows_per_step
 
+from examples import program
 from examples.cli.fields import read_file
 from examples.cli.groups import DataOptions, ModelOptions, TrainingOptions
 from examples.data.tables import write_table
 from examples.data.tasks import GLUE_TASKS
-from examples.program import main as program
 
 # task: GPUs, batch per GPU, learning rate, epochs, tokens, starts from an MNLI adapter
 BASE = {

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
+from examples import program
 from examples.data.tables import write_table
-from examples.program import main as program
-from examples.run_glue import work
+from examples.run_glue import main
 from transformers_patched import (
     BertConfig,
     BertForSequenceClassification,
@@ -103,7 +103,7 @@ def evaluated(words: Sequence[str]) -> dict[str, float]:
 
     program.Run.finish = finish
     try:
-        assert program.run_main(work, [*words, "--eval_only"]) == 0
+        assert program.run_main(main, [*words, "--eval_only"]) == 0
     finally:
         program.Run.finish = real
     return seen

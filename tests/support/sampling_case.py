@@ -13,10 +13,11 @@ from types import SimpleNamespace
 
 import torch
 
+from examples import program
 from examples.cli.fields import option
-from examples.methods import registry as methods
-from examples.program import main as program
-from examples.run_glue import work
+from examples.evaluation.prediction import Predictor
+from examples.methods.registry import BuiltOptimizer, RunInfo, register_optimizer
+from examples.run_glue import main
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,6 @@ class NoisySGD(torch.optim.SGD):
         super().__init__(groups, lr=0.0)
         self.mc_samples, self.noise = options.samples, options.noise
         self.calls: list[bool] = []
-        self.predictor = TwoVariants()
         self.sums: dict[torch.Tensor, torch.Tensor] = {}
 
     @contextmanager
@@ -62,6 +62,7 @@ class TwoVariants:
     """Probabilities of the model, and flattened ones; there is no plain variant."""
 
     probabilistic = True
+    stacked = False
 
     def variants(self, final: bool) -> list[str]:
         return ["flat", "sharp", "same"] if final else ["flat", "same"]
@@ -78,14 +79,19 @@ class TwoVariants:
         ]
 
 
-def noisy(groups: list[dict], options: NoisyOptions, fp16: bool) -> NoisySGD:
-    return NoisySGD(groups, options)
+def noisy(groups: list[dict], options: NoisyOptions, run: RunInfo) -> BuiltOptimizer:
+    optimizer = NoisySGD(groups, options)
+
+    def predictor(inner: Predictor) -> TwoVariants:
+        return TwoVariants()
+
+    return BuiltOptimizer(optimizer, sampler=optimizer, predictor=predictor)
 
 
 def register() -> None:
-    methods.optimizer("noisy", NoisyOptions, f"{__name__}:noisy", "for tests")
+    register_optimizer("noisy", NoisyOptions, noisy, "for tests")
 
 
 if __name__ == "__main__":
     register()
-    sys.exit(program.run_main(work))
+    sys.exit(program.run_main(main))

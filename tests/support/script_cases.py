@@ -6,9 +6,9 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+from examples import program
 from examples.cli.groups import TrainingOptions
-from examples.program import main as program
-from examples.run_glue import OWNERS, SUMMARY
+from examples.run_glue import OPTION_CLASSES, SUMMARY
 from support.paths import ROOT
 
 # Writes what it was called as, where, and with which words, one per line.
@@ -52,7 +52,7 @@ class Dry:
 def parsed(command: Sequence[str]) -> program.Options:
     """What run_glue makes of a recorded command."""
     words = list(command[command.index("examples.run_glue") + 1 :])
-    options = program.parse(words, "examples.run_glue", SUMMARY, OWNERS, "task_name")
+    options = program.parse(words, "examples.run_glue", SUMMARY, OPTION_CLASSES, "task_name")
     assert options is not None
     return options
 

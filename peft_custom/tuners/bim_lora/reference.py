@@ -52,7 +52,7 @@ def get_bim_lora_model(
     Args:
         model: ours, Hugging Face's, or any module.
         config: a `BimLoraConfig`, or an object with the original's fields, such as
-            `examples.cli.fields.get_default_config(task)` returns; None takes the defaults.
+            `examples.config.get_default_config(task)` returns; None takes the defaults.
         r, lora_alpha, lora_dropout, target_modules, block_size, mask_temperature: instead of the
             configuration's.
     """

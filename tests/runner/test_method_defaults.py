@@ -1,0 +1,116 @@
+"""The command line's defaults beside those of the libraries: equal, or different on purpose.
+
+Options are read without torch and the libraries' configurations are not, so every default is
+written down on both sides. Here is where they are compared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+
+import pytest
+import torch
+
+import peft_custom
+from examples.methods.adalora import AdaLoraOptions, ViLoraOptions
+from examples.methods.bim_lora import SAME, BimLoraOptions
+from examples.methods.bim_reference import BIMLoRAConfig
+from examples.methods.dylora import DyLoraOptions
+from examples.methods.lora import LoraOptions
+from examples.optimizers.adamw import AdamWOptions
+from examples.optimizers.ivon import IvonOptions
+from ivon import IVON
+
+FIXED_RANK = {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
+ADALORA = {
+    "adalora_target_r": "target_r",
+    "adalora_init_r": "init_r",
+    "adalora_tinit": "tinit",
+    "adalora_tfinal": "tfinal",
+    "adalora_delta_t": "deltaT",
+    "adalora_orth_reg_weight": "orth_reg_weight",
+    "adalora_sensitivity_timing": "sensitivity_timing",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+}
+# class of options, class of the configuration, option -> field, and what differs on purpose:
+# option -> (the option's default, the field's)
+CASES = {
+    "lora": (
+        LoraOptions,
+        peft_custom.LoraConfig,
+        {**FIXED_RANK, "use_rslora": "use_rslora"},
+        {"lora_alpha": (16.0, 8)},  # 2·r, as most scripts have it; the field's default is PEFT's
+    ),
+    "dylora": (
+        DyLoraOptions,
+        peft_custom.DyLoraConfig,
+        {
+            **FIXED_RANK,
+            "dylora_r_min": "r_min",
+            "dylora_mode": "dylora_mode",
+            "dylora_dist": "dylora_dist",
+            "dylora_dense": "dylora_dense",
+        },
+        {"lora_alpha": (16.0, 8)},
+    ),
+    "adalora": (
+        AdaLoraOptions,
+        peft_custom.AdaLoraConfig,
+        ADALORA,
+        {"adalora_delta_t": (100, 1)},  # the AdaLoRA authors' scripts; the field's is PEFT's
+    ),
+    "vilora": (
+        ViLoraOptions,
+        peft_custom.VILoraConfig,
+        {**ADALORA, "vilora_criterion": "criterion"},
+        {"adalora_delta_t": (100, 1)},
+    ),
+    "bim_lora": (
+        BimLoraOptions,
+        peft_custom.BimLoraConfig,
+        {**FIXED_RANK, **{name: name for name in SAME}},
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_options_have_the_defaults_of_the_configuration(method: str) -> None:
+    options, config, fields, on_purpose = CASES[method]
+    ours, theirs = options(), config()
+    found = {option: (getattr(ours, option), getattr(theirs, f)) for option, f in fields.items()}
+    assert {option: pair for option, pair in found.items() if pair[0] != pair[1]} == on_purpose
+
+
+def test_adamws_are_torchs() -> None:
+    theirs, ours = inspect.signature(torch.optim.AdamW).parameters, AdamWOptions()
+    assert (ours.adam_beta1, ours.adam_beta2) == theirs["betas"].default
+    assert ours.adam_epsilon == theirs["eps"].default
+
+
+def test_ivons_are_the_optimisers() -> None:
+    theirs, ours = inspect.signature(IVON).parameters, dataclasses.asdict(IvonOptions())
+    # a run has its own number of rows, and predicts at the mean unless told otherwise
+    own = {"ivon_ess": 0, "ivon_infer_mc_samples": 0}
+    assert {name: ours.pop(name) for name in own} == own
+    names = {"ivon_train_mc_samples": "mc_samples"}
+    pairs = {n: (v, theirs[names.get(n, n.removeprefix("ivon_"))].default) for n, v in ours.items()}
+    differing = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+    # the ViLoRA authors' scripts; the fields' are those of ivon-opt
+    assert differing == {"ivon_weight_decay": (1e-8, 1e-4), "ivon_clip_radius": (1e-3, math.inf)}
+
+
+def test_the_originals_bim_lora_differs_where_it_says() -> None:
+    """Smaller blocks, a network trained half as long at half the rate, weights of the start."""
+    theirs, ours = BIMLoRAConfig(), peft_custom.BimLoraConfig()
+    shared = {f.name for f in dataclasses.fields(theirs)} & {
+        f.name for f in dataclasses.fields(ours)
+    }
+    differing = {n for n in shared if getattr(theirs, n) != getattr(ours, n)}
+    assert differing == {
+        "block_size", "collection_steps", "mlp_batch_size", "mlp_epochs", "mlp_lr",
+        "num_train_epochs", "target_modules",
+    }  # fmt: skip

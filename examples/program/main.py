@@ -20,7 +20,7 @@ from examples.cli import fields as config
 from examples.cli.fields import OptionError
 from examples.cli.groups import TRACKERS, TrainingOptions
 from examples.methods.registry import METHODS, OPTIMIZERS, Entry, MethodOptions, RunFacts
-from examples.training import memory
+from examples.training import memory, threads
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -125,6 +125,7 @@ def _refuse_options_of_others(
 
 def run_main(work: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
     """Runs a program; what a user can mend is one line on stderr and exit status 2."""
+    threads.spin_briefly_beside_others()  # before torch is imported
     try:
         return work(sys.argv[1:] if argv is None else argv)
     except BrokenPipeError:  # whoever read our output has seen enough

@@ -1,8 +1,8 @@
 """Sizes and habits of the project's code, a row per folder; other folders of Python for comparison.
 
-    python benchmarks/code_measures.py                          # the project's own packages
-    python benchmarks/code_measures.py --root OLD_CHECKOUT      # before a change
-    python benchmarks/code_measures.py ../litgpt/litgpt         # beside another project
+    python -m benchmarks.code_measures                          # the project's own packages
+    python -m benchmarks.code_measures --root OLD_CHECKOUT      # before a change
+    python -m benchmarks.code_measures ../litgpt/litgpt         # beside another project
 
 Lines are counted as in the file; a function's from `def` to its end, methods and inner functions
 included. ret, arg: functions and parameters that are annotated (without self, cls, ctx); Any: of
@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import import_graph
+from benchmarks import import_graph
 
 OWN = (*import_graph.FLOORS, "benchmarks", "tests")
 HEADS = (

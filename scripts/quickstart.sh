@@ -12,6 +12,13 @@ defaults=(--task_name wording --method lora --lora_r 8 --lora_alpha 16 --learnin
   --per_device_train_batch_size 32 --num_train_epochs 8 --warmup_ratio 0.06 --seed 0)
 [[ " $* " == *" --model_name_or_path"* ]] ||
   defaults+=(--model_name_or_path "$(python -m examples.backbone)")
-[[ " $* " == *" --output_dir"* ]] ||
-  defaults+=(--output_dir "$root/runs/quickstart" --overwrite_output_dir)
+run=$root/runs/quickstart words=("$@")
+for i in "${!words[@]}"; do
+  case ${words[i]} in
+    --output_dir) run=${words[i + 1]-} ;;
+    --output_dir=*) run=${words[i]#*=} ;;
+  esac
+done
+[[ " $* " == *" --output_dir"* ]] || defaults+=(--output_dir "$run" --overwrite_output_dir)
 python -m examples.run_glue "${defaults[@]}" "$@"
+python -m examples.next_steps "$run"

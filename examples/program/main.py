@@ -15,7 +15,7 @@ from examples.cli import fields as config
 from examples.cli.fields import option
 from examples.errors import OptionError, is_user_error
 from examples.methods.registry import METHODS, OPTIMIZERS, MethodSpec, OptimizerSpec
-from examples.training import memory
+from examples.training import memory, threads
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,7 @@ def run_main(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = 
     """
     memory.keep_compiled_kernels()
     memory.keep_freed_memory()
+    threads.spin_briefly_beside_others()
     try:
         return main(sys.argv[1:] if argv is None else argv)
     except BrokenPipeError:  # whoever read our output has seen enough

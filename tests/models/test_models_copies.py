@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-MODELS = Path(__file__).resolve().parent.parent / "transformers_patched" / "models"
+MODELS = Path(__file__).resolve().parents[2] / "transformers_patched" / "models"
 FILES = {  # model: its file, and the name of the bare model in its heads
     "Bert": ("bert/modeling_bert.py", "bert"),
     "Roberta": ("roberta/modeling_roberta.py", "roberta"),

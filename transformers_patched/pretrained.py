@@ -127,11 +127,7 @@ class PreTrainedModel(nn.Module):
             model = cls(config, **arguments)
         found, report = _match(model, tensors, files)
         if report.mismatched and not ignore_mismatched_sizes:
-            raise CheckpointError(
-                "these weights are of another shape than the model's "
-                "(ignore_mismatched_sizes=True would newly initialise them):\n  "
-                + "\n  ".join(report.mismatched)
-            )
+            raise _other_shapes(report)
         base = None if base_dtype is None else _dtype(base_dtype)
         _assign(model, found, report.missing, _dtype(dtype), base)
         if base_dtype is not None:
@@ -336,6 +332,14 @@ def _initialise(model: PreTrainedModel, names: list[str]) -> None:
             weight.normal_(0.0, std)
             if getattr(module, "padding_idx", None) is not None:
                 weight[module.padding_idx].zero_()
+
+
+def _other_shapes(report: LoadReport) -> CheckpointError:
+    return CheckpointError(
+        "these weights are of another shape than the model's "
+        "(ignore_mismatched_sizes=True would newly initialise them):\n  "
+        + "\n  ".join(report.mismatched)
+    )
 
 
 def _dtype(value: torch.dtype | str | None) -> torch.dtype | None:

@@ -19,6 +19,7 @@ from . import files
 from .encoding import (
     FIELDS,
     BatchEncoding,
+    clean_up,
     columns,
     flatten,
     inputs,
@@ -30,19 +31,6 @@ from .encoding import (
 from .files import SPECIAL
 
 NO_LIMIT = int(1e30)  # model_max_length where no file states one, as in Transformers
-# What WordPiece decoding undoes: the blanks that splitting put around punctuation.
-CLEAN_UP = (
-    (" .", "."),
-    (" ?", "?"),
-    (" !", "!"),
-    (" ,", ","),
-    (" ' ", "'"),
-    (" n't", "n't"),
-    (" 'm", "'m"),
-    (" 's", "'s"),
-    (" 've", "'ve"),
-    (" 're", "'re"),
-)
 
 
 def _token_property(name: str) -> property:
@@ -492,11 +480,7 @@ class PreTrainedTokenizer:
 
     def clean_up_tokenization(self, text: str) -> str:
         """Takes the blanks before punctuation away; byte-level BPE text has none to take."""
-        if isinstance(self.backend_tokenizer.model, models.BPE):
-            return text
-        for old, new in CLEAN_UP:
-            text = text.replace(old, new)
-        return text
+        return text if isinstance(self.backend_tokenizer.model, models.BPE) else clean_up(text)
 
     def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
         """The token of an id (None outside the vocabulary), or the list of tokens of many."""

@@ -12,6 +12,19 @@ from tokenizers import Encoding
 
 TRUNCATION = ("longest_first", "only_first", "only_second", "do_not_truncate")
 PADDING = ("longest", "max_length", "do_not_pad")
+# What WordPiece decoding undoes: the blanks that splitting put around punctuation.
+CLEAN_UP = (
+    (" .", "."),
+    (" ?", "?"),
+    (" !", "!"),
+    (" ,", ","),
+    (" ' ", "'"),
+    (" n't", "n't"),
+    (" 'm", "'m"),
+    (" 's", "'s"),
+    (" 've", "'ve"),
+    (" 're", "'re"),
+)
 FIELDS: dict[str, Callable[[Encoding], Any]] = {
     "input_ids": lambda row: row.ids,
     "token_type_ids": lambda row: row.type_ids,
@@ -168,3 +181,10 @@ def padding_kind(padding: bool | str) -> str:
     if name not in PADDING:
         raise ValueError(f"padding={padding!r}: choose True, False or one of {', '.join(PADDING)}")
     return str(name)
+
+
+def clean_up(text: str) -> str:
+    """Takes the blanks before punctuation away."""
+    for old, new in CLEAN_UP:
+        text = text.replace(old, new)
+    return text

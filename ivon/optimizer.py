@@ -1,4 +1,4 @@
-"""The optimiser: sampling, stepping."""
+"""The optimiser: it samples, and steps by what the samples say."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class IVON(GaussianOptimizer):
         m ← m − η·clip((g/(1 − β₁ᵗ) + δm)/(h + δ)),  η = lr·(h₀ + δ)
 
     A *window* is all samples since the last step, `mc_samples` of them unless the loop takes
-    another number. One sample is one `sampled_params(train=True)`: whatever is backpropagated
+    another number (see `ivon.window`). One sample is one `sampled_params(train=True)`: whatever is backpropagated
     within it, one batch or several micro-batches, shares one draw of the weights and is summed;
     the samples of a window are averaged. Where gradients are zeroed does not matter. After the
     context `p.grad` is the mean gradient over the window's samples so far, and `step` uses what is
@@ -71,7 +71,7 @@ class IVON(GaussianOptimizer):
     """
 
     _step_supports_amp_scaling = True  # makes a GradScaler announce itself, so it can be refused
-    _closure_sample = ClosureSample.NONE
+    _closure_sample = ClosureSample.NONE  # `step(closure)` opens samples for its closure
 
     def __init__(
         self,
@@ -156,7 +156,7 @@ class IVON(GaussianOptimizer):
         self._closure_sample = ClosureSample.CLAIMED
 
     def begin_sample(self, generator: torch.Generator | None = None) -> None:
-        """Decides whether a sample goes on with the window or begins one; for `sampled_params`.
+        """Decides whether a sample goes on with the window or begins one; called before a draw.
 
         Raises:
             RuntimeError: processes would draw different noise, or a full window has been changed.

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from support.paths import ROOT
 
 from benchmarks import import_graph
 from benchmarks.import_graph import FLOORS, NEIGHBOURS, PROGRAMS, ROOMS, Arrow

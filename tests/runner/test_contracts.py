@@ -19,9 +19,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
-from runner_cases import lines, pair_task, results, tiny_bert
 from safetensors.torch import load_file
+from support.paths import ROOT
+from support.runner_cases import lines, pair_task, results, tiny_bert
 
 from examples.cli.fields import OptionError
 from examples.evaluation.glue import calibration
@@ -226,7 +226,7 @@ def on_two(home: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     (out / "runs.json").write_text(json.dumps(runs))
     launch = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
     done = subprocess.run(
-        [sys.executable, *launch, str(Path(__file__).with_name("several_runs.py")),
+        [sys.executable, *launch, str(ROOT / "tests" / "support" / "several_runs.py"),
          str(out / "runs.json")],
         capture_output=True,
         text=True,

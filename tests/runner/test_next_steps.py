@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
-from runner_cases import pair_task, tiny_bert
+from support.paths import ROOT
+from support.runner_cases import pair_task, tiny_bert
 
 from examples import next_steps
 from examples.program import main as program

@@ -29,11 +29,12 @@ class IVON(GaussianOptimizer):
         m ← m − η·clip((g/(1 − β₁ᵗ) + δm)/(h + δ)),  η = lr·(h₀ + δ)
 
     A *window* is all samples since the last step, `mc_samples` of them unless the loop takes
-    another number (see `ivon.window`). One sample is one `sampled_params(train=True)`: whatever is backpropagated
-    within it, one batch or several micro-batches, shares one draw of the weights and is summed;
-    the samples of a window are averaged. Where gradients are zeroed does not matter. After the
-    context `p.grad` is the mean gradient over the window's samples so far, and `step` uses what is
-    in it then: clip it, add to it. Only noise·gradient (or gradient²) is gathered before.
+    another number (see `ivon.window`). One sample is one `sampled_params(train=True)`: whatever is
+    backpropagated within it, one batch or several micro-batches, shares one draw of the weights and
+    is summed; the samples of a window are averaged. Where gradients are zeroed does not matter.
+    After the context `p.grad` is the mean gradient over the window's samples so far, and `step`
+    uses what is in it then: clip it, add to it. Only noise·gradient (or gradient²) is gathered
+    before.
 
     Outside the contexts the parameters hold the mean, exactly; their storage never changes.
     A parameter without a gradient in a window is not moved, one with `requires_grad=False` not

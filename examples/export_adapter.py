@@ -18,7 +18,6 @@ from examples import program
 from examples.cli.groups import OPTION_CLASSES, DataOptions, ModelOptions, TrainingOptions
 from examples.errors import OptionError, RunError, as_user_error
 from examples.methods import dylora
-from examples.training.run_folder import CONFIG
 
 
 def export(run: Path, rank: int, out: Path, merged: bool, base: str | None = None) -> None:
@@ -59,6 +58,8 @@ def export(run: Path, rank: int, out: Path, merged: bool, base: str | None = Non
 
 
 def _options(run: Path, base: str | None) -> program.Options:
+    from examples.training.run_folder import CONFIG
+
     if not (run / CONFIG).is_file() or not (run / "adapter").is_dir():
         raise RunError(f"{run} is no finished run: it needs {CONFIG} and adapter/")
     words = ["--config", str(run / CONFIG)]

@@ -23,11 +23,11 @@ from safetensors.torch import load_file
 from support.paths import ROOT
 from support.runner_cases import lines, pair_task, results, tiny_bert
 
+from examples import program
 from examples.cli.fields import OptionError
-from examples.evaluation.glue import calibration
+from examples.evaluation.calibration import calibration
 from examples.methods import METHODS, OPTIMIZERS
-from examples.program import main as program
-from examples.run_glue import OWNERS, SUMMARY, work
+from examples.run_glue import OPTION_CLASSES, SUMMARY, main
 from peft_custom import PeftModel
 from transformers_patched import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -62,7 +62,7 @@ DIFFERENT_EACH_TIME = re.compile("seconds|memory|tokens_per")
 
 def parsed(*words: str) -> program.Options:
     needed = ["--task_name", "mrpc", "--model_name_or_path", "m", "--output_dir", "o"]
-    options = program.parse([*needed, *words], "run_glue", SUMMARY, OWNERS, "task_name")
+    options = program.parse([*needed, *words], "run_glue", SUMMARY, OPTION_CLASSES, "task_name")
     assert options is not None
     return options
 
@@ -112,7 +112,7 @@ def trained(
         out = folder / "-".join(pair)
         if pair not in done:
             save = ["--save_steps", "2", "--save_total_limit", "0"]
-            assert program.run_main(work, [*words(home, out, pair), *save]) == 0
+            assert program.run_main(main, [*words(home, out, pair), *save]) == 0
             done.add(pair)
         return out
 
@@ -205,7 +205,7 @@ def test_a_killed_run_ends_with_the_same_bytes(
     (again / "all_results.json").unlink()
     torch.manual_seed(99)  # a new process knows nothing of the old one's draws
     save = ["--save_steps", "2", "--save_total_limit", "0", "--resume_from_checkpoint", "auto"]
-    assert program.run_main(work, [*words(home, again, pair), *save]) == 0
+    assert program.run_main(main, [*words(home, again, pair), *save]) == 0
     one, two = weights(whole), weights(again)
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
     first, second = (
@@ -243,7 +243,7 @@ def test_two_processes_equal_one(
     """Of three rows each and of six; without dropout, whose draws would differ."""
     two, said = on_two[0] / "-".join(pair), on_two[1]
     assert (two / "all_results.json").is_file(), said
-    assert program.run_main(work, words(home, tmp_path / "one", pair, "still")) == 0
+    assert program.run_main(main, words(home, tmp_path / "one", pair, "still")) == 0
     one = weights(tmp_path / "one")
     assert one.keys() == weights(two).keys()
     for name, tensor in weights(two).items():
@@ -263,7 +263,7 @@ def test_every_option_is_shown_and_saved(
     pair: tuple[str, str],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert work(["--help"]) == 0
+    assert main(["--help"]) == 0
     shown = set(re.findall(r"--(\w+)", capsys.readouterr().out))
     saved = json.loads((trained(pair) / "config.json").read_text("utf-8"))
     for options in (METHODS[pair[0]].options, OPTIMIZERS[pair[1]].options):

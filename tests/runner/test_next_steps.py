@@ -12,9 +12,8 @@ import pytest
 from support.paths import ROOT
 from support.runner_cases import pair_task, tiny_bert
 
-from examples import next_steps
-from examples.program import main as program
-from examples.run_glue import OWNERS, work
+from examples import next_steps, program
+from examples.run_glue import OPTION_CLASSES, main
 
 # Answers as the python of an environment would, and notes what it is asked to run.
 RECORDER = '#!/bin/sh\nshift; echo "$@" >>"$RECORD"\n'
@@ -30,7 +29,7 @@ def test_the_python_that_is_printed_runs(
     words = ["--task_name", "mrpc", "--data_dir", str(tmp_path), "--output_dir", str(run)]
     words += ["--model_name_or_path", str(tmp_path / "bert"), "--method", method]
     words += ["--base_dtype", "float32", "--max_length", "40", "--max_train_steps", "2"]
-    assert program.run_main(work, words) == 0
+    assert program.run_main(main, words) == 0
     capsys.readouterr()
     next_steps.main(run)
     _, command, code = capsys.readouterr().out.split("\n\n", 2)[0:3]
@@ -47,7 +46,9 @@ def test_the_python_that_is_printed_runs(
     bash, script, *options = shlex.split(command)
     assert bash == "bash" and Path(script).is_file()
     needed = ["--model_name_or_path", "m", "--output_dir", "o"]
-    assert program.parse([*needed, *options], "run_glue", "", OWNERS, "task_name") is not None
+    assert (
+        program.parse([*needed, *options], "run_glue", "", OPTION_CLASSES, "task_name") is not None
+    )
 
 
 def test_nothing_is_said_of_a_run_without_result(

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch.distributed
 
-from examples.program import main as program
-from examples.run_glue import work
+from examples import program
+from examples.run_glue import main
 
 if __name__ == "__main__":
     # accelerate takes the group down at the end of a run; the next one needs it
     torch.distributed.destroy_process_group = lambda group=None: None
     for words in json.loads(Path(sys.argv[1]).read_text("utf-8")):
-        program.run_main(work, words)
+        program.run_main(main, words)

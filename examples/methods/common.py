@@ -12,12 +12,11 @@ from examples.methods.source import ModelSource
 from loralib import lora_state_dict
 from peft_custom import PeftConfig, get_peft_model
 from peft_custom.save_and_load import LORALIB_CONFIG, LORALIB_WEIGHTS
+from peft_custom.task_models import HEAD_NAMES
 from transformers_patched import PreTrainedModel
 from transformers_patched.checkpoint import write_safetensors
 
 __all__ = ["AdaptedModel", "ModelSource", "initialisation", "with_loralib", "with_peft"]
-
-HEADS = ("classifier", "score", "qa_outputs")  # they train with any method, as PEFT has it
 
 
 class AdapterOptions(Protocol):
@@ -96,5 +95,5 @@ def initialisation(word: str) -> bool | str:
 
 def random_parts(model: PreTrainedModel) -> list[str]:
     """Modules of the base that the checkpoint lacks: they are random, so they must train."""
-    names = [name for name in model.newly_initialised if name.partition(".")[0] not in HEADS]
+    names = [name for name in model.newly_initialised if name.partition(".")[0] not in HEAD_NAMES]
     return sorted({name.rpartition(".")[0] for name in names})

@@ -54,7 +54,7 @@ FOR_PEFT: dict[str, dict[str, object]] = {
     "vilora": {"format": "lora"},
     "bim_lora": {"as_lora": True},
 }
-# Two processes: small steps, whose rounding stays small; and with Adam's own 1e-8 a gradient that is
+# Two processes: small steps, whose rounding stays small. With Adam's own 1e-8 a gradient that is
 # 0 but for rounding would move its weight.
 STEADY = {"adamw": "--learning_rate 2e-2 --adam_epsilon 1e-3", "ivon": "--learning_rate 0.5"}
 # Two processes: absolute difference of weights. Adam on the blocks' few features, before the run,

@@ -18,7 +18,7 @@ def spin_briefly_beside_others() -> bool:
     Between two pieces of parallel work GNU's OpenMP, torch's on Linux, keeps its threads in an
     empty loop for milliseconds. Alone that is the fastest way. Beside another program they take the
     processor from the very thread that they wait for: of two training runs on two processors each
-    takes five times as long as alone. Sleeping costs a run that is alone about a sixth.
+    takes four times as long as alone and more. Sleeping at once costs a lone run about a tenth.
 
     To be called before torch is imported: OpenMP reads its variables once. Whatever of them is set
     already stays. A run started later, beside this one, chooses for itself alone.

@@ -1,7 +1,7 @@
 """Adaptive ranks and a posterior on real tasks: full, LoRA, AdaLoRA, AdaLoRA with IVON, ViLoRA.
 
     python -m benchmarks.adaptive_study --model DIR --data_dir DIR/glue --out FILE.jsonl
-    python -m benchmarks.adaptive_study --table               # of the runs in results/adaptive_study.jsonl
+    python -m benchmarks.adaptive_study --table    # of results/adaptive_study.jsonl
     python -m benchmarks.adaptive_study --plot FILE.png
 
 Parts, in this order unless `--part` names some:

@@ -4,7 +4,7 @@
     … --part main
     … --part ablation
     … --part collection
-    python -m benchmarks.bim_study --table               # of the runs in results/bim_study.jsonl
+    python -m benchmarks.bim_study --table    # of results/bim_study.jsonl
     python -m benchmarks.bim_study --plot FILE.png
 
 Every run is a process of its own and one line of `--out`; a run that has its line is not repeated.

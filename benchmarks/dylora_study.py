@@ -1,7 +1,7 @@
 """What every rank is worth: DyLoRA in both modes, LoRA cut down, and LoRA trained at each rank.
 
     python -m benchmarks.dylora_study --model DIR --data_dir DIR/glue --out FILE.jsonl
-    python -m benchmarks.dylora_study --table               # of the runs in results/dylora_study.jsonl
+    python -m benchmarks.dylora_study --table    # of results/dylora_study.jsonl
     python -m benchmarks.dylora_study --plot FILE.png
 
 Per task and seed six runs, each a process of its own and one line of `--out`; a run that has its

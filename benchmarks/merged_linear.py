@@ -1,6 +1,6 @@
 """What a low-rank update of q and v costs on top of GPT-2's frozen q/k/v projection.
 
-    python -m benchmarks.merged_linear                    # the fp32 row of the README
+    python -m benchmarks.merged_linear                    # a row of results/merged_linear.md
     python -m benchmarks.merged_linear --dtype bfloat16 --dropout 0.1
 
 Work: forward and backward, input gradient included, of a 768 -> 2304 linear layer, rank 4 on q and

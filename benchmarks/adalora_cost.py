@@ -16,24 +16,22 @@ and with LoRA on the same six linear maps of every layer, same rank; they take t
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import subprocess
-import sys
-import time
 import types
 import warnings
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks.adapter_step import TARGETS, Counter, step
+from benchmarks.adapter_step import Counter, roberta, step
+from benchmarks.common import peers
+from benchmarks.common.models import SIX_MAPS, full_rows
+from benchmarks.common.timing import in_turn, ratio, seconds
 
-ROOT = Path(__file__).resolve().parent.parent
-OLD = ROOT / ".peers" / "peft011"
+OLD = peers.PEERS / "peft011"
 SYNCS = ("_local_scalar_dense", "nonzero", "is_nonzero", "item", "equal", "unique")
 RANK = 12
 
@@ -96,60 +94,44 @@ def theirs(layers: int = 12) -> Callable[[], None]:
     return once
 
 
-def timed(once: Callable[[], None], n: int) -> float:
+def milliseconds(once: Callable[[], None], n: int = 1) -> float:
     """CPU milliseconds of a call, mean of n."""
-    start = time.process_time()
-    for _ in range(n):
-        once()
-    return 1e3 * (time.process_time() - start) / n
+    return 1e3 * seconds(lambda: [once() for _ in range(n)]) / n
 
 
-def work(side: str, n: int) -> None:
-    """A side's process: measures whenever a line arrives."""
+def serve(side: str, n: int) -> None:
+    """A side's process: measures at every request."""
     once = {"ours": ours, "PEFT 0.11.1": theirs}[side]()
-    timed(once, 3)
-    print("ready", flush=True)
-    for _ in sys.stdin:
-        print(timed(once, n), flush=True)
-
-
-def start(side: str, n: int) -> subprocess.Popen[str]:
-    path = os.pathsep.join([str(OLD), str(ROOT)] if side != "ours" else [str(ROOT)])
-    process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.adalora_cost", "--worker", side, "--steps", str(n)],
-        env={**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"},
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
-    )  # fmt: skip
-    assert process.stdout is not None
-    while process.stdout.readline() != "ready\n":
-        if process.poll() is not None:
-            sys.exit(f"the process of {side} ended early")
-    return process
+    milliseconds(once, 3)
+    peers.tell("ready")
+    for _ in peers.requests():
+        peers.tell(milliseconds(once, n))
 
 
 def compare_adapting(o: argparse.Namespace) -> None:
-    sides = ["ours", *(["PEFT 0.11.1"] if OLD.is_dir() else [])]
-    processes = {side: start(side, o.steps) for side in sides}
-    times: dict[str, list[float]] = {side: [] for side in sides}
-    for _ in range(o.rounds):
-        for side, process in processes.items():
-            assert process.stdin is not None and process.stdout is not None
-            process.stdin.write("\n")
-            process.stdin.flush()
-            times[side].append(float(process.stdout.readline()))
-    for process in processes.values():
-        process.stdin.close()  # type: ignore[union-attr]
-        process.wait()
+    sides = {"ours": None, "PEFT 0.11.1": OLD} if OLD.is_dir() else {"ours": None}
+    workers = {}
+    for side, path in sides.items():
+        words = ["--worker", side, "--steps", o.steps]
+        workers[side] = peers.Worker("benchmarks.adalora_cost", *words, peer=path)
+        assert workers[side].answer() == "ready"
+    rounds = peers.in_turn(workers, o.rounds, warm_up=0)
+    times = {side: [turn[side] for turn in rounds] for side in sides}
     print(f"regulariser + sensitivity + cut, {torch.get_num_threads()} thread(s), CPU ms per step")
-    for side, values in times.items():
-        print(f"  {side:12} fastest {min(values):7.2f}   median {statistics.median(values):7.2f}")
+    show(times)
     if len(sides) > 1:
-        a, b = (statistics.median(times[side]) for side in sides)
-        print(f"  ratio {b / a:.2f} (medians), {min(times[sides[1]]) / min(times['ours']):.2f}")
+        a, b = times.values()
+        middle = statistics.median(b) / statistics.median(a)
+        print(f"  ratio {middle:.2f} (medians), {min(b) / min(a):.2f}")
     for layers in (12, 6):
         names = operators(ours(layers))
         waits = [name for name in names if any(s in name for s in SYNCS)]
         print(f"  operators of ours, {6 * layers} matrices: {len(names)}; waiting: {len(waits)}")
+
+
+def show(times: dict[str, list[float]]) -> None:
+    for side, values in times.items():
+        print(f"  {side:12} fastest {min(values):7.2f}   median {statistics.median(values):7.2f}")
 
 
 class Names(Counter):
@@ -174,23 +156,16 @@ def operators(once: Callable[[], None]) -> list[str]:
 
 
 def compare_steps(o: argparse.Namespace) -> None:
-    import transformers
-
     import peft_custom
 
-    def build(config: Any) -> nn.Module:
-        torch.manual_seed(0)
-        shape = transformers.RobertaConfig(
-            vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, pad_token_id=1,
-            num_hidden_layers=o.layers, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-        )  # fmt: skip
-        base = transformers.RobertaForSequenceClassification(shape)
-        return peft_custom.get_peft_model(base, config).train()
-
-    shared = {"task_type": "SEQ_CLS", "target_modules": TARGETS, "lora_alpha": 16}
+    shared = {"task_type": "SEQ_CLS", "target_modules": SIX_MAPS, "lora_alpha": 16}
+    configs = {
+        "LoRA": peft_custom.LoraConfig(r=RANK, **shared),
+        "AdaLoRA": peft_custom.AdaLoraConfig(init_r=RANK, target_r=6, tfinal=1, **shared),
+    }
     sides = {
-        "LoRA": build(peft_custom.LoraConfig(r=RANK, **shared)),
-        "AdaLoRA": build(peft_custom.AdaLoraConfig(init_r=RANK, target_r=6, tfinal=1, **shared)),
+        name: peft_custom.get_peft_model(roberta(o.layers), config).train()
+        for name, config in configs.items()
     }
     optimizers = {
         name: torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], 1e-4, fused=True)
@@ -198,24 +173,17 @@ def compare_steps(o: argparse.Namespace) -> None:
     }
     for name, model in sides.items():
         peft_custom.attach(model, optimizers[name], total_steps=100_000)
-    torch.manual_seed(1)
-    batch = {
-        "input_ids": torch.randint(5, 50265, (o.batch, o.length)),
-        "attention_mask": torch.ones(o.batch, o.length, dtype=torch.long),
-        "labels": torch.randint(0, 2, (o.batch,)),
-    }
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(o.rounds + 1):
-        for name in list(sides)[:: 1 if turn % 2 else -1]:
-            ms = timed(lambda name=name: step(sides[name], batch, optimizers[name]), 1)
-            if turn:  # the first round warms up
-                times[name].append(ms)
+    batch = full_rows(o.batch, o.length)
+
+    def measure(name: str) -> float:
+        return milliseconds(lambda: step(sides[name], batch, optimizers[name]))
+
+    times = in_turn({name: partial(measure, name) for name in sides}, o.rounds)
     print(f"\na training step, {o.layers} layers, {o.batch} × {o.length} tokens, r {RANK}, CPU ms")
-    for name, values in times.items():
-        print(f"  {name:12} fastest {min(values):7.1f}   median {statistics.median(values):7.1f}")
-    pairs = [b / a for a, b in zip(times["LoRA"], times["AdaLoRA"], strict=True)]
+    show(times)
     fastest = min(times["AdaLoRA"]) / min(times["LoRA"])
-    print(f"  ratio {statistics.median(pairs):.3f} (median of pairs), {fastest:.3f} (fastest)")
+    middle = ratio(times["AdaLoRA"], times["LoRA"])
+    print(f"  ratio {middle:.3f} (median of pairs), {fastest:.3f} (fastest)")
 
 
 def main() -> None:
@@ -232,7 +200,7 @@ def main() -> None:
     o = parser.parse_args()
     warnings.simplefilter("ignore")
     if o.worker:
-        work(o.worker, o.steps)
+        serve(o.worker, o.steps)
         return
     if o.part != "step":
         compare_adapting(o)

@@ -15,6 +15,7 @@ import argparse
 import statistics
 import time
 import warnings
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -22,9 +23,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-TARGETS = [
-    "query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense",
-]  # fmt: skip
+from benchmarks.common.models import SIX_MAPS, classifier, full_rows
+from benchmarks.common.timing import in_turn, seconds
 
 
 class Counter(TorchDispatchMode):
@@ -39,18 +39,20 @@ class Counter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def build(library: ModuleType, o: argparse.Namespace, dropout: float) -> nn.Module:
-    """The adapted model of one side."""
+def roberta(layers: int) -> nn.Module:
+    """A Hugging Face RoBERTa-base with random weights and no dropout."""
     import transformers
 
     torch.manual_seed(0)
-    config = transformers.RobertaConfig(
-        vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, pad_token_id=1,
-        num_hidden_layers=o.layers, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
-    model = transformers.RobertaForSequenceClassification(config)
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return classifier(transformers, "roberta-base", num_hidden_layers=layers, **still)
+
+
+def build(library: ModuleType, layers: int, dropout: float) -> nn.Module:
+    """The adapted model of one side."""
     options = {"task_type": "SEQ_CLS", "r": 8, "lora_alpha": 16, "lora_dropout": dropout}
-    return library.get_peft_model(model, library.LoraConfig(target_modules=TARGETS, **options))
+    config = library.LoraConfig(target_modules=SIX_MAPS, **options)
+    return library.get_peft_model(roberta(layers), config).train()
 
 
 def step(model: nn.Module, batch: dict[str, torch.Tensor], optimizer: Any) -> None:
@@ -90,27 +92,19 @@ def compare(o: argparse.Namespace, dropout: float) -> None:
 
     import peft_custom
 
-    torch.manual_seed(1)
-    batch = {
-        "input_ids": torch.randint(5, 50265, (o.batch, o.length)),
-        "attention_mask": torch.ones(o.batch, o.length, dtype=torch.long),
-        "labels": torch.randint(0, 2, (o.batch,)),
-    }
-    sides = {
-        "ours": build(peft_custom, o, dropout).train(),
-        "PEFT": build(peft, o, dropout).train(),
-    }
+    batch = full_rows(o.batch, o.length)
+    libraries = {"ours": peft_custom, "PEFT": peft}
+    sides = {name: build(library, o.layers, dropout) for name, library in libraries.items()}
     optimizers = {
         name: torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-4)
         for name, m in sides.items()
     }
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(o.rounds + 1):
-        for name, model in sides.items():
-            start = time.perf_counter()
-            step(model, batch, optimizers[name])
-            if turn:  # the first round warms up
-                times[name].append(1e3 * (time.perf_counter() - start))
+
+    def measure(name: str) -> float:
+        work = partial(step, sides[name], batch, optimizers[name])
+        return 1e3 * seconds(work, clock=time.perf_counter)
+
+    times = in_turn({name: partial(measure, name) for name in sides}, o.rounds)
     print(f"\nLoRA dropout {dropout}; {o.layers} layers, {o.batch} × {o.length} tokens")
     rows = {
         "operators, forward + backward": {n: dispatched(m, batch) for n, m in sides.items()},

@@ -1,8 +1,8 @@
 """Adaptive ranks and a posterior on real tasks: full, LoRA, AdaLoRA, AdaLoRA with IVON, ViLoRA.
 
     python -m benchmarks.adaptive_study --model DIR --data_dir DIR/glue --out FILE.jsonl
-    python -m benchmarks.adaptive_study --out FILE.jsonl --table
-    python -m benchmarks.adaptive_study --out FILE.jsonl --plot FILE.png
+    python -m benchmarks.adaptive_study --table    # of results/adaptive_study.jsonl
+    python -m benchmarks.adaptive_study --plot FILE.png
 
 Parts, in this order unless `--part` names some:
 
@@ -27,25 +27,25 @@ import argparse
 import itertools
 import json
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from benchmarks.posterior_figures import adapter_figures, agreement
-from benchmarks.study import (
+from benchmarks.common.studies import (
     METRIC,
-    Row,
-    dots,
+    best_rate,
+    carry_out,
+    comma_separated,
     draw_methods,
-    in_lanes,
-    mean_and_interval,
+    markdown,
     metrics_of,
-    once,
-    paired_difference,
-    read,
-    run_glue,
+    options,
 )
+from benchmarks.posterior_figures import adapter_figures, agreement
+from examples.sweeps.drawing import dots
+from examples.sweeps.records import Row, in_lanes, once, read, run_glue
+from examples.sweeps.statistics import mean_and_interval, paired_difference
 
 EPOCHS = {"mrpc": 5, "cola": 8}
 TUNED_ON = "cola"  # whose 804 steps of 3 epochs lie between the 575 and 2,144 of `main`
@@ -157,19 +157,13 @@ def ivon_setting(name: str, task: str) -> Row:
     }
 
 
-def tuned(rows: list[Row]):
+def tuned(rows: list[Row]) -> Callable[[str], float]:
     """method -> the rate whose last weights were best."""
 
     def rate(method: str) -> float:
         method = method if method in RATES else "adalora_ivon"
-        tried = {
-            row["rate"]: row["final"][METRIC[TUNED_ON]]
-            for row in rows
-            if (row["part"], row["method"]) == ("tune", method)
-        }
-        if len(tried) < len(RATES[method]):
-            raise SystemExit(f"--part tune has not all runs of {method} yet: do it first")
-        return max(tried, key=lambda value: tried[value])
+        own = [row for row in rows if (row["part"], row["method"]) == ("tune", method)]
+        return best_rate(own, TUNED_ON, RATES[method], method)
 
     return rate
 
@@ -191,11 +185,6 @@ def go(o: argparse.Namespace) -> None:
 
 
 # -- tables ---------------------------------------------------------------------------------------
-
-
-def markdown(heads: list[str], lines: list[list[str]]) -> str:
-    every = [heads, ["---"] * len(heads), *lines]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in every)
 
 
 def figures(rows: list[Row], reference: Sequence[Row] = ()) -> list[str]:
@@ -289,7 +278,7 @@ def plot(rows: list[Row], path: Path) -> None:
     left, right = axes[1]
     for part, colour, shift in (("criteria", "tab:blue", -0.15), ("moved", "tab:red", 0.15)):
         found = {name: metrics_of(rows, part, "cola", vilora_criterion=name) for name in CRITERIA}
-        dots(left, found, colour, shift)
+        dots(left, {name: list(values.values()) for name, values in found.items()}, colour, shift)
         left.plot([], [], "o", color=colour, label=CAPTION[part])
     left.legend(fontsize="small", frameon=False)
     left.set_title("ViLoRA's criterion, cola, 5 epochs", fontsize="medium")
@@ -314,24 +303,12 @@ def plot(rows: list[Row], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="folder of the pretrained model (MiniLM)")
-    parser.add_argument("--data_dir", help="folder of the GLUE task folders")
+    parser = options(__doc__, "adaptive_study")
     parts = ["tune", "main", "criteria", "budget", "sigma", "moved"]
-    parser.add_argument("--part", default=parts, type=lambda text: text.split(","))
-    parser.add_argument("--tasks", default=list(EPOCHS), type=lambda text: text.split(","))
-    parser.add_argument("--seeds", default=[0, 1, 2], type=lambda t: [*map(int, t.split(","))])
-    parser.add_argument("--out", type=Path, required=True, help="one line per run")
+    parser.add_argument("--part", default=parts, type=comma_separated)
+    parser.add_argument("--tasks", default=list(EPOCHS), type=comma_separated)
     parser.add_argument("--lanes", type=int, default=1, help="runs at a time")
-    parser.add_argument("--table", action="store_true", help="print the tables and stop")
-    parser.add_argument("--plot", type=Path, help="draw into this PNG and stop")
-    o, o.more = parser.parse_known_args()
-    if o.plot is not None:
-        plot(read(o.out), o.plot)
-        return
-    if not o.table:
-        go(o)
-    print(table(read(o.out)))
+    carry_out(parser, go, table, plot)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,12 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from benchmarks.common.timing import in_turn, seconds
 from transformers_patched.attention import grouped
 from transformers_patched.attention.padded import padded_attention
 from transformers_patched.layout import SequenceLayout
@@ -63,18 +65,20 @@ def milliseconds(
     ways: dict[str, Contender], qkv: list[Tensor], rounds: int, train: bool
 ) -> dict[str, float]:
     """The fastest of `rounds` rounds, in each of which every contender has its turn."""
-    best = dict.fromkeys(ways, float("inf"))
     gradient = torch.randn_like(qkv[0])
-    for _ in range(rounds + 1):  # the first warms up and is as good as any for a minimum
-        for name, way in ways.items():
-            start = time.perf_counter()
-            if train:
-                way(*qkv).backward(gradient)
-            else:
-                with torch.no_grad():
-                    way(*qkv)
-            best[name] = min(best[name], 1e3 * (time.perf_counter() - start))
-    return best
+
+    def turn(way: Contender) -> None:
+        if train:
+            way(*qkv).backward(gradient)
+        else:
+            with torch.no_grad():
+                way(*qkv)
+
+    def measure(way: Contender) -> float:
+        return 1e3 * seconds(partial(turn, way), clock=time.perf_counter)
+
+    times = in_turn({name: partial(measure, way) for name, way in ways.items()}, rounds)
+    return {name: min(own) for name, own in times.items()}
 
 
 def main() -> None:

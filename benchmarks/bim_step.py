@@ -28,32 +28,26 @@ import resource
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import transformers_patched as patched
+import transformers_patched
+from benchmarks.common.models import LONGEST, SHORTEST, classifier, with_frozen_dtype
+from benchmarks.common.timing import in_turn, ratio, seconds
 from examples.training.memory import keep_freed_memory
 from peft_custom import BimLoraConfig, LoraConfig, get_peft_model
 from peft_custom.tuners.bim_lora import BIMLoRALinear
 
-SHORTEST, LONGEST = 25, 90
-
 
 def base(o: argparse.Namespace) -> nn.Module:
     torch.manual_seed(0)
-    config = patched.RobertaConfig(
-        vocab_size=1000, hidden_size=768, num_hidden_layers=o.layers, num_attention_heads=12,
-        intermediate_size=3072, max_position_embeddings=514, type_vocab_size=1, pad_token_id=1,
-    )  # fmt: skip
-    model = patched.RobertaForSequenceClassification(config)
-    if o.dtype == "bfloat16":
-        model.to(torch.bfloat16)
-        model.classifier.float()
-    return model.to(o.device)
+    sizes = {"num_hidden_layers": o.layers, "vocab_size": 1000}
+    model = classifier(transformers_patched, "roberta-base", **sizes)
+    return with_frozen_dtype(model, o.dtype).to(o.device)
 
 
 def formed(layer: BIMLoRALinear) -> Callable[..., torch.Tensor]:
@@ -108,18 +102,6 @@ def batch(o: argparse.Namespace, turn: int) -> dict[str, torch.Tensor | int]:
     }
 
 
-def seconds(o: argparse.Namespace, action: Callable[[], None]) -> float:
-    if o.device == "cpu":
-        start = time.process_time()
-        action()
-        return time.process_time() - start
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    action()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def stepper(model: nn.Module) -> Callable[[dict], None]:
     """One training step on a batch."""
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -153,57 +135,58 @@ def serve(o: argparse.Namespace) -> None:
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 
 
-def compare(o: argparse.Namespace) -> dict[str, float]:
-    sides = models(o)
+def training(o: argparse.Namespace, sides: dict[str, nn.Module]) -> dict[str, float]:
+    """Steps in multiples of LoRA's, and on a GPU what they add to its memory."""
     steps = {name: stepper(model) for name, model in sides.items()}
+    peaks: dict[str, int] = {}
+    turns = dict.fromkeys(sides, 0)
 
-    def evaluate(name: str, given: dict) -> None:
-        with torch.no_grad():
-            sides[name](**given)
+    def measure(name: str) -> float:
+        given = batch(o, turns[name])
+        turns[name] += 1
+        if o.device != "cpu":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        took = seconds(lambda: steps[name](given), o.device)
+        if o.device != "cpu":
+            peaks[name] = torch.cuda.max_memory_allocated() - before
+        return took
 
-    result: dict[str, float] = {}
-    ratios: dict[str, list[float]] = {name: [] for name in sides}
-    spent: dict[str, list[float]] = {name: [] for name in sides}
-    peaks = {}
-    for turn in range(o.rounds + 2):  # the first two warm up
-        given = batch(o, turn)
-        found = {}
-        for name in sides:
-            if o.device != "cpu":
-                torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
-            found[name] = seconds(o, lambda name=name: steps[name](given))  # noqa: B023
-            if o.device != "cpu":
-                peaks[name] = torch.cuda.max_memory_allocated() - before
-        if turn > 1:
-            for name in sides:
-                ratios[name].append(found[name] / found["LoRA"])
-                spent[name].append(found[name])
-    result["lora_ms"] = round(1e3 * statistics.median(spent["LoRA"]), 2)
+    found = in_turn({name: partial(measure, name) for name in sides}, o.rounds, warm_up=2)
+    result = {"lora_ms": round(1e3 * statistics.median(found["LoRA"]), 2)}
     for name in ("BIM-LoRA", "formed"):
-        result[f"step: {name}"] = round(statistics.median(ratios[name]), 3)
+        result[f"step: {name}"] = round(ratio(found[name], found["LoRA"]), 3)
         if peaks:
             result[f"peak added: {name}"] = round(peaks[name] / peaks["LoRA"], 3)
+    return result
 
+
+def evaluation(o: argparse.Namespace, sides: dict[str, nn.Module]) -> dict[str, float]:
+    """Passes without gradients in multiples of those of a model into which LoRA was merged."""
     for model in sides.values():
         model.eval()
-    plain = copy.deepcopy(sides["LoRA"]).merge_and_unload()
-    sides = {"LoRA": plain, "BIM-LoRA": sides["BIM-LoRA"], "formed": sides["formed"]}
-    merged = copy.deepcopy(sides["BIM-LoRA"]).merge_and_unload() if o.dtype == "float32" else None
-    sides |= {"merged": merged} if merged is not None else {}
-    ratios = {name: [] for name in sides}
-    for turn in range(o.rounds + 2):
-        given = batch(o, turn)
-        found = {n: seconds(o, lambda n=n: evaluate(n, given)) for n in sides}  # noqa: B023
-        if turn > 1:
-            for name in sides:
-                ratios[name].append(found[name] / found["LoRA"])
-    for name in sides:
-        if name != "LoRA":
-            result[f"evaluation over a plain model: {name}"] = round(
-                statistics.median(ratios[name]), 3
-            )
-    return result
+    sides = {**sides, "LoRA": copy.deepcopy(sides["LoRA"]).merge_and_unload()}
+    if o.dtype == "float32":
+        sides["merged"] = copy.deepcopy(sides["BIM-LoRA"]).merge_and_unload()
+    turns = dict.fromkeys(sides, 0)
+
+    @torch.no_grad()
+    def measure(name: str) -> float:
+        given = batch(o, turns[name])
+        turns[name] += 1
+        return seconds(lambda: sides[name](**given), o.device)
+
+    found = in_turn({name: partial(measure, name) for name in sides}, o.rounds, warm_up=2)
+    return {
+        f"evaluation over a plain model: {name}": round(ratio(found[name], found["LoRA"]), 3)
+        for name in sides
+        if name != "LoRA"
+    }
+
+
+def compare(o: argparse.Namespace) -> dict[str, float]:
+    sides = models(o)
+    return training(o, sides) | evaluation(o, sides)
 
 
 def main() -> None:

@@ -4,8 +4,8 @@
     … --part main
     … --part ablation
     … --part collection
-    python -m benchmarks.bim_study --out FILE.jsonl --table
-    python -m benchmarks.bim_study --out FILE.jsonl --plot FILE.png
+    python -m benchmarks.bim_study --table    # of results/bim_study.jsonl
+    python -m benchmarks.bim_study --plot FILE.png
 
 Every run is a process of its own and one line of `--out`; a run that has its line is not repeated.
 Unknown options go to `examples.run_glue`. All figures are those of the last weights on the
@@ -31,20 +31,21 @@ import statistics
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from benchmarks.study import (
+from benchmarks.common.studies import (
     METRIC,
-    Row,
-    dots,
+    best_rate,
+    carry_out,
+    comma_separated,
     draw_methods,
-    in_lanes,
-    mean_and_interval,
+    markdown,
     metrics_of,
-    once,
-    paired_difference,
-    read,
-    run_glue,
+    options,
 )
+from examples.sweeps.drawing import dots
+from examples.sweeps.records import Row, in_lanes, once, read, run_glue
+from examples.sweeps.statistics import mean_and_interval, paired_difference
 
 EPOCHS = {"mrpc": 6, "cola": 8}
 RATES = {"bim_lora": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3), "lora_8": (5e-4, 1e-3, 2e-3, 4e-3)}
@@ -106,14 +107,9 @@ def jobs(part: str, rows: list[Row], seeds: list[int], tasks: list[str]) -> Iter
 def tuned(rows: list[Row], task: str, method: str) -> float:
     """The rate whose last weights were best on the task; LoRA's is that of rank 8."""
     method = "bim_lora" if method == "bim_lora" else "lora_8"
-    tried = {
-        row["rate"]: row["final"][METRIC[task]]
-        for row in rows
-        if (row["part"], row.get("method"), row["task"]) == ("tune", method, task)
-    }
-    if len(tried) < len(RATES[method]):
-        raise SystemExit(f"--part tune has not all runs of {method} on {task} yet: do it first")
-    return max(tried, key=lambda value: tried[value])
+    wanted = ("tune", method, task)
+    own = [row for row in rows if (row["part"], row.get("method"), row["task"]) == wanted]
+    return best_rate(own, task, RATES[method], f"{method} on {task}")
 
 
 def current(rows: list[Row]) -> tuple[list[Row], list[Row]]:
@@ -199,13 +195,11 @@ def agreement(few: Path, many: Path) -> Row:
     return found
 
 
-def spearman(a, b) -> float:
+def spearman(a: Any, b: Any) -> float:
     """The correlation of ranks; ties share their mean rank."""
-    import torch
+    from scipy.stats import spearmanr
 
-    from peft_custom.tuners.bim_lora.importance import _ranks
-
-    return float(torch.corrcoef(torch.stack([_ranks(a), _ranks(b)]))[0, 1])
+    return float(spearmanr(a.numpy(), b.numpy()).statistic)
 
 
 # -- tables ----------------------------------------------------------------------------------------
@@ -214,70 +208,103 @@ def spearman(a, b) -> float:
 def table(rows: list[Row]) -> str:
     """Rates, main comparison, ablation and collection, as far as they have run."""
     rows, other = current(rows)
-    lines: list[str] = []
+    rates = sorted({rate for rates in RATES.values() for rate in rates})
+    names = [f"{n}{w}" for n in FEATURES for w in ("", "_within")]
+    tables = (
+        ("Learning rates, 3 epochs", ["task", "method", *map(str, rates)], tuning(rows, rates)),
+        (
+            "BIM-LoRA and LoRA (mean, 95 % interval over seeds)",
+            ["task", "metric", "method", "rate", "trained", "result", "BIM-LoRA minus it",
+             "seconds"],
+            methods(rows),
+        ),
+        ("The same at other rates", ["task", "method", "rate", "result"], untuned(other)),
+        (
+            "Where the mask starts (MRPC, F1)",
+            ["start", "seeds", "F1", "minus (a)"],
+            starts(rows),
+        ),
+        (
+            f"Spearman's ρ of the blocks' ranking with that from {MANY} other batches (MRPC)",
+            ["batches", "seeds", *names],
+            rankings(rows, names),
+        ),
+    )  # fmt: skip
+    filled = [(title, markdown(heads, lines)) for title, heads, lines in tables if lines]
+    return "\n".join(f"**{title}**\n\n{cells}\n" for title, cells in filled)
 
-    def add(title: str, heads: list[str], cells: list[list[str]]) -> None:
-        if cells:
-            every = [heads, ["---"] * len(heads), *cells]
-            lines.extend([f"**{title}**", "", *(f"| {' | '.join(c)} |" for c in every), ""])
 
-    def last(part: str, task: str, **key: str) -> dict[int, float]:
-        wanted = {"part": part, "task": task, **key}
-        return {r["seed"]: r["final"][METRIC[task]] for r in rows if wanted.items() <= r.items()}
+Cells = list[list[str]]
 
-    every = sorted({rate for rates in RATES.values() for rate in rates})
-    tune = [
-        [t, m, *(f"{max(v.values()):.4f}" if (v := last("tune", t, method=m, rate=x)) else "–"
-                 for x in every)]
-        for t, m in itertools.product(EPOCHS, RATES)
-    ]  # fmt: skip
-    add("Learning rates, 3 epochs", ["task", "method", *map(str, every)], tune)
-    main = []
+
+def tuning(rows: list[Row], rates: list[float]) -> Cells:
+    """Each method's metric at every rate, on each task."""
+    lines = []
+    for task, method in itertools.product(EPOCHS, RATES):
+        found = [metrics_of(rows, "tune", task, method=method, rate=rate) for rate in rates]
+        lines.append([task, method, *(f"{max(v.values()):.4f}" if v else "–" for v in found)])
+    return lines
+
+
+def methods(rows: list[Row]) -> Cells:
+    """The methods at their rates, and by how much BIM-LoRA is ahead of each within a seed."""
+    lines = []
     for task, method in itertools.product(EPOCHS, METHODS):
-        values, ours = last("main", task, method=method), last("main", task, method="bim_lora")
+        values = metrics_of(rows, "main", task, method=method)
         if not values:
             continue
-        chosen = [
-            row for row in rows if (row["part"], row.get("method")) == ("main", method)
-            and row["task"] == task
-        ]  # fmt: skip
-        main.append([
+        ours = metrics_of(rows, "main", task, method="bim_lora")
+        wanted = {"part": "main", "task": task, "method": method}
+        chosen = [row for row in rows if wanted.items() <= row.items()]
+        lines.append([
             task, METRIC[task], method, f"{chosen[0]['rate']:g}", f"{chosen[0]['trainable']:,}",
             mean_and_interval(list(values.values())),
             "" if method == "bim_lora" else paired_difference(ours, values),
             f"{sum(r['train_seconds'] for r in chosen) / len(chosen):.0f}",
         ])  # fmt: skip
-    add(
-        "BIM-LoRA and LoRA (mean, 95 % interval over seeds)",
-        ["task", "metric", "method", "rate", "trained", "result", "BIM-LoRA minus it", "seconds"],
-        main,
-    )
-    untuned: dict[tuple, list[float]] = {}
-    for row in other:
+    return lines
+
+
+def untuned(rows: list[Row]) -> Cells:
+    """Runs at rates that are not the tuned ones."""
+    found: dict[tuple[str, ...], list[float]] = {}
+    for row in rows:
         key = row["task"], row["method"], f"{row['rate']:g}"
-        untuned.setdefault(key, []).append(row["final"][METRIC[row["task"]]])
-    cells = [[*key, mean_and_interval(values)] for key, values in untuned.items()]
-    add("The same at other rates", ["task", "method", "rate", "result"], cells)
-    full = last("main", "mrpc", method="bim_lora")
-    ablation = []
-    for start in ABLATION:
-        values = full if start == FULL else last("ablation", "mrpc", start=start)
-        if values:
-            shown = mean_and_interval(list(values.values()))
-            gap = "" if start == FULL else paired_difference(values, full)
-            ablation.append([start, str(len(values)), shown, gap])
-    add("Where the mask starts (MRPC, F1)", ["start", "seeds", "F1", "minus (a)"], ablation)
-    names = [f"{n}{w}" for n in ("grad_mean", "grad_var", "act_var", "label")
-             for w in ("", "_within")]  # fmt: skip
-    found = []
+        found.setdefault(key, []).append(row["final"][METRIC[row["task"]]])
+    return [[*key, mean_and_interval(values)] for key, values in found.items()]
+
+
+def by_start(rows: list[Row]) -> dict[str, dict[int, float]]:
+    """start of the mask -> seed -> F1; the network's runs are those of `main`."""
+    return {
+        start: metrics_of(rows, "main", "mrpc", method="bim_lora")
+        if start == FULL
+        else metrics_of(rows, "ablation", "mrpc", start=start)
+        for start in ABLATION
+    }
+
+
+def starts(rows: list[Row]) -> Cells:
+    found = by_start(rows)
+    return [
+        [
+            start, str(len(values)), mean_and_interval(list(values.values())),
+            "" if start == FULL else paired_difference(values, found[FULL]),
+        ]
+        for start, values in found.items()
+        if values
+    ]  # fmt: skip
+
+
+def rankings(rows: list[Row], names: list[str]) -> Cells:
+    """Mean over the seeds of each correlation, by the number of batches."""
+    lines = []
     for steps in STEPS:
         these = [r for r in rows if r["part"] == "collection" and r["steps"] == steps]
         if these:
             means = (sum(r[name] for r in these) / len(these) for name in names)
-            found.append([str(steps), str(len(these)), *(f"{v:.3f}" for v in means)])
-    title = f"Spearman's ρ of the blocks' ranking with that from {MANY} other batches (MRPC)"
-    add(title, ["batches", "seeds", *names], found)
-    return "\n".join(lines)
+            lines.append([str(steps), str(len(these)), *(f"{v:.3f}" for v in means)])
+    return lines
 
 
 def plot(rows: list[Row], path: Path) -> None:
@@ -289,11 +316,7 @@ def plot(rows: list[Row], path: Path) -> None:
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 8), layout="constrained")
     draw_methods(axes[0], rows, EPOCHS, METHODS)
     left, right = axes[1]
-    full = {FULL: metrics_of(rows, "main", "mrpc", method="bim_lora")}
-    dots(
-        left,
-        full | {s: metrics_of(rows, "ablation", "mrpc", start=s) for s in ABLATION if s != FULL},
-    )
+    dots(left, {start: list(values.values()) for start, values in by_start(rows).items()})
     left.set_title("where the mask starts (mrpc)", fontsize="medium")
     left.set_ylabel("f1")
     found = [row for row in rows if row["part"] == "collection"]
@@ -314,29 +337,12 @@ def plot(rows: list[Row], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options(__doc__, "bim_study")
     parts = ("tune", "main", "ablation", "collection")
-    parser.add_argument("--model")
-    parser.add_argument("--data_dir")
-    parser.add_argument("--out", type=Path, default=Path("runs/bim_study.jsonl"))
     parser.add_argument("--part", nargs="+", choices=parts, default=list(parts))
-    parser.add_argument("--seeds", type=lambda t: [int(s) for s in t.split(",")], default=[0, 1, 2])
-    parser.add_argument("--tasks", type=lambda t: t.split(","), default=list(EPOCHS))
+    parser.add_argument("--tasks", type=comma_separated, default=list(EPOCHS))
     parser.add_argument("--lanes", type=int, default=1, help="runs at a time")
-    parser.add_argument("--table", action="store_true", help="print the tables and stop")
-    parser.add_argument("--plot", type=Path, help="draw into this PNG and stop")
-    o, o.more = parser.parse_known_args()
-    if o.plot is not None:
-        plot(read(o.out), o.plot)
-        return
-    if not o.table:
-        if not o.model or not o.data_dir:
-            parser.error("--model and --data_dir are needed")
-        o.out.parent.mkdir(parents=True, exist_ok=True)
-        go(o)
-    print(table(read(o.out)))
+    carry_out(parser, go, table, plot)
 
 
 if __name__ == "__main__":

@@ -10,14 +10,14 @@ padded and packed. All take turns in one process on one thread, and the fastest 
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
 
 import peft_custom
 import transformers_patched as ours
+from benchmarks.common.timing import in_turn, seconds
 from benchmarks.packed_batch import padded_and_packed
 
 SHAPE = {
@@ -63,27 +63,18 @@ def main() -> None:
     batch = padded_and_packed([torch.randint(5, 128000, (n,)).tolist() for n in lengths])
     theirs, mine = models(getattr(torch, options.dtype))
 
-    def step(model: nn.Module, form: str) -> Callable[[], None]:
-        def run() -> None:
-            model(**batch[form]).loss.backward()
-            model.zero_grad()
+    def step(model: nn.Module, form: str) -> None:
+        model(**batch[form]).loss.backward()
+        model.zero_grad()
 
-        return run
-
-    runs = {
-        "peer": step(theirs, "padded"),
-        "padded": step(mine, "padded"),
-        "packed": step(mine, "packed"),
-    }
-    best = dict.fromkeys(runs, float("inf"))
-    for turn in range(options.rounds + 1):
-        for name, run in runs.items():
-            start = time.process_time()
-            run()
-            if turn:  # the first is for warming up
-                best[name] = min(best[name], time.process_time() - start)
-    for name, seconds in best.items():
-        print(f"{name:7} {seconds:6.2f} CPU s  {best['peer'] / seconds:5.2f}x")
+    sides = {"peer": (theirs, "padded"), "padded": (mine, "padded"), "packed": (mine, "packed")}
+    times = in_turn(
+        {name: partial(seconds, partial(step, *side)) for name, side in sides.items()},
+        options.rounds,
+    )
+    best = {name: min(own) for name, own in times.items()}
+    for name, own in best.items():
+        print(f"{name:7} {own:6.2f} CPU s  {best['peer'] / own:5.2f}x")
 
 
 if __name__ == "__main__":

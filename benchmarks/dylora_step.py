@@ -19,15 +19,15 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-import transformers_patched as patched
-from benchmarks.lora_step import SIZES, batches
+import transformers_patched
+from benchmarks.common.models import SIZES, classifier, packed, token_lists, with_frozen_dtype
+from benchmarks.common.timing import in_turn, ratio, seconds
 from examples.training import memory
 from peft_custom import DyLoraConfig, LoraConfig, attach, get_peft_model
 
@@ -44,39 +44,10 @@ SIDES: dict[str, dict[str, Any] | None] = {
 def build(o: argparse.Namespace, options: dict[str, Any] | None) -> nn.Module:
     """The adapted model of one side; None is plain LoRA."""
     torch.manual_seed(o.seed)
-    kind = "Bert" if o.size == "minilm" else "Roberta"
-    config = getattr(patched, f"{kind}Config")(**SIZES[o.size])
-    base = getattr(patched, f"{kind}ForSequenceClassification")(config)
-    if o.dtype == "bfloat16":
-        base.to(torch.bfloat16)
-        base.classifier.float()
+    base = with_frozen_dtype(classifier(transformers_patched, o.size), o.dtype)
     common = {"task_type": "SEQ_CLS", "r": R, "target_modules": ["query", "value"]}
     made = LoraConfig(**common) if options is None else DyLoraConfig(**common, **options)
     return get_peft_model(base, made).to(o.device)
-
-
-def packed(batch: list[list[int]], copies: int, device: str) -> dict[str, Any]:
-    """The batch's tokens one after the other, all of it `copies` times."""
-    lengths = torch.tensor([0] + [len(row) for row in batch] * copies)
-    ids = torch.tensor([token for row in batch for token in row])
-    return {
-        "input_ids": ids.repeat(copies).to(device),
-        "cu_seqlens": lengths.cumsum(0).int().to(device),
-        "max_seqlen": int(lengths.max()),
-    }
-
-
-def timed(work: Callable[[], None], device: str) -> float:
-    """Seconds of `work`: of this process's CPU time, or of wall-clock time on an accelerator."""
-    if device == "cpu":
-        start = time.process_time()
-        work()
-        return time.process_time() - start
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    work()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def trained(o: argparse.Namespace, model: nn.Module, data: list[dict]) -> Callable[[], None]:
@@ -128,24 +99,15 @@ def evaluated(o: argparse.Namespace, work_list: list[list]) -> dict[str, Callabl
 
 def compare(sides: dict[str, Callable[[], None]], rounds: int, device: str) -> dict[str, Any]:
     """Median seconds of the first side, and every other side's time in multiples of it."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(rounds + 2):  # the first two warm up
-        for name, work in sides.items():
-            took = timed(work, device)
-            if turn > 1:
-                seconds[name].append(took)
+    found = in_turn(
+        {name: lambda work=work: seconds(work, device) for name, work in sides.items()},
+        rounds,
+        warm_up=2,
+    )
     first, *others = sides
     return {
-        f"{first}, s": round(statistics.median(seconds[first]), 4),
-        **{
-            name: round(
-                statistics.median(
-                    a / b for a, b in zip(seconds[name], seconds[first], strict=True)
-                ),
-                3,
-            )
-            for name in others
-        },
+        f"{first}, s": round(statistics.median(found[first]), 4),
+        **{name: round(ratio(found[name], found[first]), 3) for name in others},
     }
 
 
@@ -161,7 +123,9 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", choices=[*SIDES, "eval"], default=[*SIDES, "eval"])
     o = parser.parse_args()
     o.device = "cuda" if torch.cuda.is_available() else "cpu"
-    work_list = batches(o, 0)
+    memory.keep_compiled_kernels()  # what every run keeps in memory
+    memory.keep_freed_memory()
+    work_list = token_lists(o.size, o.batch, o.steps, [o.seed, 0])
     print(json.dumps({name: getattr(o, name) for name in ("size", "batch", "dtype", "device")}))
     data = [packed(batch, 1, o.device) for batch in work_list]
     chosen = {name: SIDES[name] for name in SIDES if name in o.sides}

@@ -1,8 +1,8 @@
 """What every rank is worth: DyLoRA in both modes, LoRA cut down, and LoRA trained at each rank.
 
     python -m benchmarks.dylora_study --model DIR --data_dir DIR/glue --out FILE.jsonl
-    python -m benchmarks.dylora_study --out FILE.jsonl --table
-    python -m benchmarks.dylora_study --out FILE.jsonl --plot FILE.png
+    python -m benchmarks.dylora_study --table    # of results/dylora_study.jsonl
+    python -m benchmarks.dylora_study --plot FILE.png
 
 Per task and seed six runs, each a process of its own and one line of `--out`; a run that has its
 line is not repeated. Unknown options go to `examples.run_glue`. All figures are those of the last
@@ -26,10 +26,12 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study import METRIC, Row, half_interval, mean_and_interval, once, read, run_glue
+from benchmarks.common.studies import METRIC, carry_out, comma_separated, markdown, options
 from examples.cli.fields import option
 from examples.methods import lora
 from examples.methods.registry import register_method
+from examples.sweeps.records import Row, once, run_glue
+from examples.sweeps.statistics import half_interval, mean_and_interval
 
 R, ALPHA = 8, 16
 RANKS, SEPARATE = range(1, R + 1), (1, 2, 4, 8)
@@ -167,12 +169,11 @@ def table(rows: list[Row]) -> str:
     for task in dict.fromkeys(row["task"] for row in rows):
         found = curves(rows, task)
         lines += [f"**{task}**, {METRIC[task]}, mean ± 95 % interval over seeds", ""]
-        lines += ["| b | " + " | ".join(CURVES[curve] for curve in found) + " |"]
-        lines += ["|---" * (len(found) + 1) + "|"]
-        for b in RANKS:
-            cells = [mean_and_interval(v[b]) if b in v else "" for v in found.values()]
-            lines.append(f"| {b} | " + " | ".join(cells) + " |")
-        lines.append("")
+        cells = [
+            [str(b), *(mean_and_interval(v[b]) if b in v else "" for v in found.values())]
+            for b in RANKS
+        ]
+        lines += [markdown(["b", *(CURVES[curve] for curve in found)], cells), ""]
         for name in RUNS:
             own = [row for row in rows if (row["task"], row["run"]) == (task, name)]
             if own:
@@ -220,22 +221,10 @@ def plot(rows: list[Row], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="folder of the pretrained model (MiniLM)")
-    parser.add_argument("--data_dir", help="folder of the GLUE task folders")
-    parser.add_argument("--tasks", default="mrpc,cola", type=lambda text: text.split(","))
-    parser.add_argument("--seeds", default=[0, 1, 2], type=lambda t: [*map(int, t.split(","))])
+    parser = options(__doc__, "dylora_study")
+    parser.add_argument("--tasks", default=["mrpc", "cola"], type=comma_separated)
     parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--out", type=Path, required=True, help="one line per run")
-    parser.add_argument("--table", action="store_true", help="print the tables and stop")
-    parser.add_argument("--plot", type=Path, help="draw the curves into this PNG and stop")
-    o, o.more = parser.parse_known_args()
-    if o.plot is None and not o.table:
-        go(o)
-    if o.plot is not None:
-        plot(read(o.out), o.plot)
-    else:
-        print(table(read(o.out)))
+    carry_out(parser, go, table, plot)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 
 Each run is a process of its own and one JSON line in `--out`; a run that has its line is not
 repeated, so a study that was stopped goes on where it was. The table gives, per task and side, the
-mean and the 95 % interval (Student's t over seeds) of the last epoch's metric.
+mean and the 95 % interval (Student's t over seeds) of the last epoch's metric. Unknown
+options go to `examples.run_glue`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from benchmarks.study import METRIC, call, mean_and_interval, once, read, run_glue
+from benchmarks.common.studies import METRIC, carry_out, comma_separated, markdown, options
+from examples.sweeps.records import Row, call, once, run_glue
+from examples.sweeps.statistics import mean_and_interval
 
 SETTINGS = {"lr": 1e-3, "batch": 32, "r": 8, "alpha": 16, "warmup_ratio": 0.06, "max_length": 128}
 
@@ -30,7 +33,7 @@ def ours(o: argparse.Namespace, task: str, seed: int, folder: Path) -> dict:
         "--lora_alpha", str(SETTINGS["alpha"]), "--learning_rate", str(SETTINGS["lr"]),
         "--per_device_train_batch_size", str(SETTINGS["batch"]), "--weight_decay", "0.0",
         "--warmup_ratio", str(SETTINGS["warmup_ratio"]),
-        "--max_length", str(SETTINGS["max_length"]), *o.ours_options,
+        "--max_length", str(SETTINGS["max_length"]), *o.more,
     ]  # fmt: skip
     return run_glue(words, folder / "run")
 
@@ -47,12 +50,8 @@ def peer(o: argparse.Namespace, task: str, seed: int, folder: Path) -> dict:
     return json.loads((folder / "peer.json").read_text())
 
 
-def table(rows: list[dict]) -> str:
-    lines = [
-        "| task | metric | epochs | seeds | this project | Transformers + PEFT | difference |"
-        " training seconds, ours / peer |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+def table(rows: list[Row]) -> str:
+    lines = []
     for task in dict.fromkeys(row["task"] for row in rows):
         last = {side: [] for side in ("ours", "peer")}
         seconds = {side: [] for side in ("ours", "peer")}
@@ -65,35 +64,30 @@ def table(rows: list[dict]) -> str:
         gap = statistics.mean(last["ours"]) - statistics.mean(last["peer"])
         epochs = max(len(row["history"]) for row in rows if row["task"] == task)
         mean = {side: statistics.mean(values) for side, values in seconds.items()}
-        lines.append(
-            f"| {task} | {METRIC[task]} | {epochs} | {len(last['ours'])} | "
-            f"{mean_and_interval(last['ours'])} | {mean_and_interval(last['peer'])} | {gap:+.4f} | "
-            f"{mean['ours']:.0f} / {mean['peer']:.0f} |"
-        )
-    return "\n".join(lines)
+        lines.append([
+            task, METRIC[task], str(epochs), str(len(last["ours"])),
+            mean_and_interval(last["ours"]), mean_and_interval(last["peer"]), f"{gap:+.4f}",
+            f"{mean['ours']:.0f} / {mean['peer']:.0f}",
+        ])  # fmt: skip
+    heads = ["task", "metric", "epochs", "seeds", "this project", "Transformers + PEFT"]
+    return markdown([*heads, "difference", "training seconds, ours / peer"], lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="folder of the pretrained model (MiniLM)")
-    parser.add_argument("--data_dir", help="folder of the GLUE task folders")
-    parser.add_argument("--tasks", default="mrpc,cola,stsb")
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--peer_dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("glue_vs_peft.jsonl"))
-    parser.add_argument("--table", action="store_true", help="print the table and stop")
-    o, o.ours_options = parser.parse_known_args()
-    if o.table:
-        print(table(read(o.out)))
-        return
-    for seed in map(int, o.seeds.split(",")):
-        for task in o.tasks.split(","):
+def go(o: argparse.Namespace) -> None:
+    for seed in o.seeds:
+        for task in o.tasks:
             for side, run in (("ours", ours), ("peer", peer)):
                 key = {"task": task, "side": side, "seed": seed, "epochs": o.epochs}
                 row = once(o.out, key, partial(run, o, task, seed))
                 print(json.dumps({**key, "last": row["history"][-1]}), flush=True)
-    print(table(read(o.out)))
+
+
+def main() -> None:
+    parser = options(__doc__, "glue_vs_peft")
+    parser.add_argument("--tasks", default=["mrpc", "cola", "stsb"], type=comma_separated)
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--peer_dtype", default="float32", choices=("float32", "bfloat16"))
+    carry_out(parser, go, table)
 
 
 if __name__ == "__main__":

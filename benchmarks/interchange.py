@@ -20,11 +20,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.common.peers import PEERS, ROOT
+
 GOLDEN = ROOT / "tests" / "golden"
-OLD = ROOT / ".peers" / "peft011"
+OLD = PEERS / "peft011"
 WORKER = (
-    "import importlib, pathlib, sys; sys.path.insert(0, sys.argv[1]); import peft_cases; "
+    "import importlib, pathlib, sys; sys.path.insert(0, sys.argv[1]); "
+    "from golden import peft_cases; "
     "peft_cases.run(importlib.import_module(sys.argv[2]), sys.argv[3], pathlib.Path(sys.argv[4]))"
 )
 SIDES = {"ours": ("peft_custom", ROOT), "PEFT 0.11.1": ("peft", OLD), "newest PEFT": ("peft", ROOT)}
@@ -35,7 +37,7 @@ def work(side: str, action: str, folder: Path) -> dict[str, float | str]:
     library, path = SIDES[side]
     environment = {**os.environ, "PYTHONPATH": str(path), "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
-        [sys.executable, "-c", WORKER, str(GOLDEN), library, action, str(folder)],
+        [sys.executable, "-c", WORKER, str(GOLDEN.parent), library, action, str(folder)],
         env=environment, capture_output=True, text=True, check=False, cwd=ROOT,
     )  # fmt: skip
     if done.returncode:
@@ -61,8 +63,8 @@ def main() -> None:
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
-    sys.path.insert(0, str(GOLDEN))
-    from peft_cases import VARIANTS
+    sys.path.insert(0, str(GOLDEN.parent))
+    from golden.peft_cases import VARIANTS
 
     sides = [side for side in SIDES if side != "PEFT 0.11.1" or OLD.is_dir()]
     columns: dict[str, dict[str, float | str]] = {}

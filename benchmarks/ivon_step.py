@@ -17,21 +17,20 @@ a GPU ours runs with host synchronisation forbidden.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-PEER = Path(__file__).resolve().parent.parent / ".peers" / "ivon"
+from benchmarks.common import peers
+from benchmarks.common.timing import ratio, seconds
+
+PEER = peers.PEERS / "ivon"
 R, HIDDEN, INNER = 12, 768, 3072
 OPTIONS = {"lr": 0.1, "ess": 3668.0, "clip_radius": 1e-3, "weight_decay": 1e-8}
 
@@ -112,20 +111,13 @@ def operators(side: str, modules: int, device: str) -> dict[str, int]:
 
 def milliseconds(run: Callable[[], None], device: str) -> float:
     alone = device == "cpu" and torch.get_num_threads() == 1
-    clock = time.process_time if alone else time.perf_counter
-    if device != "cpu":
-        torch.cuda.synchronize()
-    started = clock()
-    run()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return (clock() - started) * 1e3
+    return 1e3 * seconds(run, device, time.process_time if alone else time.perf_counter)
 
 
 def serve(o: argparse.Namespace) -> None:
-    """A worker: first its operator counts, then times for every line on standard input."""
+    """A worker: first its operator counts, then times for every request."""
     few, many = (operators(o.side, n, o.device) for n in (o.modules // 6, o.modules))
-    print(json.dumps({name: [few[name], many[name]] for name in many}), flush=True)
+    peers.tell({name: [few[name], many[name]] for name in many})
     made = contestants(o.side, o.modules, o.device)
     if o.device != "cpu" and o.side == "ours":
         for run in made.values():
@@ -134,25 +126,12 @@ def serve(o: argparse.Namespace) -> None:
         made["ours: sample"]()
         made["ours: step"]()
         torch.cuda.set_sync_debug_mode("default")
-    for _ in sys.stdin:
+    for _ in peers.requests():
         times: dict[str, float] = dict.fromkeys(made, 0.0)
         for _ in range(o.repeats):
             for name, run in made.items():
                 times[name] += milliseconds(run, o.device) / o.repeats
-        print(json.dumps(times), flush=True)
-
-
-def start(peer: bool) -> subprocess.Popen:
-    """A worker process with this command's options; the peer's finds the other `ivon` first."""
-    command = "import sys; sys.path.insert(0, sys.argv.pop(1)); sys.path.append(sys.argv.pop(1));"
-    command += "from benchmarks.ivon_step import main; main()"
-    here = str(Path(__file__).resolve().parent.parent)
-    paths = [str(PEER), here] if peer else [here, here]
-    side = "ivon-opt" if peer else "ours"
-    return subprocess.Popen(
-        [sys.executable, "-P", "-c", command, *paths, *sys.argv[1:], "--side", side],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        peers.tell(times)
 
 
 def report(rounds: list[dict[str, float]], counts: dict[str, list[int]], blocks: int) -> None:
@@ -164,8 +143,8 @@ def report(rounds: list[dict[str, float]], counts: dict[str, list[int]], blocks:
     print(f"{'':28} fastest  median   × ours: both (median of ratios)")
     for name in sorted(rounds[0], key=lambda name: name.split(":")[0] not in sides):
         found = [times[name] for times in rounds]
-        ratio = statistics.median(times[name] / times["ours: both"] for times in rounds)
-        print(f"{name:28} {min(found):7.2f} {statistics.median(found):7.2f}   {ratio:5.2f}")
+        times_ours = ratio(found, [times["ours: both"] for times in rounds])
+        print(f"{name:28} {min(found):7.2f} {statistics.median(found):7.2f}   {times_ours:5.2f}")
     if len(sides) == 2:
         apart = [t["ivon-opt: both, randn apart"] / t["ours: both, randn apart"] for t in rounds]
         print(f"ivon-opt/ours, randn apart: {statistics.median(apart):.2f}")
@@ -189,21 +168,15 @@ def main() -> None:
         return
     from ivon.flat import BLOCK
 
-    workers = [start(peer) for peer in ((False, True) if PEER.exists() else (False,))]
-    counts: dict[str, list[int]] = {}
-    for worker in workers:
-        counts |= json.loads(worker.stdout.readline())
-    rounds: list[dict[str, float]] = []
-    for _ in range(o.rounds + 2):
-        times: dict[str, float] = {}
-        for worker in workers:
-            print("go", file=worker.stdin, flush=True)
-            times |= json.loads(worker.stdout.readline())
-        rounds.append(times)
-    for worker in workers:
-        worker.stdin.close()
-        worker.wait()
-    del rounds[:2]  # the first ones warm up
+    words = ["--device", o.device, "--modules", o.modules, "--repeats", o.repeats]
+    sides = {"ours": None, "ivon-opt": PEER} if PEER.exists() else {"ours": None}
+    workers = {
+        side: peers.Worker("benchmarks.ivon_step", *words, "--side", side, peer=path)
+        for side, path in sides.items()
+    }
+    counts = {name: found for w in workers.values() for name, found in w.answer().items()}
+    turns = peers.in_turn(workers, o.rounds)
+    rounds = [{k: v for times in turn.values() for k, v in times.items()} for turn in turns]
     numbers = sum(math.prod(shape) for shape in shapes(o.modules))
     block = BLOCK * torch.get_num_threads() if o.device == "cpu" else numbers
     report(rounds, counts, math.ceil(numbers / block))

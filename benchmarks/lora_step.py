@@ -18,176 +18,103 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
-import subprocess
-import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
-SIZES = {
-    "minilm": {
-        "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12,
-        "intermediate_size": 1536, "vocab_size": 30522,
-    },
-    "roberta-base": {
-        "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
-        "intermediate_size": 3072, "vocab_size": 50265, "max_position_embeddings": 514,
-        "type_vocab_size": 1, "pad_token_id": 1,
-    },
-}  # fmt: skip
-SHORTEST, LONGEST = 25, 90
-WARM_UP = 2  # rounds
+from benchmarks.common import peers
+from benchmarks.common.timing import ratio
+
+SIZES = ("minilm", "roberta-base")
 LEARNING_RATE = 1e-3
 
 
-def batches(o: argparse.Namespace, turn: int) -> list[list]:
-    """The batches of a turn as token lists without padding; every turn's are new, as in a run."""
-    import numpy as np
+def side(o: argparse.Namespace) -> tuple[Any, Callable[[list], dict]]:
+    """The side's adapted model, and what makes its inputs of a batch of token lists."""
+    from benchmarks.common import models
 
-    draw = np.random.default_rng([o.seed, turn])
-    vocabulary = SIZES[o.size]["vocab_size"]
-    return [
-        [
-            draw.integers(5, vocabulary, size=draw.integers(SHORTEST, LONGEST)).tolist()
-            for _ in range(o.batch)
-        ]
-        for _ in range(o.steps)
-    ]
+    adapter = {"task_type": "SEQ_CLS", "r": 8, "lora_alpha": 16}
+    adapter["target_modules"] = o.targets.split(",")
+    if o.side == "ours":
+        import peft_custom
+        import transformers_patched
 
-
-def our_side(o: argparse.Namespace):
-    """The model, and what makes its inputs of a batch."""
-    import torch
-
-    import transformers_patched as patched
-    from peft_custom import LoraConfig, get_peft_model
-
-    kind = "Bert" if o.size == "minilm" else "Roberta"
-    config = getattr(patched, f"{kind}Config")(**SIZES[o.size])
-    model = getattr(patched, f"{kind}ForSequenceClassification")(config)
-    if o.dtype == "bfloat16":
-        model.to(torch.bfloat16)
-        model.classifier.float()
-    targets = o.targets.split(",")
-    model = get_peft_model(
-        model, LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=targets)
-    )
-
-    def inputs(batch: list[list[int]]) -> dict:
-        lengths = torch.tensor([0] + [len(row) for row in batch])
-        return {
-            "input_ids": torch.tensor([token for row in batch for token in row]),
-            "cu_seqlens": lengths.cumsum(0).int(),
-            "max_seqlen": int(lengths.max()),
-        }
-
-    return model, inputs
-
-
-def peer_side(o: argparse.Namespace):
-    import torch
+        base = models.classifier(transformers_patched, o.size)
+        base = models.with_frozen_dtype(base, o.dtype)
+        model = peft_custom.get_peft_model(base, peft_custom.LoraConfig(**adapter))
+        return model, models.packed
+    import peft
     import transformers
-    from peft import LoraConfig, get_peft_model
 
-    kind = "Bert" if o.size == "minilm" else "Roberta"
-    config = getattr(transformers, f"{kind}Config")(**SIZES[o.size], attn_implementation="sdpa")
-    model = getattr(transformers, f"{kind}ForSequenceClassification")(config)
-    targets = o.targets.split(",")
-    model = get_peft_model(
-        model, LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=targets)
-    )
-    pad = config.pad_token_id or 0
-
-    def inputs(batch: list[list[int]]) -> dict:
-        longest = max(map(len, batch))
-        return {
-            "input_ids": torch.tensor([row + [pad] * (longest - len(row)) for row in batch]),
-            "attention_mask": torch.tensor(
-                [[1] * len(row) + [0] * (longest - len(row)) for row in batch]
-            ),
-        }
-
-    return model, inputs
+    base = models.classifier(transformers, o.size, attn_implementation="sdpa")
+    pad = base.config.pad_token_id or 0
+    model = peft.get_peft_model(base, peft.LoraConfig(**adapter))
+    return model, lambda batch: models.padded(batch, pad)
 
 
-def work(o: argparse.Namespace) -> None:
-    """A worker: for every line on standard input, takes a turn of training steps and answers."""
+def serve(o: argparse.Namespace) -> None:
+    """A worker: for every request, takes a turn of training steps and answers."""
     import resource
 
-    if o.side == "ours":
-        from examples.training import memory  # as every run does, before torch is imported
+    if o.side == "ours":  # what every run keeps in memory
+        from examples.training import memory
 
         memory.keep_compiled_kernels()
         memory.keep_freed_memory()
 
     import torch
 
+    from benchmarks.common.models import token_lists
+    from benchmarks.common.timing import seconds
+
     torch.manual_seed(o.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, inputs = (our_side if o.side == "ours" else peer_side)(o)
+    model, inputs = side(o)
     model.to(device).train()
     if o.compile:
         model = torch.compile(model, dynamic=True)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=LEARNING_RATE, fused=o.side == "ours")
     labels = torch.arange(o.batch, device=device) % 2
-    autocast = torch.autocast(
-        device, torch.bfloat16, enabled=o.side == "peer" and o.dtype == "bfloat16"
-    )
+    bf16 = o.side == "peer" and o.dtype == "bfloat16"
+    autocast = torch.autocast(device, torch.bfloat16, enabled=bf16)
+
+    def step(batch: list[list[int]]) -> None:
+        given = {k: v.to(device) if torch.is_tensor(v) else v for k, v in inputs(batch).items()}
+        with autocast:
+            loss = model(**given, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
     clock = time.process_time if o.clock == "cpu" else time.perf_counter
-    for turn, _ in enumerate(sys.stdin):
-        work_list = batches(o, turn)
-        tokens = sum(len(row) for batch in work_list for row in batch)
-        started = clock()
-        for batch in work_list:
-            given = {k: v.to(device) if torch.is_tensor(v) else v for k, v in inputs(batch).items()}
-            with autocast:
-                loss = model(**given, labels=labels).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(trainable, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds = clock() - started
+    for turn in peers.requests():  # every turn's batches are new, as in a run
+        batches = token_lists(o.size, o.batch, o.steps, [o.seed, turn])
+        tokens = sum(len(row) for batch in batches for row in batch)
+        took = seconds(lambda batches=batches: [step(batch) for batch in batches], device, clock)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         if device == "cuda":
             peak = torch.cuda.max_memory_allocated() / 2**30
-        print(json.dumps({"tokens_per_second": tokens / seconds, "peak_gib": peak}), flush=True)
+        peers.tell({"tokens_per_second": tokens / took, "peak_gib": peak})
 
 
 def measure(o: argparse.Namespace) -> dict:
     """Lets both sides take turns; medians over the rounds."""
-    command = [sys.executable, "-m", "benchmarks.lora_step"]
+    words: list[object] = ["--compile"] * o.compile
     for name in ("size", "batch", "dtype", "targets", "steps", "seed", "clock"):
-        command += [f"--{name}", str(getattr(o, name))]
+        words += [f"--{name}", getattr(o, name)]
     workers = {
-        side: subprocess.Popen(
-            [*command, *["--compile"] * o.compile, "--side", side],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        side: peers.Worker("benchmarks.lora_step", *words, "--side", side)
         for side in ("ours", "peer")
     }
-    speeds: dict[str, list[float]] = {side: [] for side in workers}
-    peak = {}
-    for turn in range(WARM_UP + o.rounds):
-        for side, worker in workers.items():
-            print("go", file=worker.stdin, flush=True)
-            answer = json.loads(worker.stdout.readline())
-            peak[side] = answer["peak_gib"]
-            if turn >= WARM_UP:
-                speeds[side].append(answer["tokens_per_second"])
-    for worker in workers.values():
-        worker.stdin.close()
-        worker.wait()
+    rounds = peers.in_turn(workers, o.rounds)
+    speeds = {side: [turn[side]["tokens_per_second"] for turn in rounds] for side in workers}
     return {
         "tokens": {side: statistics.median(found) for side, found in speeds.items()},
-        "faster": statistics.median(
-            a / b for a, b in zip(speeds["ours"], speeds["peer"], strict=True)
-        ),
-        "peak": peak,
+        "faster": ratio(speeds["ours"], speeds["peer"]),
+        "peak": {side: rounds[-1][side]["peak_gib"] for side in workers},
     }
 
 
@@ -217,7 +144,7 @@ def main() -> None:
     parser.add_argument("--side", choices=("ours", "peer"), help=argparse.SUPPRESS)
     o = parser.parse_args()
     if o.side:
-        work(o)
+        serve(o)
         return
     print("| model size | batch | dtype | ours | peer | speed | memory ours / peer, GiB | memory |")
     print("|---|---|---|---|---|---|---|---|", flush=True)

@@ -1,6 +1,6 @@
 """What a low-rank update of q and v costs on top of GPT-2's frozen q/k/v projection.
 
-    python -m benchmarks.merged_linear                    # the fp32 row of the README
+    python -m benchmarks.merged_linear                    # a row of results/merged_linear.md
     python -m benchmarks.merged_linear --dtype bfloat16 --dropout 0.1
 
 Work: forward and backward, input gradient included, of a 768 -> 2304 linear layer, rank 4 on q and
@@ -15,19 +15,18 @@ multiplications, the update adds 1 % to the frozen layer's forward and input gra
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-PEER = Path(__file__).resolve().parent.parent / ".peers" / "loralib"
+from benchmarks.common import peers
+from benchmarks.common.timing import ratio, seconds
+
+PEER = peers.PEERS / "loralib"
 IN, OUT, ENABLED = 768, 2304, (True, False, True)
 
 
@@ -75,51 +74,38 @@ def layers(o: argparse.Namespace, names: list[str]) -> dict[str, nn.Module]:
         "microsoft, stored (in, out)": lambda: merged(fan_in_fan_out=True),
     }
     made = {name: makers[name]() for name in names}
+    dtype = getattr(torch, o.dtype)
     for name, layer in made.items():
-        layer.weight.data = layer.weight.data.to(o.dtype)
-        layer.bias.data = layer.bias.data.to(o.dtype)
+        layer.weight.data = layer.weight.data.to(dtype)
+        layer.bias.data = layer.bias.data.to(dtype)
         for parameter in (layer.weight, layer.bias):
             parameter.requires_grad = False
         if name.startswith("microsoft"):
-            layer.to(o.dtype)  # it multiplies all in one type
+            layer.to(dtype)  # it multiplies all in one type
     return made
 
 
 def milliseconds(layer: nn.Module, x: Tensor, grad: Tensor, repeats: int) -> float:
     """Mean time of one forward and backward pass."""
-    started = time.perf_counter()
-    for _ in range(repeats):
-        x.grad = None
-        for parameter in layer.parameters():
-            parameter.grad = None
-        layer(x).backward(grad)
-    if x.is_cuda:
-        torch.cuda.synchronize()
-    return (time.perf_counter() - started) / repeats * 1e3
+
+    def passes() -> None:
+        for _ in range(repeats):
+            x.grad = None
+            for parameter in layer.parameters():
+                parameter.grad = None
+            layer(x).backward(grad)
+
+    return seconds(passes, x.device.type, time.perf_counter) / repeats * 1e3
 
 
 def serve(o: argparse.Namespace, names: list[str]) -> None:
-    """A worker: for every line on standard input, times each of its contestants once."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    """A worker: for every request, times each of its contestants once."""
+    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, o.dtype)
     contestants = {name: layer.to(device) for name, layer in layers(o, names).items()}
-    x = torch.randn(o.batch, o.length, IN, device=device, dtype=o.dtype, requires_grad=True)
-    grad = torch.randn(o.batch, o.length, OUT, device=device, dtype=o.dtype)
-    for _ in sys.stdin:
-        times = {k: milliseconds(v, x, grad, o.repeats) for k, v in contestants.items()}
-        print(json.dumps(times), flush=True)
-
-
-def start(peer: bool) -> subprocess.Popen:
-    """A worker process with this command's options; the peer's finds the other `loralib` first."""
-    command = "import sys; sys.path.insert(0, sys.argv.pop(1)); sys.path.append(sys.argv.pop(1));"
-    command += "from benchmarks.merged_linear import main; main()"
-    here = str(Path(__file__).resolve().parent.parent)
-    paths = [str(PEER), here] if peer else [here, here]
-    side = "peer" if peer else "ours"
-    return subprocess.Popen(
-        [sys.executable, "-P", "-c", command, *paths, *sys.argv[1:], "--side", side],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    x = torch.randn(o.batch, o.length, IN, device=device, dtype=dtype, requires_grad=True)
+    grad = torch.randn(o.batch, o.length, OUT, device=device, dtype=dtype)
+    for _ in peers.requests():
+        peers.tell({k: milliseconds(v, x, grad, o.repeats) for k, v in contestants.items()})
 
 
 def main() -> None:
@@ -133,28 +119,25 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10, help="passes per turn")
     parser.add_argument("--side", choices=("ours", "peer"), help=argparse.SUPPRESS)
     o = parser.parse_args()
-    o.dtype = getattr(torch, o.dtype)
     if o.side:
         mine = ["frozen", "ours", "ours, stored (in, out)", "dense"]
         theirs = ["microsoft", "microsoft, stored (in, out)"]
         serve(o, mine if o.side == "ours" else theirs)
         return
-    workers = [start(peer) for peer in ((False, True) if PEER.exists() else (False,))]
-    rounds: list[dict[str, float]] = []
-    for _ in range(o.rounds + 2):
-        times: dict[str, float] = {}
-        for worker in workers:
-            print("go", file=worker.stdin, flush=True)
-            times |= json.loads(worker.stdout.readline())
-        rounds.append(times)
-    for worker in workers:
-        worker.stdin.close()
-        worker.wait()
-    del rounds[:2]  # the first ones warm up
+    words: list[object] = []
+    for name in ("dtype", "batch", "length", "r", "dropout", "repeats"):
+        words += [f"--{name}", getattr(o, name)]
+    sides = {"ours": None, "peer": PEER} if PEER.exists() else {"ours": None}
+    workers = {
+        side: peers.Worker("benchmarks.merged_linear", *words, "--side", side, peer=path)
+        for side, path in sides.items()
+    }
+    turns = peers.in_turn(workers, o.rounds)
+    rounds = [{k: v for times in turn.values() for k, v in times.items()} for turn in turns]
+    frozen = [times["frozen"] for times in rounds]
     for name in rounds[0]:
-        middle = statistics.median(times[name] for times in rounds)
-        ratio = statistics.median(times[name] / times["frozen"] for times in rounds)
-        print(f"{name:30} {middle:8.2f} ms   {ratio:5.2f} × frozen")
+        own = [times[name] for times in rounds]
+        print(f"{name:30} {statistics.median(own):8.2f} ms   {ratio(own, frozen):5.2f} × frozen")
 
 
 if __name__ == "__main__":

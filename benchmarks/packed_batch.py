@@ -15,19 +15,18 @@ import argparse
 import os
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks.common.models import SIZES
+from benchmarks.common.timing import in_turn, seconds
 from transformers_patched.configuration import BertConfig
 from transformers_patched.models.bert.modeling_bert import BertForSequenceClassification
 
 LORA = {"apply_lora": True, "lora_r": 8, "lora_alpha": 16}
-MINILM = {
-    "vocab_size": 30522, "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12,
-    "intermediate_size": 1536,
-}  # fmt: skip
 
 
 def sequences(folder: str | None, data: Path, count: int) -> tuple[list[list[int]], str]:
@@ -69,7 +68,7 @@ def build(folder: str | None, base_dtype: torch.dtype) -> BertForSequenceClassif
     if folder is not None:
         model = BertForSequenceClassification.from_pretrained(folder, base_dtype=base_dtype, **LORA)
     else:
-        model = BertForSequenceClassification(BertConfig(**MINILM, **LORA))
+        model = BertForSequenceClassification(BertConfig(**SIZES["minilm"], **LORA))
         model.freeze_base()
         for parameter in model.parameters():
             if not parameter.requires_grad:
@@ -81,15 +80,16 @@ def measure(
     model: BertForSequenceClassification, batches: list[dict], rounds: int
 ) -> dict[str, list[float]]:
     """Seconds per round over all batches, padded and packed in turn."""
-    seconds: dict[str, list[float]] = {"padded": [], "packed": []}
-    for _ in range(rounds + 1):
-        for form, times in seconds.items():
-            start = time.perf_counter()
-            for batch in batches:
-                model(**batch[form]).loss.backward()
-                model.zero_grad()
-            times.append(time.perf_counter() - start)
-    return {form: times[1:] for form, times in seconds.items()}  # the first round warmed up
+
+    def passes(form: str) -> None:
+        for batch in batches:
+            model(**batch[form]).loss.backward()
+            model.zero_grad()
+
+    def measure(form: str) -> float:
+        return seconds(partial(passes, form), clock=time.perf_counter)
+
+    return in_turn({form: partial(measure, form) for form in ("padded", "packed")}, rounds)
 
 
 def main() -> None:

@@ -11,8 +11,8 @@ from safetensors import safe_open
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from benchmarks.study import Row
 from examples.optimizers.ivon_posterior import HESSIAN
+from examples.sweeps.records import Row
 from ivon.posterior import KEY
 from ivon.rule import std
 from peft_custom.tuners.adalora.criteria import CRITERIA, inputs

@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
-# DeBERTa-v3-base on QNLI; deberta.sh says how to call this.
-source "$(dirname "${BASH_SOURCE[0]}")/deberta.sh"
+# DeBERTa-v3-base on QNLI; lib/deberta.sh says how to call this.
+source "$(dirname "${BASH_SOURCE[0]}")/lib/deberta.sh"
 deberta qnli linear "$@"

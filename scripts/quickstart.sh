@@ -5,7 +5,7 @@
 #   bash scripts/quickstart.sh --lora_r 4
 #   bash scripts/quickstart.sh --model_name_or_path DIR
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/lib/environment.sh"
 environment plots
 
 defaults=(--task_name wording --method lora --lora_r 8 --lora_alpha 16 --lora_modules query,key,value

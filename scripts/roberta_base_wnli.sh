@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# RoBERTa-base on WNLI; glue.sh says how to call this. LoRA's values are RTE's.
-source "$(dirname "${BASH_SOURCE[0]}")/glue.sh"
+# RoBERTa-base on WNLI; lib/glue.sh says how to call this. LoRA's values are RTE's.
+source "$(dirname "${BASH_SOURCE[0]}")/lib/glue.sh"
 lora=(
   --lora_r 8 --lora_alpha 16
   --learning_rate 5e-4 --num_train_epochs 80

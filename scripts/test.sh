@@ -2,7 +2,7 @@
 # Runs the whole test suite, starting from nothing. Arguments go to pytest; --slow adds the tests
 # that take minutes.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/lib/environment.sh"
 environment test
 python -m examples.backbone >/dev/null # the real weights that the end-to-end tests train
 

@@ -22,7 +22,7 @@ def keep_freed_memory() -> bool:
     """Lets glibc keep large freed blocks for the next step instead of returning them to the system.
 
     It returns freed blocks of 32 MB and more, and the free end of its heap; the kernel then zeroes
-    their pages again. Keeping them saves up to 5 % of a step (benchmarks/README.md).
+    their pages again. Keeping them saves up to 5 % of a step (benchmarks/results/lora_step.md).
     Thresholds that are set in the environment stay.
 
     Returns:

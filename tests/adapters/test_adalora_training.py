@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-import socket
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from support.peft_tiny import IDS, bert
+from support.processes import in_two
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -195,28 +193,18 @@ def run(rank: int, world: int) -> dict[str, Any]:
     return {**state(inner), "smoothed": allocator.smoothed, "scores": allocator.scores}
 
 
-def worker(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    try:
-        results = run(rank, 2)
-        # scores from gradients that were not reduced are reduced before they decide
-        model = adapted()
-        hooks = attach(model, adamw(model), T).parts[0]
-        hooks.allocator.smoothed.fill_(1.0 + rank)
-        hooks.allocator.variation.fill_(1.0)
-        results["reduced"] = hooks.allocator.rescored()
-        torch.save(results, Path(folder) / str(rank))
-    finally:
-        dist.destroy_process_group()
+def member(rank: int) -> dict[str, Any]:
+    results = run(rank, 2)
+    # scores from gradients that were not reduced are reduced before they decide
+    model = adapted()
+    hooks = attach(model, adamw(model), T).parts[0]
+    hooks.allocator.smoothed.fill_(1.0 + rank)
+    hooks.allocator.variation.fill_(1.0)
+    return {**results, "reduced": hooks.allocator.rescored()}
 
 
 def test_two_processes_agree_and_equal_one(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(worker, (port, str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / str(rank), weights_only=True) for rank in (0, 1))
+    first, second = in_two(member, tmp_path)
     for name in first:
         assert torch.equal(first[name], second[name]), name
     assert torch.allclose(first["reduced"], torch.tensor(4.5))  # three parts of (1 + 2) / 2

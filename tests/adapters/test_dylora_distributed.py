@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from support.processes import in_two
 from torch import nn
 
 import loralib
@@ -41,21 +39,12 @@ def run(rank: int, world: int) -> dict[str, Any]:
     return {"weights": weights, "ranks": torch.tensor(drawn)}
 
 
-def worker(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    try:
-        torch.save(run(rank, 2), Path(folder) / str(rank))
-    finally:
-        dist.destroy_process_group()
+def member(rank: int) -> dict[str, Any]:
+    return run(rank, 2)
 
 
 def test_two_processes_agree_and_equal_one(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(worker, (port, str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / str(rank), weights_only=True) for rank in (0, 1))
+    first, second = in_two(member, tmp_path)
     alone = run(0, 1)
     assert torch.equal(first["weights"], second["weights"])
     assert torch.equal(first["ranks"], second["ranks"])

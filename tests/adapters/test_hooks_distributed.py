@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from support.processes import in_two
 from torch import Tensor, nn
 from toy_tuner import ToyConfig
 
@@ -54,25 +52,15 @@ def run(rank: int, world: int, ddp: bool) -> dict[str, Any]:
     }
 
 
-def worker(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    try:
-        half = torch.tensor([rank, 4.0 * rank]).to(torch.bfloat16)
-        mine = [torch.full((2, 3), float(rank)), half]
-        means = reduce_mean(mine)
-        assert world_size() == 2 and means[1].dtype == torch.bfloat16
-        torch.save({**run(rank, 2, ddp=True), "means": means}, Path(folder) / str(rank))
-    finally:
-        dist.destroy_process_group()
+def member(rank: int) -> dict[str, Any]:
+    half = torch.tensor([rank, 4.0 * rank]).to(torch.bfloat16)
+    means = reduce_mean([torch.full((2, 3), float(rank)), half])
+    assert world_size() == 2 and means[1].dtype == torch.bfloat16
+    return {**run(rank, 2, ddp=True), "means": means}
 
 
 def test_two_processes_agree_and_equal_one(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(worker, (port, str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / str(rank), weights_only=True) for rank in (0, 1))
+    first, second = in_two(member, tmp_path)
     for name in ("weights", "masks", "scores", "looked"):
         assert torch.equal(first[name], second[name]), name
     for one, two in zip(first["means"], second["means"], strict=True):

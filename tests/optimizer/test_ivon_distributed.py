@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import socket
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from support.processes import in_two
 from torch import Tensor, nn
 
 from ivon import IVON
@@ -120,29 +118,19 @@ CASES: dict[str, Any] = {
 }
 
 
-def worker(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    try:
-        found = {name: case(rank, 2) for name, case in CASES.items()}
-        found |= {"one-sided": one_sided(rank), "refused": refused(), "undeclared": undeclared()}
-        calls: list[int] = []
-        kept = dist.all_reduce
-        dist.all_reduce = lambda *given: calls.append(given[0].numel()) or kept(*given)
-        own_noise(rank, 2, "price", 2)
-        torch.save({**found, "calls": calls}, Path(folder) / str(rank))
-    finally:
-        dist.destroy_process_group()
+def member(rank: int) -> dict[str, Any]:
+    found = {name: case(rank, 2) for name, case in CASES.items()}
+    found |= {"one-sided": one_sided(rank), "refused": refused(), "undeclared": undeclared()}
+    calls: list[int] = []
+    kept = dist.all_reduce
+    dist.all_reduce = lambda *given: calls.append(given[0].numel()) or kept(*given)
+    own_noise(rank, 2, "price", 2)
+    return {**found, "calls": calls}
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("processes")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(worker, (port, str(folder)), nprocs=2)
-    return [torch.load(folder / str(rank), weights_only=True) for rank in (0, 1)]
+    return in_two(member, tmp_path_factory.mktemp("processes"))
 
 
 @pytest.mark.parametrize("case", CASES)

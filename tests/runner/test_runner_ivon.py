@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from support.processes import launch_two
 from support.runner_cases import evaluated, lines, pair_task, results, tiny_bert
 
 from examples import program
@@ -233,18 +231,7 @@ def test_a_resumed_run_is_the_whole_one(home, tmp_path, samples):
 
 def test_two_processes_equal_one(home, tmp_path):
     small = ["--per_device_train_batch_size", "4", "--lora_alpha", "16"]
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-    ]
-    command = [*launch, "-m", "examples.run_glue", *words(home, tmp_path / "two", *small)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch_two(["-m", "examples.run_glue"], *words(home, tmp_path / "two", *small))
     run(home, tmp_path / "one", "--per_device_train_batch_size", "8", "--lora_alpha", "16")
     for name in ("adapter_model.safetensors", HESSIAN):
         one, two = (load_file(tmp_path / n / "adapter" / name) for n in ("one", "two"))

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import sampling_case
-from support.paths import ROOT
+from support.processes import launch_two
 from support.runner_cases import lines, pair_task, results, tiny_bert
 
 from examples import program
@@ -183,16 +180,7 @@ def test_two_processes_equal_one(home, tmp_path):
     """Three rows per batch on two processes, six on one; the test set leaves one without a row."""
     noise = ["--noise", "0.05", "--samples", "2", "--do_predict", "--max_predict_samples", "2"]
     small = ["--per_device_train_batch_size", "3", "--per_device_eval_batch_size", "5"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", "2", str(Path(sampling_case.__file__))]
-    root = str(ROOT)
-    done = subprocess.run(
-        [*command, *words(home, tmp_path / "two", *noise, *small)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch_two([sampling_case.__file__], *words(home, tmp_path / "two", *noise, *small))
     run(home, tmp_path / "one", *noise, "--per_device_train_batch_size", "6")
     one, two = tmp_path / "one", tmp_path / "two"
     assert_close(adapter(one), adapter(two), atol=1e-6, rtol=1e-5)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.processes import launch_two
 from support.runner_cases import lines, pair_task, results, tiny_bert
 
 from examples import program
@@ -37,18 +35,7 @@ def words(home: Path, out: Path, *more: str) -> list[str]:
 
 
 def two_processes(home: Path, out: Path, *more: str) -> None:
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-    ]
-    command = [*launch, "-m", "examples.run_glue", *words(home, out, *more)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch_two(["-m", "examples.run_glue"], *words(home, out, *more))
 
 
 @pytest.mark.parametrize("packing", [[], ["--packing", "--max_tokens", "70"]])

@@ -64,7 +64,7 @@ def test_scripts_refuse_a_python_that_is_too_new_or_too_old(tmp_path: Path) -> N
     assert not (tmp_path / "venv").exists()
 
 
-@pytest.mark.parametrize("script", sorted(ROOT.glob("scripts/*.sh")), ids=lambda p: p.name)
+@pytest.mark.parametrize("script", sorted(ROOT.glob("scripts/**/*.sh")), ids=lambda p: p.name)
 def test_scripts_parse(script: Path) -> None:
     subprocess.run(["bash", "-n", script], check=True)
 

@@ -41,7 +41,7 @@ LARGE = {
 }
 TABLE = {("base", task): row for task, row in BASE.items()}
 TABLE |= {("large", task): row for task, row in LARGE.items()}
-SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("*.sh"))
+SCRIPTS = sorted(str(p.relative_to(ROOT / "scripts")) for p in (ROOT / "scripts").rglob("*.sh"))
 
 
 @pytest.fixture

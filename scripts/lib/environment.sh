@@ -1,7 +1,7 @@
-# Sourced by quickstart.sh and test.sh. `environment EXTRAS` makes $VENV (default: .venv beside this
-# folder), installs torch (${TORCH:-torch}: name a CPU build there) and the project with EXTRAS into
-# it, and puts it first on PATH. What is installed already is left alone.
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# Sourced by scripts that run programs. `environment EXTRAS` makes $VENV (default: .venv beside
+# scripts/), installs torch (${TORCH:-torch}: name a CPU build there) and the project with EXTRAS
+# into it, and puts it first on PATH. What is installed already is left alone.
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 VENV=${VENV:-$root/.venv}
 
 environment() {

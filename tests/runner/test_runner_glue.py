@@ -166,12 +166,12 @@ def test_regression(home, tmp_path):
 
 def test_files_of_ones_own(home, tmp_path, monkeypatch):
     """Each of them is read once, the training file too, though it says the columns and labels."""
-    from examples.data import readers
+    from examples.data import tables
     from examples.data.tables import write_table
 
-    read, reader = [], readers.read_table
+    read, reader = [], tables.read_table
     monkeypatch.setattr(
-        readers, "read_table", lambda path, task: [read.append(path.name), reader(path, task)][1]
+        tables, "read_table", lambda path, layout: [read.append(path.name), reader(path, layout)][1]
     )
 
     for split, rows in (("train", 20), ("dev", 8)):

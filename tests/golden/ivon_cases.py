@@ -1,6 +1,6 @@
 """The runs that IVON and ivon-opt make alike: a small net in fp64, 50 steps, noise of one seed.
 
-Used by `make_ivon.py`, in a process that has ivon-opt, and by `tests/optimizer/test_ivon_golden.py`.
+Used by `make_ivon.py`, in a process that has ivon-opt, and by `test_ivon_golden.py`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Writes ivon.npz: what ivon-opt 0.1.3 computes in `ivon_cases.py`, for tests/optimizer/test_ivon_golden.py.
+"""Writes ivon.npz: what ivon-opt 0.1.3 computes in `ivon_cases.py`, for `test_ivon_golden.py`.
 
     pip install --no-deps --target .peers/ivon ivon-opt==0.1.3
     PYTHONPATH=.peers/ivon python tests/golden/make_ivon.py

@@ -1,4 +1,4 @@
-"""Writes loralib.npz: what Microsoft's loralib 0.1.2 computes, for tests/layers/test_loralib_golden.py.
+"""Writes loralib.npz: what Microsoft's loralib 0.1.2 computes, for `test_loralib_golden.py`.
 
     pip install --no-deps --target .peers/loralib loralib==0.1.2
     python -P tests/golden/make_loralib.py .peers/loralib

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.bim_tiny import SIZES, adamw, base, batches, frozen_bytes, loss_of, tiny
+from support.bim_tiny import SIZES, adamw, base, batches, frozen_bytes, logits, loss_of, tiny
 from support.paths import ROOT
 from torch import nn
 
@@ -37,12 +37,6 @@ def scramble(model: nn.Module, seed: int = 1) -> nn.Module:
             if ".bim." in name or "modules_to_save" in name:
                 t.copy_(0.6 + 0.1 * torch.rand(())) if t.dim() == 0 else t.normal_(0, 0.3)
     return model.eval()
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    [batch] = batches(1)
-    with torch.no_grad():
-        return model(**{k: v for k, v in batch.items() if k != "labels"}).logits
 
 
 def test_fact_1_a_fresh_model_is_the_base() -> None:
@@ -208,8 +202,7 @@ def test_several_adapters() -> None:
 RELOAD = """
 import sys, torch
 sys.path[:0] = {paths!r}
-from support.bim_tiny import base
-from test_bim_model import logits
+from support.bim_tiny import base, logits
 from safetensors.torch import save_file
 from peft_custom import PeftModel
 from peft_custom.tuners.bim_lora import ImplicitMLP, get_bim_lora_model, load_bim_lora_model
@@ -237,9 +230,7 @@ def test_fact_11_saved_and_loaded_in_a_new_process(tmp_path: Path) -> None:
     path = save_bim_lora_model(bare, mlp, tmp_path / "one.pt", {"epoch": 3})
     assert path.suffix == ".safetensors" and (tmp_path / "one_metadata.json").is_file()
     wanted |= {"one": logits(bare), "mlp": mlp(torch.full((2, 6), 0.3)).detach()}
-    code = RELOAD.format(
-        paths=[str(Path(__file__).parent), str(ROOT / "tests"), str(ROOT)], folder=str(tmp_path)
-    )
+    code = RELOAD.format(paths=[str(ROOT / "tests"), str(ROOT)], folder=str(tmp_path))
     subprocess.run([sys.executable, "-c", code], check=True)
     found = load_file(tmp_path / "found")
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)

@@ -14,8 +14,7 @@ import torch
 from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.peft_tiny import bert
-from test_hooks_loops import ROWS, rows
+from support.peft_tiny import ROWS, bert, rows
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 

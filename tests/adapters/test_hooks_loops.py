@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from support.paths import ROOT
+from support.peft_tiny import ROWS, rows
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 from toy_tuner import ToyConfig
@@ -32,7 +33,7 @@ from peft_custom.integrations import _Callback
 
 transformers = pytest.importorskip("transformers")
 
-STEPS, ROWS, EPOCHS, SEED = 12, 4, 2, 7
+STEPS, EPOCHS, SEED = 12, 2, 7  # 24 rows, ROWS of them a step
 
 
 def tiny(**options: Any) -> PeftModel:
@@ -56,18 +57,6 @@ def tiny(**options: Any) -> PeftModel:
             task_type="SEQ_CLS", target_modules=["query", "value"], penalty=0.01, every=2, **options
         ),
     )
-
-
-def rows() -> list[dict[str, Tensor]]:
-    made = torch.Generator().manual_seed(3)
-    return [
-        {
-            "input_ids": torch.randint(0, 50, (8,), generator=made),
-            "attention_mask": torch.ones(8, dtype=torch.long),
-            "labels": torch.randint(0, 3, (), generator=made),
-        }
-        for _ in range(ROWS * STEPS // EPOCHS)
-    ]
 
 
 def batches() -> list[dict[str, Tensor]]:

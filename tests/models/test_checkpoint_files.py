@@ -15,6 +15,7 @@ from threading import Thread
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.models import SIZES
 from support.paths import ROOT
 
 import transformers_patched as tp
@@ -25,15 +26,6 @@ from transformers_patched.checkpoint import (
     write_atomically,
 )
 
-SIZES = dict(
-    vocab_size=31,
-    hidden_size=12,
-    num_hidden_layers=2,
-    num_attention_heads=3,
-    intermediate_size=20,
-    max_position_embeddings=16,
-    initializer_range=0.3,
-)
 IDS = torch.tensor([[5, 9, 11, 4, 30], [7, 8, 3, 2, 6]])
 
 

@@ -6,6 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.models import (
+    CONV,
+    HEADS,
+    V2,
+    V3,
+    assert_both_ways,
+    batch,
+    labels_of_heads,
+)
 from torch import nn
 
 import transformers_patched as ours
@@ -16,30 +25,11 @@ hf = pytest.importorskip("transformers")
 hf.logging.set_verbosity_error()
 hf.logging.disable_progress_bar()
 
-HEADS = (
-    "Model",
-    "ForMaskedLM",
-    "ForSequenceClassification",
-    "ForQuestionAnswering",
-    "ForMultipleChoice",
-)
 SMALL = dict(vocab_size=61, num_hidden_layers=2, max_position_embeddings=29)
-V3 = dict(  # the settings of deberta-v3-small, base and large
-    hidden_size=36,
-    num_attention_heads=3,
-    intermediate_size=37,
-    relative_attention=True,
-    position_buckets=6,
-    max_relative_positions=-1,
-    norm_rel_ebd="layer_norm",
-    share_att_key=True,
-    pos_att_type=["p2c", "c2p"],
-    position_biased_input=False,
-)
-CONV = dict(conv_kernel_size=3, conv_act="gelu")  # deberta-v2-xlarge and -xxlarge have it
+LONG = (23, 9, 4)  # real tokens of three rows
 SETTINGS = {
     "v3": V3,
-    "v2": {**V3, **CONV, "pos_att_type": "p2c|c2p", "legacy": False},
+    "v2": V2,
     "unbucketed": {**V3, "position_buckets": -1, "max_relative_positions": 11},
     "own projections": {**V3, "share_att_key": False, "norm_rel_ebd": "none", "num_labels": 2},
     "c2p alone": {**V3, "pos_att_type": ["c2p"], "hidden_size": 35, "num_attention_heads": 5},
@@ -80,55 +70,10 @@ def peer(head: str, seed: int, **sizes) -> nn.Module:
     return model
 
 
-def batch(head: str, config: ours.DebertaV2Config) -> dict[str, torch.Tensor]:
-    """Three rows (of two choices) of 23, 9 and 4 real tokens."""
-    shape = (3, 2, 23) if head == "ForMultipleChoice" else (3, 23)
-    ids = torch.randint(4, 61, shape)
-    mask = torch.ones_like(ids)
-    for row, length in enumerate((23, 9, 4)):
-        mask[row, ..., length:] = 0
-    return {
-        "input_ids": ids.where(mask.bool(), config.pad_token_id),
-        "attention_mask": mask,
-        "token_type_ids": torch.randint(0, max(1, config.type_vocab_size), shape),
-    }
-
-
-def difference(ours_out, peer_out, mask: torch.Tensor) -> float:
-    """The largest |x - y| / max(1, max|y|) of all outputs; padding tokens are not compared."""
-    real, worst = mask.bool(), 0.0
-    assert list(ours_out) == list(peer_out)
-    for name in ours_out:
-        a, b = ours_out[name], peer_out[name]
-        for x, y in zip(a, b, strict=True) if isinstance(a, tuple) else [(a, b)]:
-            assert x.shape == y.shape, name
-            if x.shape[: real.dim()] == real.shape:
-                x, y = x[real], y[real]
-            worst = max(worst, ((x - y).abs().max() / y.abs().max().clamp(min=1.0)).item())
-    return worst
-
-
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_both_directions(setting: str, head: str, tmp_path: Path) -> None:
-    theirs = peer(head, 0, **SETTINGS[setting])
-    theirs.save_pretrained(tmp_path / "theirs")
-    model, report = getattr(ours, f"DebertaV2{head}").from_pretrained(
-        tmp_path / "theirs", output_loading_info=True
-    )
-    assert not report.missing and not report.unexpected
-    inputs = batch(head, model.config)
-    with torch.no_grad():
-        expected, got = theirs(**inputs), model(**inputs)
-    assert difference(got, expected, inputs["attention_mask"]) <= 1e-5
-
-    model.save_pretrained(tmp_path / "ours")
-    back, info = getattr(hf, f"DebertaV2{head}").from_pretrained(
-        tmp_path / "ours", output_loading_info=True
-    )
-    assert not any(info.values()), info
-    for name, weight in theirs.state_dict().items():
-        assert torch.equal(back.state_dict()[name], weight), name
+    assert_both_ways(peer(head, 0, **SETTINGS[setting]), LONG, tmp_path)
 
 
 @pytest.mark.parametrize("setting", ["v3", "v2", "everything", "not relative"])
@@ -137,7 +82,7 @@ def test_hidden_states_attentions_and_embeds(setting: str, tmp_path: Path) -> No
     theirs.save_pretrained(tmp_path)
     model = ours.AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert isinstance(model, ours.DebertaV2ForSequenceClassification)
-    inputs = batch("ForSequenceClassification", model.config)
+    inputs = batch("ForSequenceClassification", model.config, LONG)
     asked = {"output_hidden_states": True, "output_attentions": True}
     with torch.no_grad():
         got, expected = model(**inputs, **asked), theirs(**inputs, **asked)
@@ -160,22 +105,12 @@ def test_hidden_states_attentions_and_embeds(setting: str, tmp_path: Path) -> No
 def test_losses_and_gradients(setting: str, tmp_path: Path) -> None:
     """Every parameter's gradient, the relative table's and both embeddings' among them."""
     torch.manual_seed(3)
-    cases = {
-        "ForSequenceClassification": {"labels": torch.tensor([2, 0, 1])},
-        "ForMultipleChoice": {"labels": torch.tensor([1, 0, 1])},
-        "ForMaskedLM": {
-            "labels": torch.randint(0, 61, (3, 23)).masked_fill(torch.rand(3, 23) < 0.7, -100)
-        },
-        "ForQuestionAnswering": {
-            "start_positions": torch.tensor([0, 5, 40]),  # the last lies outside and is ignored
-            "end_positions": torch.tensor([3, 16, 2]),
-        },
-    }
+    cases = labels_of_heads(LONG[0])
     for head, labels in cases.items():
         theirs = peer(head, 1, **SETTINGS[setting])
         theirs.save_pretrained(tmp_path)
         model = getattr(ours, f"DebertaV2{head}").from_pretrained(tmp_path)
-        inputs = batch(head, model.config)
+        inputs = batch(head, model.config, LONG)
         if head == "ForQuestionAnswering":
             del inputs["attention_mask"]  # with padding, ours leaves it out of the softmax
         if head == "ForMaskedLM":
@@ -427,35 +362,6 @@ def test_apply_lora_builds_loralib_layers() -> None:
     assert adapted(lora_modules=("output",)) == [f"{layer}.output.dense" for layer in layers]
 
 
-@pytest.mark.parametrize("head", HEADS[1:])
-def test_a_frozen_base_in_bf16(head: str, tmp_path: Path) -> None:
-    reference = model_of(head)
-    reference.save_pretrained(tmp_path)
-    everywhere = ("query_proj", "key_proj", "value_proj", "dense")
-    with pytest.warns(UserWarning, match="lora_A"):
-        model = type(reference).from_pretrained(
-            tmp_path, base_dtype=torch.bfloat16, apply_lora=True, lora_r=2, lora_modules=everywhere
-        )
-    ids = IDS[:, None].repeat(1, 2, 1) if head == "ForMultipleChoice" else IDS
-    labels = {
-        "ForMaskedLM": {"labels": ids},
-        "ForQuestionAnswering": dict.fromkeys(("start_positions", "end_positions"), ids[:, 0] % 5),
-    }.get(head, {"labels": torch.tensor([0, 1])})
-    logits, expected = (m(ids, **labels).to_tuple()[1] for m in (model, reference))
-    assert logits.dtype == torch.float32
-    assert (logits - expected).abs().max() < 0.05 * max(1.0, expected.abs().max())
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameter_groups(1e-2, 0.1))
-    model(ids, **labels).loss.backward()
-    optimizer.step()
-    for n, p in model.named_parameters():
-        assert p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16), n
-        assert (p.grad is not None) == p.requires_grad, n
-    trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    in_head = {n for n, _ in model.named_parameters() if not n.startswith("deberta.")}
-    assert trained == in_head | {n for n, _ in model.named_parameters() if "lora_" in n}
-
-
 def test_parameter_groups_and_tied_weights() -> None:
     model = model_of("ForSequenceClassification")
     groups = {group["name"]: set(group["params"]) for group in model.parameter_groups(1e-3, 0.1)}
@@ -555,12 +461,6 @@ def test_config_json_says_the_same(tmp_path: Path) -> None:
     back = hf.AutoConfig.from_pretrained(tmp_path)
     assert (back.num_labels, back.position_buckets, back.norm_rel_ebd) == (4, 6, "layer_norm")
     assert back.pos_att_type == ["c2p", "p2c"]
-
-
-def test_compiles_in_one_graph() -> None:
-    model = model_of("ForSequenceClassification")
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(IDS).logits, model(IDS).logits)
 
 
 def test_counts_of_deberta_v3_base() -> None:

@@ -9,21 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.models import HEADS, SIZES, V2
 from support.paths import ROOT
 from torch import nn
 
 import transformers_patched as tp
 from transformers_patched.heads import ModelOutput, SequenceClassifierOutput
 
-SIZES = dict(
-    vocab_size=31,
-    hidden_size=12,
-    num_hidden_layers=2,
-    num_attention_heads=3,
-    intermediate_size=20,
-    max_position_embeddings=16,
-    initializer_range=0.3,
-)
 IDS = torch.tensor([[5, 9, 11, 4, 30], [7, 8, 3, 2, 6]])
 TARGETS = {
     "query": "attention.self.query",
@@ -32,6 +24,13 @@ TARGETS = {
     "attention.output": "attention.output.dense",
     "intermediate": "intermediate.dense",
     "output": "output.dense",
+}
+
+
+MODELS = {  # name -> its options beyond SIZES, and the linear maps that get LoRA
+    "Bert": ({}, ("query", "value")),
+    "Roberta": ({}, ("query", "value")),
+    "DebertaV2": (V2, ("query_proj", "key_proj", "value_proj", "dense")),
 }
 
 
@@ -191,23 +190,17 @@ def test_nothing_random_is_frozen(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    "head",
-    (
-        "ForMaskedLM",
-        "ForSequenceClassification",
-        "ForQuestionAnswering",
-        "ForMultipleChoice",
-    ),
-)
-@pytest.mark.parametrize("name", ["Bert", "Roberta"])
+@pytest.mark.parametrize("head", HEADS[1:])
+@pytest.mark.parametrize("name", MODELS)
 def test_a_frozen_base_in_bf16(name: str, head: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    reference = getattr(tp, name + head)(getattr(tp, f"{name}Config")(**SIZES)).eval()
+    options, modules = MODELS[name]
+    config = getattr(tp, f"{name}Config")(**{**SIZES, **options})
+    reference = getattr(tp, name + head)(config).eval()
     reference.save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="lora_A"):
-        model = getattr(tp, name + head).from_pretrained(
-            tmp_path, base_dtype=torch.bfloat16, apply_lora=True, lora_r=2
+        model = type(reference).from_pretrained(
+            tmp_path, base_dtype=torch.bfloat16, apply_lora=True, lora_r=2, lora_modules=modules
         )
     ids = IDS[:, None].repeat(1, 2, 1) if head == "ForMultipleChoice" else IDS
     labels = {
@@ -405,7 +398,8 @@ def test_peft_adapts_these_models(tmp_path: Path) -> None:
     torch.testing.assert_close(again(input_ids=IDS).logits, after)
 
 
-def test_compiles_in_one_graph() -> None:
-    model = classifier("Roberta")
+@pytest.mark.parametrize("name", ["Roberta", "DebertaV2"])
+def test_compiles_in_one_graph(name: str) -> None:
+    model = classifier(name, **MODELS[name][0])
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(IDS).logits, model(IDS).logits)

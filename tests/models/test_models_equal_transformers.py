@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.models import HEADS, assert_both_ways, assert_same, batch, labels_of_heads
 
 import transformers_patched as ours
 
@@ -11,13 +12,7 @@ hf = pytest.importorskip("transformers")
 hf.logging.set_verbosity_error()
 hf.logging.disable_progress_bar()
 
-HEADS = (
-    "Model",
-    "ForMaskedLM",
-    "ForSequenceClassification",
-    "ForQuestionAnswering",
-    "ForMultipleChoice",
-)
+LENGTHS = (17, 9, 4)  # real tokens of three rows
 SIZES = [  # odd sizes, every activation, other paddings and position counts, tied and untied
     dict(hidden_size=36, num_attention_heads=3, intermediate_size=37, hidden_act="gelu"),
     dict(hidden_size=35, num_attention_heads=5, intermediate_size=64, hidden_act="gelu_new"),
@@ -46,57 +41,12 @@ def peer(name: str, head: str, seed: int, **sizes) -> torch.nn.Module:
     return model
 
 
-def batch(head: str, pad: int, types: int) -> dict[str, torch.Tensor]:
-    """Three rows (of two choices) of 17, 9 and 4 real tokens, none of them the padding's id."""
-    shape = (3, 2, 17) if head == "ForMultipleChoice" else (3, 17)
-    ids = torch.randint(4, 61, shape)
-    mask = torch.ones_like(ids)
-    for row, length in enumerate((17, 9, 4)):
-        mask[row, ..., length:] = 0
-    return {
-        "input_ids": ids.where(mask.bool(), pad),
-        "attention_mask": mask,
-        "token_type_ids": torch.randint(0, types, shape),
-    }
-
-
-def assert_close(ours_out, peer_out, mask: torch.Tensor) -> None:
-    """Within 1e-5·max(1, max|x|), and nothing asked of padding tokens."""
-    real = mask.bool()
-    assert list(ours_out) == list(peer_out)
-    for name in ours_out:
-        a, b = ours_out[name], peer_out[name]
-        pairs = zip(a, b, strict=True) if isinstance(a, tuple) else [(a, b)]
-        for x, y in pairs:
-            assert x.shape == y.shape, name
-            if x.shape[: real.dim()] == real.shape:  # one value or vector per token
-                x, y = x[real], y[real]
-            assert (x - y).abs().max() <= 1e-5 * max(1.0, y.abs().max()), name
-
-
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("name", ["Bert", "Roberta"])
 def test_both_directions(name: str, head: str, tmp_path: Path) -> None:
     for seed, sizes in enumerate(SIZES):
         theirs = peer(name, head, seed, **sizes)
-        theirs.save_pretrained(tmp_path / "theirs")
-        model, report = getattr(ours, name + head).from_pretrained(
-            tmp_path / "theirs", output_loading_info=True
-        )
-        assert not report.missing and not report.unexpected
-        inputs = batch(head, model.config.pad_token_id, model.config.type_vocab_size)
-        with torch.no_grad():
-            expected = theirs(**inputs)
-            got = model(**inputs)
-        assert_close(got, expected, inputs["attention_mask"])
-
-        model.save_pretrained(tmp_path / "ours")
-        back, info = getattr(hf, name + head).from_pretrained(
-            tmp_path / "ours", output_loading_info=True
-        )
-        assert not any(info.values()), info
-        for key, weight in theirs.state_dict().items():
-            assert torch.equal(back.state_dict()[key], weight), key
+        assert_both_ways(theirs, LENGTHS, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["Bert", "Roberta"])
@@ -105,9 +55,7 @@ def test_hidden_states_attentions_and_embeds(name: str, tmp_path: Path) -> None:
     theirs.set_attn_implementation("eager")
     theirs.save_pretrained(tmp_path)
     model = ours.AutoModelForSequenceClassification.from_pretrained(tmp_path)
-    inputs = batch(
-        "ForSequenceClassification", model.config.pad_token_id, 2 if name == "Bert" else 1
-    )
+    inputs = batch("ForSequenceClassification", model.config, LENGTHS)
     asked = {"output_hidden_states": True, "output_attentions": True}
     with torch.no_grad():
         got, expected = model(**inputs, **asked), theirs(**inputs, **asked)
@@ -131,22 +79,12 @@ def test_losses_and_gradients(name: str, tmp_path: Path) -> None:
 
     (The span loss is compared on full rows: here padding takes no part in it.)
     """
-    cases = {
-        "ForSequenceClassification": {"labels": torch.tensor([2, 0, 1])},
-        "ForMultipleChoice": {"labels": torch.tensor([1, 0, 1])},
-        "ForMaskedLM": {
-            "labels": torch.randint(0, 61, (3, 17)).masked_fill(torch.rand(3, 17) < 0.7, -100)
-        },
-        "ForQuestionAnswering": {
-            "start_positions": torch.tensor([0, 5, 40]),  # the last lies outside and is ignored
-            "end_positions": torch.tensor([3, 16, 2]),
-        },
-    }
+    cases = labels_of_heads(LENGTHS[0])
     for head, labels in cases.items():
         theirs = peer(name, head, 1, **SIZES[0])
         theirs.save_pretrained(tmp_path)
         model = getattr(ours, name + head).from_pretrained(tmp_path)
-        inputs = batch(head, model.config.pad_token_id, 1)
+        inputs = batch(head, model.config, LENGTHS)
         if head == "ForQuestionAnswering":
             del inputs["attention_mask"]
         losses = [m(**inputs, **labels).loss for m in (model, theirs)]
@@ -174,7 +112,7 @@ def test_problem_types(num_labels: int, problem_type: str | None, labels: torch.
     theirs = hf.BertForSequenceClassification(hf.BertConfig(**options)).eval()
     model = ours.BertForSequenceClassification(ours.BertConfig(**options)).eval()
     model.load_state_dict(theirs.state_dict())
-    inputs = batch("ForSequenceClassification", 0, 2)
+    inputs = batch("ForSequenceClassification", model.config, LENGTHS)
     expected = theirs(**inputs, labels=labels).loss
     torch.testing.assert_close(model(**inputs, labels=labels).loss, expected, rtol=1e-5, atol=1e-6)
 
@@ -206,7 +144,7 @@ def test_real_weights(minilm_dir: Path) -> None:
     with torch.no_grad():
         got = model(**inputs, output_hidden_states=True)
         expected = theirs(**inputs, output_hidden_states=True)
-    assert_close(got, expected, inputs["attention_mask"])
+    assert_same(got, expected, inputs["attention_mask"])
     with pytest.warns(UserWarning, match="newly initialised.*classifier.weight, classifier.bias"):
         head = ours.BertForSequenceClassification.from_pretrained(minilm_dir)
     with torch.no_grad():

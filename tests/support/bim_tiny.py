@@ -52,6 +52,13 @@ def loss_of(model: nn.Module) -> Any:
     return lambda batch: model(**batch).loss
 
 
+def logits(model: nn.Module) -> Tensor:
+    """Of the first batch."""
+    [batch] = batches(1)
+    with torch.no_grad():
+        return model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+
+
 def trained(model: nn.Module) -> dict[str, Tensor]:
     """Copies of what training changes: trainable parameters and the temperatures."""
     names = {n for n, p in model.named_parameters() if p.requires_grad}

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peft_custom import LoraConfig, PeftModel, get_peft_model, iter_adapters
 
@@ -20,6 +20,7 @@ def bert(layers: int = 2, head: str = "SequenceClassification") -> nn.Module:
     return getattr(transformers, f"BertFor{head}")(config).eval()
 
 
+ROWS = 4  # of a batch
 IDS = torch.arange(28).view(4, 7) % 40
 QV = {"r": 4, "target_modules": ["query", "value"], "init_lora_weights": False}
 
@@ -42,3 +43,16 @@ def two_adapters() -> PeftModel:
             if "modules_to_save" in name:
                 p += torch.randn_like(p)
     return model.eval()
+
+
+def rows() -> list[dict[str, Tensor]]:
+    """24 examples of 8 tokens and three classes: six batches of ROWS."""
+    made = torch.Generator().manual_seed(3)
+    return [
+        {
+            "input_ids": torch.randint(0, 50, (8,), generator=made),
+            "attention_mask": torch.ones(8, dtype=torch.long),
+            "labels": torch.randint(0, 3, (), generator=made),
+        }
+        for _ in range(6 * ROWS)
+    ]

@@ -157,9 +157,11 @@ class PeftModel(nn.Module):
         """Turns recomputation on, in the variant that works when the embeddings are frozen."""
         model = self.get_base_model()
         options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-        enable = model.gradient_checkpointing_enable
-        if "gradient_checkpointing_kwargs" in inspect.signature(enable).parameters:
-            enable(gradient_checkpointing_kwargs=options)
+        # Transformers calls it activation checkpointing since 5.24, and warns of the older name
+        kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+        enable = getattr(model, f"{kind}_checkpointing_enable")
+        if f"{kind}_checkpointing_kwargs" in inspect.signature(enable).parameters:
+            enable(**{f"{kind}_checkpointing_kwargs": options})
             if options["use_reentrant"]:  # reentrant recomputation needs an input with a gradient
                 model.enable_input_require_grads()
         else:

@@ -203,6 +203,7 @@ def environment(seed: int, device: str) -> dict[str, Any]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = "not installed"
+    versions["torch"] = torch.__version__  # with its local part, which the metadata may lack
     return {
         "python": platform.python_version(),
         "versions": versions,

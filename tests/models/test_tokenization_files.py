@@ -137,6 +137,14 @@ def test_config_json_names_the_class(roberta: Path) -> None:
     assert isinstance(AutoTokenizer.from_pretrained(roberta), BertTokenizer)
 
 
+def test_architectures_name_the_class_where_model_type_is_missing(bert: Path) -> None:
+    (bert / "config.json").write_text('{"architectures": ["RobertaForMaskedLM"]}')
+    with pytest.raises(FileNotFoundError, match=r"vocab\.json and merges\.txt"):
+        AutoTokenizer.from_pretrained(bert)
+    (bert / "config.json").write_text('{"architectures": ["BertForMaskedLM"]}')
+    assert isinstance(AutoTokenizer.from_pretrained(bert), BertTokenizer)
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [

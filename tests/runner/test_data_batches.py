@@ -87,6 +87,18 @@ def test_an_epoch_over_all_processes(n: int, plan: dict, epoch: int) -> None:
     assert sorted(np.concatenate(seen)) == list(range(n))
 
 
+@pytest.mark.parametrize("order", ["bucket", "random"])
+@pytest.mark.parametrize("n", [3, 10, 405])  # 405: more than one chunk of buckets
+def test_the_short_global_batch_is_the_last(order: str, n: int) -> None:
+    for epoch in range(3):
+        batches = list(TrainingBatches(fake(n), 4, order=order).global_batches(epoch))
+        rows = [sum(len(b.rows) for b in batch.micro_batches) for batch in batches]
+        assert rows == [batch.rows for batch in batches] == [4] * (n // 4) + [n % 4]
+        assert [batch.index for batch in batches] == list(range(len(batches)))
+    middle = TrainingBatches(fake(n), 4, order=order).global_batches(0, len(batches) - 1)
+    assert [batch.rows for batch in middle] == [n % 4]
+
+
 @given(n=st.integers(1, 300), plan=plans, epoch=st.integers(0, 9), start=st.integers(0, 40))
 @QUICK
 def test_entering_in_the_middle(n: int, plan: dict, epoch: int, start: int) -> None:

@@ -26,7 +26,7 @@ MODELS: dict[str, tuple[type[PretrainedConfig], str, str]] = {
 
 
 def _entry(model_type: str | None, source: object) -> tuple[type[PretrainedConfig], str, str]:
-    if model_type not in MODELS:
+    if not isinstance(model_type, str) or model_type not in MODELS:
         said = (
             f"model_type is {model_type!r}"
             if model_type

@@ -443,6 +443,10 @@ def test_missing_and_broken_files(folder) -> None:
     config.write_text('{"model_type": "t5"}')
     with pytest.raises(CheckpointError, match="model_type is 't5'; there are models for bert, rob"):
         tp.AutoModel.from_pretrained(folder)
+    config.write_text('{"model_type": ["bert"]}')
+    with pytest.raises(CheckpointError, match=r"model_type is \['bert'\]; there are models"):
+        tp.AutoModel.from_pretrained(folder)
+    config.write_text('{"model_type": "t5"}')
     with pytest.raises(tp.ConfigError, match="model_type 't5', which is no BertConfig"):
         tp.BertModel.from_pretrained(folder)
     config.unlink()

@@ -140,7 +140,7 @@ def _likely_text(table: Table, names: Sequence[str], label: str) -> list[str]:
 def _may_be_text(name: str, values: Sequence[Any]) -> bool:
     """Whether a column has a name, not one of an index, a date or a label, and has letters."""
     words = {word.casefold() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)}
-    if re.fullmatch(r"\s*(Unnamed: \d+)?", name) or words & (OTHER_WORDS | LABEL_WORDS):
+    if re.fullmatch(r"\s*(Unnamed: [\d.]+)?", name) or words & (OTHER_WORDS | LABEL_WORDS):
         return False
     return any(isinstance(value, str) and any(map(str.isalpha, value)) for value in values)
 
@@ -203,9 +203,12 @@ def _classes(table: Table, label: str) -> tuple[str, ...]:
 def _number(value: Any) -> bool:
     """Whether a value is a finite number, or a string that spells one (1_000 is a name)."""
     if isinstance(value, str):
-        spelled = re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", value.strip())
-        return spelled is not None and (_whole(value) or math.isfinite(float(value)))
-    return type(value) is int or (type(value) is float and math.isfinite(value))
+        plain = re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", value.strip())
+        return plain is not None and math.isfinite(float(value))
+    try:
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:  # a whole number that no float holds
+        return False
 
 
 def _whole(value: Any) -> bool:

@@ -356,7 +356,7 @@ def test_custom_files(
 TEXTS = ["a fine film", "not good", "so so", "a fine cast"]
 BESIDE = {
     "": ["0", "1", "2", "3"],
-    "Unnamed: 0": ["0", "1", "2", "3"],
+    "Unnamed: 0.1": ["a b", "c d", "e f", "g h"],
     "date": ["2 May 2024", "3 May 2024", "4 May 2024", "5 May 2024"],
     "day": ["2024-05-02", "2024-05-03", "2024-05-04", "2024-05-05"],
     "user_id": ["ann b", "bob c", "cy d", "dee e"],
@@ -418,6 +418,7 @@ def test_custom_columns_that_could_all_be_the_text(tmp_path: Path, names: list[s
 @pytest.mark.parametrize(
     ("values", "classes", "numbers"),
     [
+        ([10**400, 5, 5, 5], ("5", str(10**400)), [1, 0, 0, 0]),
         (["1", "3", "2", "3"], ("1", "2", "3"), [0, 2, 1, 2]),
         (["1234567890", "123", "98765432109876543210", "123"], None, [1, 0, 2, 0]),
         (["1.0", "0.0", "1.0", "0.0"], ("0.0", "1.0"), [1, 0, 1, 0]),
@@ -438,6 +439,8 @@ def test_the_kind_of_custom_labels(
     tmp_path: Path, kind: str, values: list, classes: tuple[str, ...] | None, numbers: list
 ) -> None:
     path = tmp_path / f"x.{kind}"
+    if kind == "parquet" and 10**400 in values:
+        pytest.skip("parquet has no such numbers")
     if kind == "parquet" and any(isinstance(v, float) for v in values):
         values = [float(v) for v in values]  # a column has one type
     write_table(path, {"text": TEXTS, "label": values})
@@ -446,7 +449,7 @@ def test_the_kind_of_custom_labels(
         assert rows.task.labels == classes
     assert (rows.labels, rows.task.regression) == (numbers, classes == ())
     # Another file of the same data may write them otherwise.
-    other = [float(v) if isinstance(v, int) and type(v) is not bool else v for v in values]
+    other = [float(v) if type(v) is int and v < 2**53 else v for v in values]
     write_table(tmp_path / "v.jsonl", {"text": TEXTS, "label": other})
     assert read_file(rows.task, tmp_path / "v.jsonl", "validation").labels == numbers
 
@@ -461,9 +464,11 @@ def test_custom_rows_without_a_label(tmp_path: Path, gap: object) -> None:
 
 
 def test_scores_among_which_one_is_no_number(tmp_path: Path) -> None:
-    write_table(tmp_path / "x.csv", {"text": TEXTS, "label": ["1.5", "2", "n/a", "2.5"]})
-    with pytest.raises(DataError, match="line 4: 'label' is 'n/a', but other rows have numbers"):
-        read_file(CUSTOM, tmp_path / "x.csv")
+    for odd in ("n/a", 10**400):
+        path = tmp_path / "x.jsonl"
+        write_table(path, {"text": TEXTS, "label": [1.5, 2, odd, 2.5]})
+        with pytest.raises(DataError, match="line 3: 'label' is .*, but other rows have numbers"):
+            read_file(CUSTOM, path)
 
 
 def test_what_was_found_is_one_line(tmp_path: Path) -> None:

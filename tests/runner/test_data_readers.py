@@ -1,5 +1,6 @@
 """Readers: every layout read right, every broken file refused by file, line and reason."""
 
+import csv
 import json
 import math
 from collections import Counter
@@ -157,6 +158,9 @@ def test_qqp_drops_rows_broken_by_line_ends_and_says_so(tmp_path: Path) -> None:
     path = write(tmp_path / "x.tsv", head + "1\t2\t3\ta\tb\t1\n4\t5\t6\tcut\nhere\td\t0\n")
     with pytest.warns(UserWarning, match="2 rows broken .*lines 3, 4"):
         assert read_file(get_task("qqp"), path).labels == [1]
+    write(path, head + "1\t2\t3\ta\tb\t1\n4\t5\t6\ta\tstray tab\td\t0\n")
+    with pytest.raises(DataError, match="line 3: 7 columns where 6 are expected"):
+        read_file(get_task("qqp"), path)
 
 
 # -- folders --------------------------------------------------------------------------------------
@@ -581,8 +585,13 @@ def test_what_a_format_cannot_hold_is_not_written(tmp_path: Path, name: str, val
 
 
 def test_a_field_may_be_long(tmp_path: Path) -> None:
+    """Longer than the csv module's own limit, which is put back: it is the whole process's."""
+    limit = csv.field_size_limit()
     long = "word " * 50_000
     write_table(tmp_path / "x.csv", {"text": [long]})
     assert read_table(tmp_path / "x.csv").columns["text"] == [long]
+    with pytest.raises(DataError):
+        read_table(write(tmp_path / "y.csv", 'text\n"x'))
+    assert csv.field_size_limit() == limit
     write_table(tmp_path / "x.json", {"text": [long]})
     assert json.loads((tmp_path / "x.json").read_text())[0]["text"] == long

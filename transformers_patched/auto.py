@@ -26,10 +26,13 @@ MODELS: dict[str, tuple[type[PretrainedConfig], str, str]] = {
 
 
 def _entry(model_type: str | None, source: object) -> tuple[type[PretrainedConfig], str, str]:
-    if model_type not in MODELS:
-        raise CheckpointError(
-            f"{source}: model_type is {model_type!r}; there are models for {', '.join(MODELS)}"
+    if not isinstance(model_type, str) or model_type not in MODELS:
+        said = (
+            f"model_type is {model_type!r}"
+            if model_type
+            else "neither model_type nor architectures says what it is"
         )
+        raise CheckpointError(f"{source}: {said}; there are models for {', '.join(MODELS)}")
     return MODELS[model_type]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -195,7 +196,10 @@ class PretrainedConfig:
 def read_config(
     name_or_path: str | Path, *, revision: str | None = None, local_files_only: bool = False
 ) -> tuple[dict[str, Any], Path]:
-    """Returns the keys of the `config.json` of a folder or hub id, and the file they are from."""
+    """Returns the keys of the `config.json` of a folder or hub id, and the file they are from.
+
+    `model_type` is there where the file says it in any way, see `model_type`.
+    """
     path = find_file(
         name_or_path, CONFIG_NAME, revision=revision, local_files_only=local_files_only
     )
@@ -210,7 +214,24 @@ def read_config(
         raise CheckpointError(f"{path} is not JSON ({error}); restore it from its source") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} must hold one JSON object, not a {type(values).__name__}")
+    if kind := model_type(values):
+        values["model_type"] = kind
     return values, path
+
+
+def model_type(values: Mapping[str, Any]) -> str | None:
+    """The `model_type` of a `config.json`, where it has none that of its `architectures`.
+
+    `DebertaV2ForMaskedLM` is one of `deberta-v2`.
+    """
+    if values.get("model_type"):
+        return values["model_type"]
+    classes = values.get("architectures")
+    for name in classes if isinstance(classes, list) else ():
+        found = re.fullmatch(r"([A-Z]\w*?)(Model|LMHeadModel|For[A-Z]\w*)", str(name))
+        if found:
+            return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", found[1]).lower()
+    return None
 
 
 @dataclass(kw_only=True)

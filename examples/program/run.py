@@ -354,6 +354,8 @@ def train_and_evaluate(
         write_predictions: (folder, test split, its rows, prediction) -> the file it has written.
         loss: see `Run.build`.
     """
+    if data.found:
+        run.print_once(data.found)
     model: ModelOptions = run.options[ModelOptions]
     tokenizer = as_user_error(
         AutoTokenizer.from_pretrained,

@@ -18,6 +18,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
+from ..configuration import model_type
 from . import files
 from .base import PreTrainedTokenizer
 from .encoding import BatchEncoding
@@ -178,7 +179,7 @@ def _class_for(folder: Path, config: dict[str, Any]) -> type[PreTrainedTokenizer
             f"one only {known} are supported"
         )
     if (folder / "config.json").exists():
-        kind = CLASSES.get(str(files.read_json(folder / "config.json").get("model_type")))
+        kind = CLASSES.get(str(model_type(files.read_json(folder / "config.json"))))
         if kind is not None:
             return kind
     if own.exists():

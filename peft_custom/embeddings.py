@@ -49,8 +49,8 @@ def to_save(model: nn.Module, config: PeftConfig, choice: bool | str = "auto") -
     Args:
         model: the injected model.
         config: the adapter's.
-        choice: True for all, False for none; "auto" for what is being trained, and with a warning for
-            all where the vocabulary is not the base model's any more, else for an adapted table
+        choice: True for all, False for none; "auto" for what is being trained, and with a warning
+            for all where the vocabulary is not the base model's any more, else for an adapted table
             that is called `embed_tokens` or `lm_head`.
     """
     found = tables(model) if choice else {}
@@ -95,8 +95,8 @@ def base_vocabulary(model: nn.Module, config: PeftConfig) -> int | None:
     values = _read_config(str(source), config.revision)
     if values is None:
         warnings.warn(
-            f"{source}: no {CONFIG} to be read there, so the vocabulary is taken to be the base model's; give "
-            "save_embedding_layers=True where it was resized",
+            f"{source}: no {CONFIG} to be read there, so the vocabulary is taken to be the base "
+            "model's; give save_embedding_layers=True where it was resized",
             stacklevel=6,
         )
         return None

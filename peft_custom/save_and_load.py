@@ -164,6 +164,10 @@ def set_peft_model_state_dict(
         problems += [("missing", missing), ("unknown", unknown)]
     _raise_for(source, problems)
     _copy(given, expected)
+    layers = [layer for _, layer in iter_adapters(tuner.model) if layer.merged]
+    if any(tables or adapter_name in layer.merged_adapters for layer in layers):
+        warnings.warn("what was loaded was merged; everything is unmerged", stacklevel=2)
+        tuner.unmerge_adapter()  # a merged weight would hold the former values
     return LoadReport(missing, unknown)
 
 

@@ -510,10 +510,7 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
         tied = self._tied_layers(layers, untie)
         if not keep:  # there is no way back: look at every weight before the first is written
             for _, layer in layers:
-                fresh = [
-                    n for n in wanted if n in layer.adapters and n not in layer.merged_adapters
-                ]
-                layer.finite_merged_weight([*layer.merged_adapters, *fresh])
+                layer.finite_merged_weight(layer.merged_with(wanted))
         for layer in tied:  # merging writes into the weight in place
             layer.base_layer.weight = nn.Parameter(
                 layer.base_layer.weight.detach().clone(), requires_grad=False

@@ -241,8 +241,8 @@ def _warn_of_idle(names: list[str], chosen: list[str], config: TargetOptions) ->
     ]
     if outside:
         _warn(
-            f"target_modules: {_shown(outside)} adapts nothing, as no module of that name is in the "
-            f"layers {layers}; without layers_to_transform it would"
+            f"target_modules: {_shown(outside)} adapts nothing, as no module of that name is in "
+            f"the layers {layers}; without layers_to_transform it would"
         )
     excluded = getattr(config, "exclude_modules", None)
     each = [excluded] if isinstance(excluded, str) else [[e] for e in as_list(excluded)]

@@ -202,6 +202,11 @@ class BaseTunerLayer(nn.Module):
             total += self.get_delta_weight(name).to(total)
         return total
 
+    def merged_with(self, names: list[str]) -> list[str]:
+        """The adapters that the weight contains once `names` are merged as well."""
+        fresh = [n for n in names if n in self.adapters and n not in self.merged_adapters]
+        return [*self.merged_adapters, *fresh]
+
     @torch.no_grad()
     def finite_merged_weight(self, names: list[str]) -> Tensor:
         """As `merged_weight`; one that is not finite is an error."""
@@ -221,11 +226,9 @@ class BaseTunerLayer(nn.Module):
         Returns:
             The part of the increment lost to rounding, ‖round(W + Δ) − (W + Δ)‖ / ‖Δ‖.
         """
-        wanted = self.active_adapters if names is None else names
-        fresh = [n for n in wanted if n in self.adapters and n not in self.merged_adapters]
-        if not fresh:
+        everything = self.merged_with(self.active_adapters if names is None else names)
+        if everything == self.merged_adapters:
             return 0.0
-        everything = [*self.merged_adapters, *fresh]
         weight = self.base_layer.weight
         merged = self.finite_merged_weight(everything)
         before = weight.detach().to(merged.dtype)

@@ -237,14 +237,32 @@ class PeftModel(nn.Module):
         """
         del progressbar, safe_merge
         tuner = self.base_model
-        if verify is None:
-            tuner.merge_adapter(adapter_names, keep=False, untie=untie)
-            return tuner.unload()
-        if adapter_names is not None:
+        before = list(tuner.active_adapters), list(tuner.trained_adapters)
+        # the head that stays has to be one of theirs
+        theirs = adapter_names is None or set(before[0]) <= set(adapter_names)
+        if adapter_names is not None and (verify is not None or not theirs):
             tuner.set_adapter(adapter_names)
-        before = self._logits(verify)
-        tuner.merge_adapter(adapter_names, untie=untie)
-        difference = float((self._logits(verify) - before).abs().max())
+        try:
+            if verify is None:
+                tuner.merge_adapter(adapter_names, keep=False, untie=untie)
+            else:
+                self._merge_verified(adapter_names, verify, tolerance, untie)
+        except Exception:
+            if (tuner.active_adapters, tuner.trained_adapters) != before:
+                tuner.switch(*before)
+            raise
+        for _, layer in iter_adapters(self):
+            layer._kept = None  # frees the original weights; there is no way back from here
+        return tuner.unload()
+
+    def _merge_verified(
+        self, names: list[str] | None, batch: Batch, tolerance: float, untie: bool
+    ) -> None:
+        """Merges; unmerges again, with an error, where the logits change too much."""
+        tuner = self.base_model
+        before = self._logits(batch)
+        tuner.merge_adapter(names, untie=untie)
+        difference = float((self._logits(batch) - before).abs().max())
         allowed = tolerance * max(1.0, float(before.abs().max()))
         if not difference <= allowed:  # NaN fails as well
             tuner.unmerge_adapter()
@@ -254,9 +272,6 @@ class PeftModel(nn.Module):
                 "precision cannot hold the increment: load it in float32 and merge there"
             )
         print(f"merged; largest logit difference {difference:.3g} (allowed {allowed:.3g})")
-        for _, layer in iter_adapters(self):
-            layer._kept = None  # frees the original weights; there is no way back from here
-        return tuner.unload()
 
     @torch.no_grad()
     def _logits(self, batch: Batch) -> Tensor:
@@ -363,8 +378,16 @@ class PeftModel(nn.Module):
             config = PeftConfig.from_pretrained(model_id, subfolder, **hub)
         config = copy.deepcopy(config)
         config.inference_mode = not is_trainable
+        state = load_peft_weights(model_id, None, subfolder, **hub)
+        trained = [p for p in model.parameters() if p.requires_grad]
         peft_model = peft_model_class(config)(model, config, adapter_name)
-        peft_model._load_weights(model_id, adapter_name, subfolder, **hub)
+        try:
+            peft_model._take_weights(state, str(model_id), adapter_name, config)
+        except Exception:  # the base stays what it was
+            peft_model.delete_adapter(adapter_name)
+            for parameter in trained:
+                parameter.requires_grad_(True)
+            raise
         return peft_model.eval()
 
     def load_adapter(
@@ -380,23 +403,24 @@ class PeftModel(nn.Module):
         When there is an adapter of this name already, its tensors are replaced.
         """
         fresh = adapter_name not in self.peft_config
+        config = PeftConfig.from_pretrained(model_id, subfolder, **hub)
+        state = load_peft_weights(model_id, None, subfolder, **hub)
         if fresh:
-            config = PeftConfig.from_pretrained(model_id, subfolder, **hub)
             config.inference_mode = not is_trainable
             self.add_adapter(adapter_name, config)
         try:
-            self._load_weights(model_id, adapter_name, subfolder, **hub)
+            self._take_weights(state, str(model_id), adapter_name, config)
         except Exception:
             if fresh:
                 self.delete_adapter(adapter_name)
             raise
 
-    def _load_weights(
-        self, model_id: str | os.PathLike[str], adapter: str, subfolder: str | None, **hub: Any
+    def _take_weights(
+        self, state: Mapping[str, Tensor], source: str, adapter: str, config: PeftConfig
     ) -> None:
-        state = load_peft_weights(model_id, None, subfolder, **hub)
-        set_peft_model_state_dict(self, state, adapter, source=str(model_id))
-        set_finished(self.base_model, getattr(self.peft_config[adapter], "finished", True))
+        """Copies a file's tensors into the adapter; `config` is the file's."""
+        set_peft_model_state_dict(self, state, adapter, source=source)
+        set_finished(self.base_model, getattr(config, "finished", True), [adapter])
 
 
 def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:

@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ..config import PeftConfig
+
 
 class TrainingHooks:
     """What a tuner does around every applied optimiser step; the base class does nothing.
@@ -23,6 +25,7 @@ class TrainingHooks:
         total_steps: T, the length of the schedule in applied steps.
         schedule: lengths resolved by `steps`, by name; saved and restored.
         prepared: `prepare` has run; saved and restored.
+        adapters: the adapters whose training this is and their configurations; set by `attach`.
         seed: for draws from `peft_custom.rng` with t as the counter.
     """
 
@@ -35,6 +38,7 @@ class TrainingHooks:
         self.seed = seed
         self.schedule: dict[str, int] = {}
         self.prepared = False
+        self.adapters: dict[str, PeftConfig] = {}
 
     # --- what a method implements ---------------------------------------------------------------
     def prepare(self, dataloader: Iterable[Any], forward_loss: Callable[[Any], Tensor]) -> None:
@@ -90,12 +94,13 @@ class TrainingHooks:
         """t/T, at most 1."""
         return min(self.t / self.total_steps, 1.0)
 
-    def steps(self, name: str, length: int | float) -> int:
+    def steps(self, name: str, length: int | float, least: int = 0) -> int:
         """Resolves a length of the schedule once: a float is a fraction of T, an int counts steps.
 
         Args:
             name: the option's name, for errors and for `schedule[name]`.
             length: 0.1 for a tenth of training, 100 for a hundred steps.
+            least: what a small fraction makes; 1 for a period, or a number of batches.
         """
         if isinstance(length, bool) or not isinstance(length, (int, float)):
             raise TypeError(f"{name}={length!r}: give steps (100) or a fraction of training (0.1)")
@@ -105,10 +110,10 @@ class TrainingHooks:
                     f"{name}={length!r}: a fraction of training is from 0.0 to 1.0; a number of "
                     f"steps is a whole number, such as {name}=100"
                 )
-            length = math.floor(length * self.total_steps + 0.5)
-        elif not 0 <= length <= self.total_steps:
+            length = max(least, math.floor(length * self.total_steps + 0.5))
+        elif not least <= length <= self.total_steps:
             raise ValueError(
-                f"{name}={length!r}: must be from 0 to total_steps={self.total_steps}, or a "
+                f"{name}={length!r}: must be from {least} to total_steps={self.total_steps}, or a "
                 "fraction of training such as 0.1"
             )
         self.schedule[name] = length

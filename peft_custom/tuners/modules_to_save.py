@@ -44,16 +44,20 @@ class ModulesToSaveWrapper(nn.Module):
 
     def set_adapter(self, names: list[str], trainable: list[str] | None = None) -> None:
         """Activates the copy that one of `names` has here; `trainable` ones get gradients."""
+        self.active_adapter = self.copy_of(names)
+        for name, module in self.modules_to_save.items():
+            module.requires_grad_(name in (names if trainable is None else trainable))
+        self._bind()
+
+    def copy_of(self, names: list[str]) -> str | None:
+        """The one of `names` that has a copy here; several are an error."""
         present = [name for name in names if name in self.modules_to_save]
         if len(present) > 1:
             raise ValueError(
                 f"adapters {present} each bring their own copy of this module; only one of them "
                 "can be active"
             )
-        self.active_adapter = present[0] if present else None
-        for name, module in self.modules_to_save.items():
-            module.requires_grad_(name in (names if trainable is None else trainable))
-        self._bind()
+        return present[0] if present else None
 
     def enable_adapters(self, enabled: bool) -> None:
         """Chooses between the active copy and the original module."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -162,6 +163,13 @@ def layer_index(name: str, layers_pattern: list[str]) -> int | None:
     return None
 
 
+def in_layers(name: str, config: TargetOptions) -> bool:
+    """Whether `layers_to_transform` allows the module called `name`."""
+    layers = as_list(getattr(config, "layers_to_transform", None))
+    patterns = as_list(getattr(config, "layers_pattern", None))
+    return not layers or layer_index(name, patterns) in layers
+
+
 def as_list(value: Any) -> list[Any]:
     """None → [], a scalar → [scalar], any collection → a list."""
     if value is None:
@@ -177,6 +185,8 @@ def select_targets(candidates: list[tuple[str, nn.Module]], config: TargetOption
     `target_modules` as a string is a regular expression for the whole name; as a list, exact names
     or dotted ends. `layers_to_transform` then keeps the given layer numbers, `exclude_modules`
     takes names away, and nothing inside `modules_to_save` is adapted (it is trained in full).
+    Layer numbers, targets and exclusions without any effect are named in a warning, as PEFT's files
+    may hold them.
 
     Raises:
         ValueError: an entry, or the whole selection, matches no module.
@@ -201,21 +211,51 @@ def select_targets(candidates: list[tuple[str, nn.Module]], config: TargetOption
     # not every method has PEFT's options for LoRA: those absent restrict nothing
     saved = as_list(config.modules_to_save)
     excluded = getattr(config, "exclude_modules", None)
-    layers = set(as_list(getattr(config, "layers_to_transform", None)))
-    patterns = as_list(getattr(config, "layers_pattern", None))
     kept = [
         name
         for name in chosen
-        if not under(name, saved)
-        and not _excluded(name, excluded)
-        and (not layers or layer_index(name, patterns) in layers)
+        if not under(name, saved) and not _excluded(name, excluded) and in_layers(name, config)
     ]
     if not kept:
         raise ValueError(
             f"target_modules={targets!r} matched {len(chosen)} modules, but layers_to_transform, "
             "exclude_modules and modules_to_save leave none of them"
         )
+    _warn_of_idle(names, chosen, config)
     return kept
+
+
+def _warn_of_idle(names: list[str], chosen: list[str], config: TargetOptions) -> None:
+    """Names the entries of the options that restrict `chosen` which have no effect."""
+    patterns = as_list(getattr(config, "layers_pattern", None))
+    numbers = {layer_index(name, patterns) for name in chosen}
+    layers = as_list(getattr(config, "layers_to_transform", None))
+    if absent := [layer for layer in layers if layer not in numbers]:
+        there = ", ".join(str(n) for n in sorted(n for n in numbers if n is not None))
+        _warn(f"layers_to_transform: no target is in layer {_shown(absent)}; there are {there}")
+    entries = [] if isinstance(config.target_modules, str) else as_list(config.target_modules)
+    outside = [
+        entry
+        for entry in entries
+        if not any(in_layers(name, config) for name in chosen if name_matches(name, entry))
+    ]
+    if outside:
+        _warn(
+            f"target_modules: {_shown(outside)} adapts nothing, as no module of that name is in "
+            f"the layers {layers}; without layers_to_transform it would"
+        )
+    excluded = getattr(config, "exclude_modules", None)
+    each = [excluded] if isinstance(excluded, str) else [[e] for e in as_list(excluded)]
+    if idle := [e for e in each if not any(_excluded(name, e) for name in names)]:
+        _warn(f"exclude_modules: {_shown(idle)} names no module, so it excludes nothing")
+
+
+def _shown(entries: Iterable[Any]) -> str:
+    return ", ".join(repr(e[0] if isinstance(e, list) else e) for e in entries)
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=8)
 
 
 def _excluded(name: str, excluded: str | Iterable[str] | None) -> bool:

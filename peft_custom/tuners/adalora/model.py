@@ -53,7 +53,7 @@ class AdaLoraModel(BaseTuner[AdaLoraConfig]):
 
     def __init__(self, model: nn.Module, config: AdaLoraConfig, adapter_name: str = "default"):
         super().__init__(model, config, adapter_name)
-        self._manual: AdaLoraHooks | None = None  # what update_and_allocate drives
+        self._manual: dict[str, AdaLoraHooks] = {}  # what update_and_allocate drives, by adapter
         self._optimizer: AnyOptimizer | None = None
         self._penalised = False  # whether the loop adds the regulariser, or was told to
 
@@ -132,6 +132,12 @@ class AdaLoraModel(BaseTuner[AdaLoraConfig]):
             )
         return trained[0] if trained else None
 
+    def delete_adapter(self, name: str) -> None:
+        """Removes an adapter, and what drove it."""
+        super().delete_adapter(name)
+        self._manual.pop(name, None)
+        _drivers.get(self, {}).pop(name, None)
+
     def _hooks(
         self, optimizer: AnyOptimizer | None, total_steps: int | None, seed: int = 0
     ) -> AdaLoraHooks | None:
@@ -155,7 +161,7 @@ class AdaLoraModel(BaseTuner[AdaLoraConfig]):
         seed: int = 0,
     ) -> AdaLoraHooks | None:
         """The hooks of the one trainable adapter."""
-        self._manual = None
+        self._manual.clear()
         return self._hooks(optimizer, total_steps, seed)
 
     def set_optimizer(self, optimizer: AnyOptimizer) -> None:
@@ -173,11 +179,11 @@ class AdaLoraModel(BaseTuner[AdaLoraConfig]):
             ValueError: `total_step` is not set.
         """
         refuse_if_attached(self)
-        if self._manual is None:
-            self._manual = self._hooks(self._optimizer, None)
-            if self._manual is None:
-                raise RuntimeError("update_and_allocate: no adapter is trainable")
-        hooks = self._manual
+        adapter = self.trained_adapter()
+        if adapter is None:
+            raise RuntimeError("update_and_allocate: no adapter is trainable")
+        hooks = self._manual.get(adapter) or self._hooks(self._optimizer, None)
+        self._manual[adapter] = hooks
         if hooks.weight > 0 and not self._penalised:
             self._penalised = True
             warnings.warn(
@@ -196,7 +202,7 @@ class AdaLoraModel(BaseTuner[AdaLoraConfig]):
             for stack in hooks.triplets.stacks:
                 allocator.observe(stack, *allocator.read(stack))
         allocator.allocate(global_step)
-        set_finished(self, hooks.finished)
+        set_finished(self, hooks.finished, [adapter])
 
     def orthogonality_loss(self) -> Tensor:
         """γ times the regulariser, a scalar with a graph; only for loops without `attach`."""
@@ -239,7 +245,7 @@ class AdaLoraModel(BaseTuner[AdaLoraConfig]):
             raise ValueError(f"format={format!r}: use one of {', '.join(FORMATS)}")
         if rank is not None and format != "lora":
             raise ValueError("rank=… is for format='lora': elsewhere every module has its own")
-        layers, finished = self._having(adapter), schedule_finished(self)
+        layers, finished = self._having(adapter), schedule_finished(self, adapter)
         if format is not None and not finished and not force:
             raise ValueError(
                 f"adapter {adapter!r} has not its final ranks: train to the schedule's end, or "
@@ -268,13 +274,13 @@ class AdaLoraModel(BaseTuner[AdaLoraConfig]):
         refuse_if_attached(self, "compact")
         adapter = self.active_adapters[0] if adapter is None else adapter
         layers = self._having(adapter)
-        if not schedule_finished(self):
+        if not schedule_finished(self, adapter):
             raise ValueError(f"adapter {adapter!r} has not its final ranks: nothing to remove yet")
         if any(adapter in layer.merged_adapters for _, layer in layers):
             raise ValueError(f"adapter {adapter!r} is merged; unmerge it first")
         for _, layer in layers:
             layer.cut(adapter)
-        self._manual = None
+        self._manual.pop(adapter, None)
 
     def add_weighted_adapter(self, *args: object, **options: object) -> None:
         """Not for AdaLoRA: components of different adapters have no common singular vectors."""

@@ -77,6 +77,8 @@ class BimLoraHooks(TrainingHooks):
         uses_table = config.enable_masking and config.temperature_schedule == "table"
         self.table = masks.resolve_table(config, self) if uses_table else []
         self.requires_prepare = config.looks_at_data
+        if self.requires_prepare:
+            self.collection_steps()  # a fraction becomes a number once, and is saved
         self.features: Features | None = None
         self.mlp: ImplicitMLP | None = None
         self.scores: Tensor | None = None
@@ -111,7 +113,7 @@ class BimLoraHooks(TrainingHooks):
         if asked is None:
             return max(1, min(MOST_STEPS, math.ceil(SHARE * self.total_steps)))
         if isinstance(asked, float):
-            return max(1, self.steps("collection_steps", asked))
+            return self.steps("collection_steps", asked, least=1)
         return asked
 
     def _initialise(self, scores: Tensor, gradients: Mapping[str, float] | None) -> None:

@@ -78,9 +78,17 @@ class BimLoraModel(BaseTuner[BimLoraConfig]):
         total_steps: int | None,
         *,
         seed: int = 0,
-    ) -> BimLoraHooks:
-        """The hooks of the first active adapter."""
-        adapter = self.active_adapters[0]
+    ) -> BimLoraHooks | None:
+        """The hooks of the one trainable adapter."""
+        trained = list(self.trained_configs())
+        if len(trained) > 1:
+            raise ValueError(
+                f"adapters {trained} are all trainable: a mask's features are of one adapter; "
+                "freeze the others with inference_mode=True"
+            )
+        if not trained:
+            return None
+        [adapter] = trained
         layers = {name: layer for name, layer in self.bim_layers() if adapter in layer.bim}
         config = self.peft_config[adapter]
         return BimLoraHooks(self.model, layers, config, adapter, self.records, total_steps, seed)

@@ -145,7 +145,9 @@ class DyLoRALayer(NestedLayer, LoRALayer):
         return lora.truncate(self.lora_A, self.lora_B, self.nested.chosen.rank)
 
     def _evaluation_weight(self, x: Tensor) -> Tensor | None:
-        return super()._evaluation_weight(x) if self.nested.batched is None else None
+        if self.nested.batched is not None and not torch.is_grad_enabled():
+            return None
+        return super()._evaluation_weight(x)
 
     def extra_repr(self) -> str:
         rank = f", rank={self.nested.chosen.rank}" if self.adapted else ""

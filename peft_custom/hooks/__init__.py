@@ -29,7 +29,7 @@ Rules every loop can rely on:
 """
 
 from .attach import AttachedHooks, attach
-from .base import TrainingHooks
+from .base import MicroBatch, TrainingHooks
 from .finished import schedule_finished, set_finished, warn_if_unfinished
 from .owners import LayerOwner, attached_hooks, refuse_if_attached, register_layer_owner
 from .state import load_hooks_state, save_hooks_state, saved_token
@@ -38,6 +38,7 @@ from .step_driver import StepDriver, unwrap_optimizer
 __all__ = [
     "AttachedHooks",
     "LayerOwner",
+    "MicroBatch",
     "StepDriver",
     "TrainingHooks",
     "attach",

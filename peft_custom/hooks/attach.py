@@ -111,7 +111,8 @@ class AttachedHooks(TrainingHooks):
 
         Args:
             dataloader: batches, as the training loop sees them: something that can be gone through
-                several times, or a function that returns an iterator.
+                several times, or a function that returns an iterator. `MicroBatch`es where an
+                optimiser step has several.
             forward_loss: batch → scalar task loss: `lambda batch: model(**batch).loss`.
         """
         if not self.requires_prepare:

@@ -4,11 +4,27 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, ClassVar
 
 from torch import Tensor
+
+
+class MicroBatch(dict[str, Any]):
+    """A model's arguments for one of the batches that make an optimiser step's gradient together.
+
+    `prepare` takes any other batch for the whole of a step.
+
+    Attributes:
+        weight: its share of the step's loss, Σ weight = 1 over the step's batches of all processes;
+            0 for a batch that only keeps a process in step with the others.
+        last: the step ends with it.
+    """
+
+    def __init__(self, arguments: Mapping[str, Any], *, weight: float, last: bool) -> None:
+        super().__init__(arguments)
+        self.weight, self.last = weight, last
 
 
 class TrainingHooks:
@@ -41,7 +57,8 @@ class TrainingHooks:
         """Looks at data before the first step (with `requires_prepare = True`); not after a resume.
 
         Args:
-            dataloader: batches, this process's share of them; can be gone through again.
+            dataloader: batches, this process's share of them; can be gone through again. Where a
+                step has several, they are `MicroBatch`es.
             forward_loss: batch → scalar task loss, with a graph.
         """
 

@@ -50,6 +50,10 @@ class NestedRank:
         self.batched: BatchedRanks | None = None
         self.sampling_options: dict[str, int | str | bool] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What samples the ranks of a model does not drive its copies, nor does a context.
+        return {**self.__dict__, "sampled": None, "batched": None}
+
     def active_rank(self, rank: int, frozen: bool = False) -> ActiveRank:
         """Rank b with all its components trained, or `frozen` the last; an error outside 1 … R."""
         try:

@@ -4,7 +4,7 @@
     hooks.prepare(loader, lambda batch: model(**batch).loss)   # methods that look at data first
     for batch in loader:
         model(**batch).loss.backward()
-        optimizer.step()                                       # before_step, the update, after_step
+        optimizer.step()                          # enter_step, before_step, the update, after_step
         optimizer.zero_grad()
 
 One step walks down this ladder and up again; `before_step` is the same moment on every rung:

@@ -47,7 +47,7 @@ class AttachedHooks(TrainingHooks):
         if not parts:
             return
         self._driver = StepDriver(
-            optimizer, self.before_step, self.after_step, self._rewind, watched
+            optimizer, self.enter_step, self.before_step, self.after_step, self._rewind, watched
         )
         for owner, part in parts:
             note_attached(owner, self, part)
@@ -55,9 +55,15 @@ class AttachedHooks(TrainingHooks):
 
     # --- driven by the optimiser ----------------------------------------------------------------
     @torch.no_grad()
+    def enter_step(self) -> None:
+        """Every part's `enter_step`."""
+        self._refuse_unprepared()
+        for part in self.parts:
+            part.enter_step()
+
+    @torch.no_grad()
     def before_step(self) -> None:
         """Every part's `before_step`, in the order of the tuners in the model."""
-        self._refuse_unprepared()
         if self.parts and self.t == self.total_steps:
             warnings.warn(
                 f"training goes on past total_steps={self.total_steps}: the schedule has ended "

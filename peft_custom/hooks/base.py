@@ -31,8 +31,9 @@ class TrainingHooks:
     """What a tuner does around every applied optimiser step; the base class does nothing.
 
     A tuner overrides what it needs and returns an instance from `BaseTuner.training_hooks`. The
-    order in step t: `begin_step`, forward and backward passes, `before_step`, the optimiser's
-    update, `after_step`; then t grows by one. All three hooks run without gradient recording.
+    order in step t: `begin_step`, forward and backward passes, `enter_step`, `before_step`, the
+    optimiser's update, `after_step`; then t grows by one. All of them run without gradient
+    recording.
 
     Attributes:
         t: index of the current step, 0-based; in `after_step` still that of the step just applied.
@@ -67,6 +68,13 @@ class TrainingHooks:
 
         Called on attaching, after every applied step and after loading a state: a rank drawn from
         (seed, t), a temperature. Calling it twice must be the same as once.
+        """
+
+    def enter_step(self) -> None:
+        """The optimiser has moved nothing yet: the moment to copy what it must leave alone.
+
+        With a closure there may be no gradients yet, and `before_step` follows after every
+        evaluation, between which the optimiser moves parameters.
         """
 
     def before_step(self) -> None:

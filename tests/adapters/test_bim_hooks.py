@@ -321,3 +321,26 @@ def test_plain_linear_models_and_wrong_data_loaders() -> None:
     data = [torch.randn(4, 6) for _ in range(3)]
     hooks.prepare(data, lambda x: model(x).square().mean())
     assert hooks.finished
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_hugging_face_accumulation_makes_the_same_features(
+    tmp_path: Path, accumulation: int
+) -> None:
+    """A step of several small batches is the step of one large batch, the last short one too."""
+    from peft_custom.integrations import TunerCallback
+
+    rows = [{k: v[i] for k, v in b.items()} for b in batches(3, rows=6) for i in range(6)]
+    found = []
+    for pieces in (1, accumulation):
+        model = tiny(collection_steps=3)
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path / str(pieces)), max_steps=1, use_cpu=True, report_to=[],
+            per_device_train_batch_size=8 // pieces, gradient_accumulation_steps=pieces,
+            disable_tqdm=True, save_strategy="no", seed=7,
+        )  # fmt: skip
+        transformers.Trainer(
+            model=model, args=arguments, train_dataset=rows, callbacks=[TunerCallback()],
+        ).train()  # fmt: skip
+        found.append(model.base_model.features["default"].values)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-9)

@@ -344,3 +344,24 @@ def test_hugging_face_accumulation_makes_the_same_features(
         ).train()  # fmt: skip
         found.append(model.base_model.features["default"].values)
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-9)
+
+
+def test_first_masks_are_exactly_what_the_scores_stand_for() -> None:
+    """σ(Z/τ₀) = P at the table's first τ₀ = 1.4 and at one of one's own; not σ(Z) = P."""
+    from peft_custom.tuners.bim_lora import masks
+
+    for options in ({}, {"temperature_schedule": "constant", "mask_temperature": 0.3}):
+        model = tiny(mask_init="features", **options)
+        hooks = attach(model, adamw(model), total_steps=STEPS, seed=7)
+        hooks.prepare(batches(4), loss_of(model.train()))
+        part = hooks.parts[0]
+        importance = masks.relative_importance(
+            {p.name: float(part.features.values[p.rows, 0].mean()) for p in part.features.table}
+        )
+        for where in part.features.table:
+            scores = where.view(part.scores)
+            P = masks.initial_probabilities(where.name, scores, importance[where.name])
+            factors = part.factors[where.name]
+            torch.testing.assert_close(factors.mask(), P, rtol=1e-5, atol=1e-6)
+            tau = options.get("mask_temperature", 1.4)
+            assert float(factors.temperature) == pytest.approx(tau)

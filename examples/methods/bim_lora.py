@@ -43,7 +43,7 @@ class BimLoraOptions:
     initial_block_score: float = option(0.5, "mask_init constant: logit of the mask")
     train_mask: bool = option(True, "the mask trains")
     collection_steps: int | float = option(
-        0, "batches for the features: 300, or 0.05 of the run; 0: 0.05, at most 300", low=0
+        0, "optimiser steps for the features: 300, or 0.05 of the run; 0: 0.05, at most 300", low=0
     )
     features_path: str | None = option(
         None, "features are read from this file if it exists, and written to it if not"

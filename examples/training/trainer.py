@@ -37,7 +37,7 @@ from examples.training.compiling import compile_and_compare
 from examples.training.progress import ProgressBar
 from examples.training.run_folder import LOG, METRICS, RunFolder
 from examples.training.sampling import WeightSampler, over_samples
-from peft_custom.hooks import attach
+from peft_custom.hooks import MicroBatch, attach
 
 LOSS_CHECK_EVERY = 20  # steps: reading the losses of an accelerator waits for all its work
 SUMS = ("tokens", "loss_sum", "log_sum")  # every process has its own part of these
@@ -161,11 +161,14 @@ class Trainer:
         left = self.total_steps - self.progress.step
         self.bar.line(compile_and_compare(self.unwrapped, run_passes, left))
 
-    def _batches_of_epoch(self, epoch: int) -> Iterator[dict[str, Any]]:
+    def _batches_of_epoch(self, epoch: int) -> Iterator[MicroBatch]:
         """The model's arguments for every micro-batch, for methods that look at data first."""
         for batch in self.train_batches.global_batches(epoch):
+            last = batch.micro_batches[-1]
             for micro_batch in batch.micro_batches:
-                yield on_device(self.collate(micro_batch), self.device)
+                arguments = on_device(self.collate(micro_batch), self.device)
+                ends = micro_batch is last
+                yield MicroBatch(arguments, weight=micro_batch.weight, last=ends)
 
     def _forward_loss(self, arguments: dict[str, Any]) -> Tensor:
         return self.loss(self.model(**arguments), arguments)

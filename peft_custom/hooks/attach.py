@@ -50,7 +50,7 @@ class AttachedHooks(TrainingHooks):
         if not parts:
             return
         self._driver = StepDriver(
-            optimizer, self.before_step, self.after_step, self._rewind, watched
+            optimizer, self.enter_step, self.before_step, self.after_step, self._rewind, watched
         )
         for owner, part in parts:
             if isinstance(owner, BaseTuner):
@@ -61,10 +61,16 @@ class AttachedHooks(TrainingHooks):
 
     # --- driven by the optimiser ----------------------------------------------------------------
     @torch.no_grad()
-    def before_step(self) -> None:
-        """Every part's `before_step`, in the order of the tuners in the model."""
+    def enter_step(self) -> None:
+        """Every part's `enter_step`."""
         self._refuse_unprepared()
         self._refuse_switched()
+        for part in self.parts:
+            part.enter_step()
+
+    @torch.no_grad()
+    def before_step(self) -> None:
+        """Every part's `before_step`, in the order of the tuners in the model."""
         if self.parts and self.t == self.total_steps:
             warnings.warn(
                 f"training goes on past total_steps={self.total_steps}: the schedule has ended "
@@ -118,7 +124,8 @@ class AttachedHooks(TrainingHooks):
 
         Args:
             dataloader: batches, as the training loop sees them: something that can be gone through
-                several times, or a function that returns an iterator.
+                several times, or a function that returns an iterator. `MicroBatch`es where an
+                optimiser step has several.
             forward_loss: batch → scalar task loss: `lambda batch: model(**batch).loss`.
         """
         if not self.requires_prepare:

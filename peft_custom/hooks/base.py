@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, ClassVar
 
@@ -13,12 +13,29 @@ from torch import Tensor
 from ..config import PeftConfig
 
 
+class MicroBatch(dict[str, Any]):
+    """A model's arguments for one of the batches that make an optimiser step's gradient together.
+
+    `prepare` takes any other batch for the whole of a step.
+
+    Attributes:
+        weight: its share of the step's loss, Σ weight = 1 over the step's batches of all processes;
+            0 for a batch that only keeps a process in step with the others.
+        last: the step ends with it.
+    """
+
+    def __init__(self, arguments: Mapping[str, Any], *, weight: float, last: bool) -> None:
+        super().__init__(arguments)
+        self.weight, self.last = weight, last
+
+
 class TrainingHooks:
     """What a tuner does around every applied optimiser step; the base class does nothing.
 
     A tuner overrides what it needs and returns an instance from `BaseTuner.training_hooks`. The
-    order in step t: `begin_step`, forward and backward passes, `before_step`, the optimiser's
-    update, `after_step`; then t grows by one. All three hooks run without gradient recording.
+    order in step t: `begin_step`, forward and backward passes, `enter_step`, `before_step`, the
+    optimiser's update, `after_step`; then t grows by one. All of them run without gradient
+    recording.
 
     Attributes:
         t: index of the current step, 0-based; in `after_step` still that of the step just applied.
@@ -45,7 +62,8 @@ class TrainingHooks:
         """Looks at data before the first step (with `requires_prepare = True`); not after a resume.
 
         Args:
-            dataloader: batches, this process's share of them; can be gone through again.
+            dataloader: batches, this process's share of them; can be gone through again. Where a
+                step has several, they are `MicroBatch`es.
             forward_loss: batch → scalar task loss, with a graph.
         """
 
@@ -54,6 +72,13 @@ class TrainingHooks:
 
         Called on attaching, after every applied step and after loading a state: a rank drawn from
         (seed, t), a temperature. Calling it twice must be the same as once.
+        """
+
+    def enter_step(self) -> None:
+        """The optimiser has moved nothing yet: the moment to copy what it must leave alone.
+
+        With a closure there may be no gradients yet, and `before_step` follows after every
+        evaluation, between which the optimiser moves parameters.
         """
 
     def before_step(self) -> None:

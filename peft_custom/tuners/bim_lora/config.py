@@ -43,9 +43,10 @@ class BimLoraConfig(PeftConfig):
             (`initial_block_score` everywhere; needs no data).
         train_mask: False keeps Z as initialised.
         initial_block_score: Z/τ₀ for `"constant"`, and of every block before `prepare`.
-        collection_steps: batches from which the features come: a number, or a fraction of the
+        collection_steps: gradients from which the features come: a number, or a fraction of the
             run's steps; None is 5 % of them, at most 300.
-        collection_accumulation: batches that make one gradient; |∇W| and (∇W)² are taken of it.
+        collection_accumulation: optimiser steps that make one gradient; |∇W| and (∇W)² are taken
+            of it. A step is a batch, or all its `MicroBatch`es.
         collect_update: `"none"`, or `"adapter+head"`: A, B and the head are trained meanwhile, with
             AdamW at `collection_lr`. The base never moves.
         collection_lr: that rate.

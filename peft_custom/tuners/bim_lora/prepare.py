@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from ...distributed import reduce_mean, world_size
+from ...hooks import MicroBatch
 from ...rng import bits, generator
 from . import masks, reference
+from .collector import FeatureCollector
 from .config import BimLoraConfig
-from .features import FeatureCollector, Features, block_table, normalised
+from .features import Features, block_table, normalised
 from .importance import ImplicitMLP, network_inputs, soft_labels, train_mlp
 from .layer import BIMLoRALinear, BlockFactors
 
@@ -142,42 +144,66 @@ class Preparation:
         bypass: bool = False,
         update: Callable[[], None] | None = None,
     ) -> None:
-        """Backward passes over `steps` × accumulation batches, going round the data if need be.
+        """The gradients of `steps` optimiser steps, going round the data if need be.
 
         The random numbers drawn in pass `number` are a function of the seed, step and process.
         """
         model, skipped = self.model, 0
-        rank = dist.get_rank() if world_size() > 1 else 0
         devices = list({p.device for p in model.parameters() if p.device.type == "cuda"})
         model.train()
-        collector.pending = self.config.collection_accumulation
         collector.register_hooks(bypass)
-        batches = _endless(dataloader)
+        gradients = _gradients(dataloader, self.config.collection_accumulation)
         try:
             with torch.enable_grad(), torch.random.fork_rng(devices):
                 while collector.steps < steps:
-                    count = (collector.steps, collector.passes, skipped)
-                    torch.manual_seed(bits(self.seed, 0xB1, number, *count, rank) % 2**63)
-                    loss = forward_loss(next(batches))
-                    # All processes skip a batch, or none: their gradients are reduced together.
-                    [agreed] = reduce_mean([loss.detach().float().reshape(1)])
-                    if not math.isfinite(float(agreed)):
+                    counters = (number, collector.steps, skipped)
+                    if self._gradient(collector, next(gradients), forward_loss, counters):
+                        if update is not None:
+                            update()
+                    else:
                         skipped += 1
                         if skipped > MOST_SKIPPED:
                             raise ValueError(
                                 f"prepare: the loss of {skipped} batches is not finite before "
                                 "training; look at the data and the precision"
                             )
-                        continue
-                    loss.backward()
-                    collector.update()
-                    if collector.passes == 0:
-                        if update is not None:
-                            update()
-                        model.zero_grad(set_to_none=True)
+                    model.zero_grad(set_to_none=True)
         finally:
             collector.remove_hooks()
             model.zero_grad(set_to_none=True)
+
+    def _gradient(
+        self,
+        collector: FeatureCollector,
+        batches: list[tuple[BatchT, float]],
+        forward_loss: Callable[[BatchT], Tensor],
+        counters: tuple[int, int, int],
+    ) -> bool:
+        """One gradient, of batches and their weights; False, and no trace, if a loss is NaN or ∞.
+
+        Args:
+            collector: takes it.
+            batches: this process's; of all processes, the weights add up to 1.
+            forward_loss: batch → loss.
+            counters: pass over the data, step, steps skipped: what random numbers depend on.
+        """
+        world = world_size()
+        rank = dist.get_rank() if world > 1 else 0
+        number, step, skipped = counters
+        collector.begin(len(batches), weighted=True)
+        for i, (batch, weight) in enumerate(batches):
+            torch.manual_seed(bits(self.seed, 0xB1, number, step, i, skipped, rank) % 2**63)
+            collector.counts_inputs = weight > 0
+            loss = forward_loss(batch)
+            # All processes skip a step, or none: their gradients are reduced together.
+            [agreed] = reduce_mean([loss.detach().float().reshape(1)])
+            if not math.isfinite(float(agreed)):
+                collector.drop()
+                return False
+            # Gradients are averaged over processes, not summed.
+            (loss * (weight * world)).backward()
+            collector.update()
+        return True
 
     def _adam(self) -> Callable[[], None]:
         """Adam on A, B and the head at `collection_lr`, gradients clipped to norm 1.
@@ -276,6 +302,25 @@ def set_first_masks(
     if world_size() > 1:
         for Z in everything:
             dist.broadcast(Z, 0)
+
+
+def _gradients(
+    dataloader: Iterable[BatchT], accumulation: int
+) -> Iterator[list[tuple[BatchT, float]]]:
+    """The batches of one gradient after the other, with their weights; endless.
+
+    A gradient is that of `accumulation` optimiser steps: of so many plain batches, or of the
+    `MicroBatch`es of so many steps.
+    """
+    found, ends = [], 0
+    for batch in _endless(dataloader):
+        part = isinstance(batch, MicroBatch)
+        weight = batch.weight if part else 1.0 / world_size()
+        found.append((batch, weight / accumulation))
+        ends += not part or batch.last
+        if ends == accumulation:
+            yield found
+            found, ends = [], 0
 
 
 def _endless(dataloader: Iterable[BatchT]) -> Iterator[BatchT]:

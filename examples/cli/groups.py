@@ -108,7 +108,9 @@ class DataOptions:
 @dataclass(frozen=True)
 class TrainingOptions:
     output_dir: str = option(MISSING, "the run's folder")
-    overwrite_output_dir: bool = option(False, "remove what another run left in output_dir")
+    overwrite_output_dir: bool = option(
+        False, "replace the run in output_dir, which is kept until the new one has ended"
+    )
     resume_from_checkpoint: str | None = option(
         None, "auto: the newest checkpoint in output_dir, if any; or a checkpoint folder"
     )

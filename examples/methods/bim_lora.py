@@ -90,6 +90,7 @@ def build(source: ModelSource, options: BimLoraOptions) -> AdaptedModel:
     report = start_from(adapted.model, options, source.print_once, agree, optional=MASK)
     if report is not None and not report.missing_keys:  # with a mask: none is made from features
         adapted.model.base_model.initialised.add("default")
+    adapted.model.base_model.records.read.update(source.read)
     adapted.plot = lambda folder, title, rows: _plot(adapted.model, folder, title)
     return adapted
 

@@ -15,8 +15,9 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from torch.optim import Optimizer
 
 from examples.cli.groups import TrainingOptions
 from examples.data.batches import GlobalBatch, TrainingBatches, on_device
-from examples.errors import RunError
+from examples.errors import RunError, as_user_error
 from examples.evaluation import prediction as evaluation
 from examples.evaluation.prediction import Collate, EvaluationSet, PlainPredictor, Predictor
 from examples.training import checkpoints
@@ -64,6 +65,7 @@ class Trainer:
         predictor: how evaluation sets are predicted; default: one forward pass.
         sampler: the optimiser, where it samples the weights.
         posterior: the weights are a distribution's: the optimiser's state belongs to them.
+        read: what the run has read -> a key of its content; to resume, they must be the same.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Trainer:
         predictor: Predictor | None = None,
         sampler: WeightSampler | None = None,
         posterior: bool = False,
+        read: Mapping[str, str] | None = None,
     ) -> None:
         self.options, self.accelerator, self.folder = options, accelerator, folder
         self.train_batches, self.collate, self.schedule = train, collate, schedule
@@ -91,6 +94,7 @@ class Trainer:
         self.main_metric, self.loss = main_metric, loss
         self.predictor = predictor or PlainPredictor()
         self.sampler, self.posterior = sampler, posterior
+        self.read = dict(read or {})
         self.device = accelerator.device
         self.progress = Progress()
         self.best_state: dict[str, Any] | None = None  # where no checkpoints are saved
@@ -122,7 +126,9 @@ class Trainer:
     def train(self) -> None:
         """Takes all steps that are left, evaluating and saving on the way."""
         if self.progress.step == 0:  # what it found is in the hooks' state of a resumed run
-            self.hooks.prepare(lambda: self._batches_of_epoch(0), self._forward_loss)
+            as_user_error(
+                self.hooks.prepare, partial(self._batches_of_epoch, 0), self._forward_loss
+            )
         state = self.progress
         self.bar = ProgressBar(
             self.total_steps,
@@ -381,6 +387,7 @@ class Trainer:
                 "scaler": scaler.state_dict() if scaler is not None else None,
                 "processes": self.accelerator.num_processes,
                 "total_steps": self.total_steps,
+                "read": self.read,
                 "progress": state.to_dict() | sums,
             }
             figures = content["progress"] | {"epoch": self.epoch()}
@@ -399,6 +406,7 @@ class Trainer:
         ):
             if content[name] != now:
                 raise RunError(f"{checkpoint} has {name} {content[name]}, now {now}: keep it so")
+        checkpoints.refuse_other_inputs(checkpoint, content.get("read", {}), self.read)
         self._put(content["weights"], checkpoint)
         self.optimizer.load_state_dict(content["optimizer"])
         self.hooks.load_state_dict(content["hooks"])

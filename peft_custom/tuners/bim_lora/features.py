@@ -15,6 +15,7 @@ what it has. `collector` gathers them.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -113,11 +114,15 @@ def block_table(layers: Mapping[str, BIMLoRALinear], block: int) -> list[Block]:
 
 
 class Features(NamedTuple):
-    """Raw features F1 … F6 of all blocks, (n, 6) fp32, and which block is where."""
+    """Raw features F1 … F6 of all blocks, (n, 6) fp32, and which block is where.
+
+    `keys` says what they are of: what was collected from -> a key of its content.
+    """
 
     values: Tensor
     table: list[Block]
     block: int
+    keys: Mapping[str, str] = {}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes safetensors: the table of blocks is in the names, values are fp32."""
@@ -130,7 +135,8 @@ class Features(NamedTuple):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_aside(path) as aside:
-            save_file(tensors, aside, metadata={"block_size": str(self.block)})
+            about = {"block_size": str(self.block), "keys": json.dumps(dict(self.keys))}
+            save_file(tensors, aside, metadata=about)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Features:
@@ -139,16 +145,17 @@ class Features(NamedTuple):
 
         try:
             with safe_open(path, "pt") as file:
-                block = int((file.metadata() or {})["block_size"])
+                about = file.metadata() or {}
+                block, keys = int(about["block_size"]), dict(json.loads(about.get("keys", "{}")))
                 parts = {name: file.get_tensor(name) for name in sorted(file.keys())}  # noqa: SIM118
-        except (SafetensorError, KeyError, ValueError) as error:
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: no features of blocks ({error})") from error
         table, start = [], 0
         for name, part in parts.items():
             table.append(Block(name, start, part.shape[0], part.shape[1]))
             start += part.shape[0] * part.shape[1]
         values = torch.cat([part.reshape(-1, len(NAMES)) for part in parts.values()])
-        return cls(values, table, block)
+        return cls(values, table, block, keys)
 
 
 # --- block arithmetic -----------------------------------------------------------------------------

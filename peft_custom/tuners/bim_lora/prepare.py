@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from ...digest import digest
 from ...distributed import reduce_mean, world_size
 from ...hooks import MicroBatch
 from ...rng import bits, generator
@@ -52,6 +53,7 @@ class Preparation:
         factors: the adapter in each of them.
         config: its options.
         seed: of all random numbers here.
+        read: what the caller has read -> a key of its content, for the file of features.
     """
 
     def __init__(
@@ -61,9 +63,10 @@ class Preparation:
         factors: Mapping[str, BlockFactors],
         config: BimLoraConfig,
         seed: int,
+        read: Mapping[str, str] | None = None,
     ) -> None:
         self.model, self.layers, self.factors = model, layers, factors
-        self.config, self.seed = config, seed
+        self.config, self.seed, self.read = config, seed, read or {}
 
     def run(
         self, dataloader: Iterable[BatchT], forward_loss: Callable[[BatchT], Tensor], steps: int
@@ -74,10 +77,10 @@ class Preparation:
         """
         gradients = None
         with _modes_kept(self.model):
-            features = self._read() or self._collect(dataloader, forward_loss, steps)
+            features = self._read(steps) or self._collect(dataloader, forward_loss, steps)
             if self.config.reference_compat:
                 gradients = self._analyse(dataloader, forward_loss)
-        self._write(features)
+        self._write(features, steps)
         values = features.values  # (n, 6)
         devices = [values.device] if values.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
@@ -87,7 +90,21 @@ class Preparation:
         return Scores(features, scores, mlp, gradients)
 
     # --- features -------------------------------------------------------------------------------
-    def _read(self) -> Features | None:
+    def _keys(self, steps: int) -> dict[str, str]:
+        """What features of this model, data and configuration are of."""
+        c = self.config
+        weights = {name: layer.weight for name, layer in self.layers.items()}
+        update = f"{c.collect_update} at {c.collection_lr}" if c.collect_update != "none" else ""
+        pads = "pads" if c.collect_pads else ""
+        compat = "reference_compat" if c.reference_compat else ""
+        how = (f"{steps} of {c.collection_accumulation} batches", update, pads, compat)
+        return {
+            **self.read,
+            "adapted weights": digest(weights),
+            "collection_steps": ", ".join(word for word in how if word),
+        }
+
+    def _read(self, steps: int) -> Features | None:
         path = self.config.features_file
         if path is None or not Path(path).is_file():
             return None
@@ -98,14 +115,24 @@ class Preparation:
                 f"features_file: {path} is of other matrices or another block size than this "
                 "model with this configuration; remove it, or name another"
             )
+        keys = self._keys(steps)  # what only one of them has counts for nothing
+        changed = [n for n in keys if found.keys.get(n, keys[n]) != keys[n]]
+        if changed:
+            shown = "; ".join(
+                f"{n}: {found.keys[n]:.16} there, {keys[n]:.16} here" for n in changed
+            )
+            raise ValueError(
+                f"features_file: {path} was collected from something else ({shown}); remove it, or "
+                "name another"
+            )
         device = next(iter(self.factors.values())).block_scores.device
         return found._replace(values=found.values.to(device))
 
-    def _write(self, features: Features) -> None:
+    def _write(self, features: Features, steps: int) -> None:
         path = self.config.features_file
         main = world_size() == 1 or dist.get_rank() == 0
         if path is not None and main and not Path(path).is_file():
-            features.save(path)
+            features._replace(keys=self._keys(steps)).save(path)
 
     def _collect(
         self, dataloader: Iterable[BatchT], forward_loss: Callable[[BatchT], Tensor], steps: int

@@ -226,6 +226,13 @@ def test_dtypes(folder) -> None:
         tp.BertForMaskedLM.from_pretrained(folder, dtype="float31")
 
 
+def test_saved_lora_factors_stay_in_the_dtype_of_what_is_trained(model, folder) -> None:
+    tp.BertForMaskedLM.from_pretrained(folder, apply_lora=True).save_pretrained(folder / "lora")
+    loaded = tp.BertForMaskedLM.from_pretrained(folder / "lora", base_dtype="bfloat16")
+    query = loaded.bert.encoder.layer[0].attention.self.query
+    assert (query.weight.dtype, query.lora_A.dtype) == (torch.bfloat16, torch.float32)
+
+
 # ---------------------------------------------------------------------- prefixes and model types
 
 

@@ -403,7 +403,12 @@ class PeftModel(nn.Module):
         When there is an adapter of this name already, its tensors are replaced.
         """
         fresh = adapter_name not in self.peft_config
-        config = PeftConfig.from_pretrained(model_id, subfolder, **hub)
+        try:
+            config = PeftConfig.from_pretrained(model_id, subfolder, **hub)
+        except FileNotFoundError:
+            if fresh:
+                raise
+            config = self.peft_config[adapter_name]  # tensors alone, for an adapter there is
         state = load_peft_weights(model_id, None, subfolder, **hub)
         if fresh:
             config.inference_mode = not is_trainable

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from loralib import LoRALayer
 from loralib.decay import decay_groups
 
 from ..config import CONFIG_CLASSES, PeftConfig
@@ -88,13 +89,18 @@ def _refuse_adapted(model: nn.Module) -> None:
         for name, module in model.named_modules()
         if isinstance(module, ModulesToSaveWrapper)
     ]
+    carried += [
+        (name, ["loralib's own"])
+        for name, module in model.named_modules()
+        if isinstance(module, LoRALayer) and module.adapted and not module.merged
+    ]
     if carried:
         adapters = dict.fromkeys(adapter for _, names in carried for adapter in names)
         raise ValueError(
             f"this {type(model).__name__} carries adapters already ({', '.join(adapters)}; in "
             f"{len(carried)} modules, the first {carried[0][0]!r}), so it is no fresh base: add to "
             "them with add_adapter or load_adapter of its PeftModel, or take them out first, with "
-            "unload() or merge_and_unload()"
+            "unload() or merge_and_unload(); merge loralib's layers, or build the model without"
         )
 
 
@@ -361,7 +367,7 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
             wrapper.copy_of(names)  # refuses before anything is touched
         if any(layer.merged for _, layer in iter_adapters(self.model)):
             # a merged weight holds the adapters active until now, not those to be activated
-            warnings.warn("adapters were merged; they are unmerged before switching", stacklevel=3)
+            warnings.warn("adapters were merged; they are unmerged before switching", stacklevel=4)
             self.unmerge_adapter()
         self.active_adapters, self.trained_adapters = names, trained
         for _, layer in iter_adapters(self.model):
@@ -508,7 +514,7 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
             if set(wanted) & set(layer.adapters)
         ]
         tied = self._tied_layers(layers, untie)
-        if not keep:  # there is no way back: look at every weight before the first is written
+        if tied or not keep:  # no way back: look at every weight before the first is written
             for _, layer in layers:
                 layer.finite_merged_weight(layer.merged_with(wanted))
         for layer in tied:  # merging writes into the weight in place

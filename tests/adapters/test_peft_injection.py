@@ -1,5 +1,6 @@
 """Which modules an adapter goes into, what it refuses, and what is trained."""
 
+import copy
 import warnings
 
 import pytest
@@ -57,6 +58,15 @@ def test_entries_with_an_effect_are_not_named() -> None:
         assert len(names(model)) == 6
         again = get_peft_model(bert(), model.peft_config["default"])  # as a file has it
         assert names(again) == names(model)
+
+
+def test_of_nested_lists_the_outer_number_counts() -> None:
+    experts = nn.ModuleList([nn.ModuleDict({"gate": nn.Linear(4, 4)}) for _ in range(2)])
+    block = nn.ModuleDict({"experts": experts})
+    net = nn.ModuleDict({"layers": nn.ModuleList([block, copy.deepcopy(block)])})
+    options = {"target_modules": ["gate"], "layers_to_transform": [1]}
+    model = get_peft_model(net, LoraConfig(**options))
+    assert names(model) == ["layers.1.experts.0.gate", "layers.1.experts.1.gate"]
 
 
 def test_regular_expression() -> None:

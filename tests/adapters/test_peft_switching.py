@@ -9,6 +9,7 @@ import torch
 from support.peft_tiny import IDS, QV, adapted, bert, two_adapters
 from torch import Tensor, nn
 
+import loralib
 from peft_custom import (
     AdaLoraConfig,
     BimLoraConfig,
@@ -146,6 +147,14 @@ def test_a_saved_head_alone_is_carried_as_well() -> None:
     model.get_base_model().bert = bert().bert
     with pytest.raises(ValueError, match="the first 'classifier'"):
         get_peft_model(model.get_base_model(), LoraConfig(**QV))
+
+
+def test_loralibs_own_adapters_are_carried_until_they_are_merged() -> None:
+    net = nn.ModuleDict({"own": loralib.Linear(4, 4, r=2), "plain": nn.Linear(4, 4)})
+    with pytest.raises(ValueError, match=r"\(loralib's own; in 1 modules, the first 'own'\)"):
+        get_peft_model(net, LoraConfig(target_modules=["plain"]))
+    net["own"].merge()
+    get_peft_model(net, LoraConfig(target_modules=["plain"]))
 
 
 def test_a_base_whose_adapters_were_deleted_is_fresh() -> None:

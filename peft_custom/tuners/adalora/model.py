@@ -53,7 +53,8 @@ class AdaLoraModel(BaseTuner[AdaLoraConfig]):
 
     def __init__(self, model: nn.Module, config: AdaLoraConfig, adapter_name: str = "default"):
         super().__init__(model, config, adapter_name)
-        self._manual: dict[str, AdaLoraHooks] = {}  # what update_and_allocate drives, by adapter
+        self._manual: AdaLoraHooks | None = None  # what update_and_allocate drives
+        self._by_hand: dict[str, AdaLoraHooks] = {}  # and has driven, by adapter
         self._optimizer: AnyOptimizer | None = None
         self._penalised = False  # whether the loop adds the regulariser, or was told to
 
@@ -135,7 +136,7 @@ class AdaLoraModel(BaseTuner[AdaLoraConfig]):
     def delete_adapter(self, name: str) -> None:
         """Removes an adapter, and what drove it."""
         super().delete_adapter(name)
-        self._manual.pop(name, None)
+        self._by_hand.pop(name, None)
         _drivers.get(self, {}).pop(name, None)
 
     def _hooks(
@@ -161,7 +162,7 @@ class AdaLoraModel(BaseTuner[AdaLoraConfig]):
         seed: int = 0,
     ) -> AdaLoraHooks | None:
         """The hooks of the one trainable adapter."""
-        self._manual.clear()
+        self._by_hand.clear()
         return self._hooks(optimizer, total_steps, seed)
 
     def set_optimizer(self, optimizer: AnyOptimizer) -> None:
@@ -182,8 +183,9 @@ class AdaLoraModel(BaseTuner[AdaLoraConfig]):
         adapter = self.trained_adapter()
         if adapter is None:
             raise RuntimeError("update_and_allocate: no adapter is trainable")
-        hooks = self._manual.get(adapter) or self._hooks(self._optimizer, None)
-        self._manual[adapter] = hooks
+        hooks = self._by_hand.get(adapter) or self._hooks(self._optimizer, None)
+        assert hooks is not None  # there is something to train
+        self._manual = self._by_hand[adapter] = hooks
         if hooks.weight > 0 and not self._penalised:
             self._penalised = True
             warnings.warn(
@@ -280,7 +282,7 @@ class AdaLoraModel(BaseTuner[AdaLoraConfig]):
             raise ValueError(f"adapter {adapter!r} is merged; unmerge it first")
         for _, layer in layers:
             layer.cut(adapter)
-        self._manual.pop(adapter, None)
+        self._by_hand.pop(adapter, None)
 
     def add_weighted_adapter(self, *args: object, **options: object) -> None:
         """Not for AdaLoRA: components of different adapters have no common singular vectors."""

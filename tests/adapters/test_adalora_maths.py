@@ -293,6 +293,25 @@ def test_moving_averages_of_the_worked_example() -> None:
         assert float(allocator.rescored()[0]) == pytest.approx(3 * score, rel=1e-7)
 
 
+def test_each_moving_average_has_its_own_beta() -> None:
+    """Ī ← β₁Ī + (1 − β₁)I, then Ū ← β₂Ū + (1 − β₂)|I − Ī|."""
+    _, triplets = adapter((3, 2), r=2)
+    config = AdaLoraConfig(beta1=0.9, beta2=0.6)
+    allocator = RankAllocator(triplets, config, Schedule(2, 1, 9, 0, 0, 1))
+    smoothed = variation = 0.0
+    for gradient in (0.2, -0.4, 0.1):
+        for p in triplets.parameters():
+            p.data.fill_(0.5)
+            p.grad = torch.full_like(p, gradient)
+        for stack in triplets.stacks:
+            allocator.observe(stack, *allocator.read(stack))
+        product = abs(0.5 * gradient)
+        smoothed = 0.9 * smoothed + 0.1 * product
+        variation = 0.6 * variation + 0.4 * abs(product - smoothed)
+        assert allocator.smoothed.tolist() == pytest.approx([smoothed] * triplets.numel)
+        assert allocator.variation.tolist() == pytest.approx([variation] * triplets.numel)
+
+
 RATIOS = {
     0.0: 1.3236080968, 0.5: 1.3381781232, 1.0: 1.4594609952, 2.0: 2.0895068605, 3.0: 3.0076694770,
     4.0: 4.0002429596, 5.0: 5.0000027800, 8.0: 8.0,

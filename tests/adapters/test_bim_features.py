@@ -547,6 +547,34 @@ def test_all_tokens_count_in_every_layer_and_nothing_else(kind: str) -> None:
         torch.testing.assert_close(padded_inputs.squares, other.squares, rtol=1e-5, atol=1e-9)
 
 
+class WithTable(nn.Module):
+    """Its layer also gets a table of as many rows as there are packed tokens."""
+
+    shared_row_layers = ("key",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.key = nn.Embedding(9, 4), nn.Linear(4, 4)
+
+    def forward(self, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+        table = torch.ones(len(input_ids), 4)
+        return (self.key(self.words(input_ids)) * self.key(table)).square().sum()
+
+
+def test_rows_of_the_model_do_not_count_though_their_shape_is_the_tokens() -> None:
+    model = WithTable()
+    inject_adapter_in_model(BimLoraConfig(r=1, block_size=2, target_modules=["key"]), model)
+    collector = FeatureCollector(model, BimLoraConfig(block_size=2))
+    collector.register_hooks()
+    ids = torch.tensor([1, 2, 3, 4, 5])
+    model(ids, cu_seqlens=torch.tensor([0, 3, 5])).backward()
+    collector.update()
+    [found] = collector.statistics.values()
+    wanted = model.words(ids).double().var(0, correction=0)
+    assert found.inputs.count == 5
+    torch.testing.assert_close(found.inputs.squares, 5 * wanted, rtol=1e-5, atol=1e-6)
+
+
 def test_a_pass_in_training_is_not_asked_for_all_tokens() -> None:
     """Only while features are collected: afterwards the last layer is short again."""
     model = our_model("Bert")

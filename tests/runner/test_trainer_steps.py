@@ -27,6 +27,7 @@ from examples.training import checkpoints
 from examples.training.checkpoints import Diverged
 from examples.training.progress import ProgressBar
 from examples.training.run_folder import RunFolder
+from examples.training.sampling import over_samples
 from examples.training.trainer import Trainer
 
 STEPS = 4  # of an epoch
@@ -156,6 +157,18 @@ def test_a_step_counts_its_tokens_and_the_mean_loss_of_its_rows(tmp_path: Path) 
     one_step(made)
     assert float(made.pending_losses[0]) == 0.25 * 1 + 0.75 * 3
     assert (made.progress.step, made.progress.tokens) == (1, 4)
+    one_step(made)
+    assert (made.progress.step, made.progress.tokens) == (2, 8)
+
+
+def test_dropout_is_drawn_anew_for_every_step_and_process() -> None:
+    def drawn(*where: int) -> float:
+        torch.rand(sum(where))  # the history of the generator does not matter
+        return float(over_samples(lambda: torch.rand(()), None, *where))
+
+    places = [(seed, step, process) for seed in (7, 8) for step in (0, 1) for process in (0, 1)]
+    first = [drawn(*where) for where in places]
+    assert len(set(first)) == len(places) and first == [drawn(*where) for where in places]
 
 
 @pytest.mark.parametrize("share", [0.1, 0.4, 1.0])
@@ -237,6 +250,11 @@ def test_when_a_run_is_saved(tmp_path: Path) -> None:
     assert saved(tmp_path / "d", save_steps=5, **best) == [3, 5, 6, 10, 12]
 
 
+def test_a_run_that_stops_early_is_saved_there(tmp_path: Path) -> None:
+    every = {"eval_strategy": "steps", "eval_steps": 1, "early_stopping_patience": 2}
+    assert saved(tmp_path, save_strategy="epoch", scores=[0.9, 0.1, 0.1], **every) == [1, 3]
+
+
 def test_patience_and_the_better_of_two(tmp_path: Path) -> None:
     every = {"eval_strategy": "steps", "eval_steps": 1, "early_stopping_patience": 2}
     for metric, scores, best, last in (
@@ -286,6 +304,21 @@ def test_checkpoints_have_the_buffers_that_a_state_dict_has(tmp_path: Path) -> N
     other.train()
     assert other.unwrapped.seen == made.unwrapped.seen == 24
     torch.testing.assert_close(list(other.unwrapped.parts), list(made.unwrapped.parts))
+
+
+def test_sums_of_all_processes_go_on_in_one(tmp_path: Path) -> None:
+    made = trainer(tmp_path, save_strategy="epoch", save_total_limit=0)
+    made.train()
+    sums = ("tokens", "loss_sum", "log_sum")
+    for main_process in (True, False):
+        other = trainer(tmp_path / "other")
+        other.accelerator = SimpleNamespace(
+            num_processes=1, is_main_process=main_process, scaler=None
+        )
+        other.resume(tmp_path / "checkpoint-8")
+        found = [getattr(other.progress, name) for name in sums]
+        assert all(found) if main_process else not any(found)
+        assert other.progress.step == other.progress.loss_steps == 8
 
 
 def content_of(content: dict[str, Any]) -> list[Tensor]:

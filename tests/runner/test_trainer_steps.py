@@ -403,3 +403,49 @@ def test_figures_of_a_run(tmp_path: Path) -> None:
     found = results(tmp_path / "r")
     assert (found["steps"], found["epochs"], found["best_step"]) == (8, 2.6667, 3)
     assert [row["step"] for row in lines(tmp_path / "r" / "metrics.jsonl")] == [3, 6, 8]
+
+
+def test_only_the_first_rows_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bert = tiny_bert(tmp_path / "bert")
+    pair_task(tmp_path / "mrpc", {"train": 24, "validation": 8, "test": 6})
+    words = f"--task_name mrpc --model_name_or_path {bert} --data_dir {tmp_path} --max_length 40 "
+    words += f"--base_dtype float32 --no_cache --output_dir {tmp_path / 'r'} --do_predict "
+    words += "--max_train_samples 17 --max_eval_samples 5 --max_predict_samples 3"
+    encoded = []
+    real = program.TaskData.encode
+
+    def encode(self: program.TaskData, rows: Any, tokenizer: Any) -> Any:
+        encoded.append((rows.split, len(rows)))
+        return real(self, rows, tokenizer)
+
+    monkeypatch.setattr(program.TaskData, "encode", encode)
+    assert program.run_main(main, words.split()) == 0
+    assert sorted(encoded) == [("test", 3), ("train", 17), ("validation", 5)]
+
+
+@pytest.mark.parametrize(("ratio", "warm"), [(0.0, 0), (0.25, 2), (0.26, 3)])
+def test_warm_up_of_a_run(tmp_path: Path, ratio: float, warm: int) -> None:
+    """The share of all steps is rounded up; 8 steps of rate 1."""
+    bert = tiny_bert(tmp_path / "bert")
+    pair_task(tmp_path / "mrpc", {"train": 16, "validation": 4})
+    words = f"--task_name mrpc --model_name_or_path {bert} --data_dir {tmp_path} --max_length 40 "
+    words += f"--base_dtype float32 --no_cache --output_dir {tmp_path / 'r'} --logging_steps 1 "
+    words += f"--learning_rate 1e-6 --max_train_steps 8 --warmup_ratio {ratio}"
+    assert program.run_main(main, words.split()) == 0
+    found = [row["learning_rate"] * 1e6 for row in lines(tmp_path / "r" / "log.jsonl")]
+    expected = [k / warm if k < warm else (8 - k) / (8 - warm) for k in range(8)]
+    assert found == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("limit", "total", "processes", "rows"),
+    [(8, 32, 1, 8), (8, 12, 1, 6), (5, 12, 2, 3), (64, 32, 1, 32), (4, 7, 1, 1)],
+)
+def test_rows_at_once_are_as_many_as_divide_the_global_batch(
+    limit: int, total: int, processes: int, rows: int
+) -> None:
+    options = TrainingOptions(
+        output_dir="x", per_device_train_batch_size=limit, global_batch_size=total
+    )
+    assert program.rows_at_once(options, processes) == rows
+    assert program.accumulation(options, processes) == total // (rows * processes)

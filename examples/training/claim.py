@@ -35,6 +35,11 @@ class Claim:
         self._file: int | None = None
         self._made: list[Path] = []  # folders, the innermost first
 
+    @property
+    def held(self) -> bool:
+        """Whether it has been taken."""
+        return self._file is not None
+
     def take(self) -> None:
         """Takes the claim.
 

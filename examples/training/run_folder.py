@@ -127,6 +127,8 @@ class RunFolder:
             self._refuse_other_run(folder.parent)
             if not (self.path.is_dir() and folder.parent.samefile(self.path)):
                 self._refuse_foreign()
+                if self._own():
+                    self._refuse_other_run(self.path)
             return folder
         checkpoints = list_checkpoints(self.path)
         if resume == "auto" and checkpoints:
@@ -185,7 +187,9 @@ class RunFolder:
     def _refuse_inputs(self, options: Mapping[str, Any]) -> None:
         """Nothing that the run reads may be where it writes or removes."""
         trains = self.config.get("do_train", True)
-        names = {*self._names(self.config), *self._own()} if trains else {SUBMISSION}
+        names = {SUBMISSION}
+        if trains:
+            names |= {*self._names(self.config), *self._own(), REPLACED}
         written = [self.path / name for name in names if (self.path / name).exists()]
         for option in READ:
             path = Path(options.get(option) or "").expanduser()
@@ -250,7 +254,7 @@ class RunFolder:
         Args:
             error: that ended the run.
         """
-        if not self.main:
+        if not self._claim.held:  # another process of the run has it, or it needs none
             return
         try:
             if self._settle(keep=not isinstance(error, Diverged)):

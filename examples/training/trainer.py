@@ -98,6 +98,7 @@ class Trainer:
         self.device = accelerator.device
         self.progress = Progress()
         self.best_state: dict[str, Any] | None = None  # where no checkpoints are saved
+        self.resumed_from = folder.path  # the folder with the checkpoints of before
         self.pending_losses: list[Tensor] = []  # on the device, not yet read
         if optimizer is None:
             self.unwrapped = self.model = model.to(self.device)
@@ -407,6 +408,7 @@ class Trainer:
             if content[name] != now:
                 raise RunError(f"{checkpoint} has {name} {content[name]}, now {now}: keep it so")
         checkpoints.refuse_other_inputs(checkpoint, content.get("read", {}), self.read)
+        self.resumed_from = checkpoint.parent
         self._put(content["weights"], checkpoint)
         self.optimizer.load_state_dict(content["optimizer"])
         self.hooks.load_state_dict(content["hooks"])
@@ -432,6 +434,8 @@ class Trainer:
         if step is None or not self.options.load_best_model_at_end:
             return
         folder, content = self.folder.path / f"checkpoint-{step}", self.best_state
+        if not folder.is_dir():
+            folder = self.resumed_from / folder.name
         if content is None and step != self.progress.step:
             content = checkpoints.read_state(folder / checkpoints.STATE)
         if content is not None:

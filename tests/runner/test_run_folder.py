@@ -151,6 +151,27 @@ def test_a_link_is_no_way_around(home: Path, finished: Path, tmp_path: Path, cap
     assert files(home / "bert") == before
 
 
+def test_what_waits_to_be_replaced_is_not_read(home: Path, finished: Path, capsys) -> None:
+    killed(home, finished, "checkpoints", "save", OVER, after=True)
+    model = str(finished / REPLACED / "model")
+    assert run(home, finished, OVER, "--model_name_or_path", model) == 2
+    assert "which the run would write over" in capsys.readouterr().err
+
+
+def test_a_checkpoint_from_elsewhere_goes_on_in_no_other_runs_folder(
+    home: Path, whole: Path, finished: Path, capsys
+) -> None:
+    full = ["--method", "full", "--base_dtype", "auto"]
+    more = [*full, "--resume_from_checkpoint", str(whole / "checkpoint-3")]
+    config = json.loads((finished / "config.json").read_text())
+    (finished / "config.json").write_text(json.dumps({**config, "seed": 5}))
+    before = files(finished)
+    assert run(home, finished, *more) == 2
+    assert "seed was 5, now 0" in capsys.readouterr().err
+    assert files(finished) == before
+    assert run(home, finished.parent / "new", *more) == 0  # the best weights may be of before
+
+
 def test_a_run_goes_on_with_its_own_configuration(home: Path, finished: Path) -> None:
     shutil.rmtree(finished / "checkpoint-6")
     more = ["--output_dir", str(finished), "--config", str(finished / "config.json")]
@@ -339,6 +360,14 @@ def test_the_second_run_is_refused_and_the_successor_of_a_killed_one_is_not(
     assert not (tmp_path / "run" / CLAIM).exists()
 
 
+def test_evaluating_beside_a_run_that_replaces_another(home: Path, finished: Path) -> None:
+    """It writes nothing, so it needs no claim, and leaves alone what the run has put aside."""
+    killed(home, finished, "checkpoints", "save", OVER)
+    before = files(finished)
+    assert run(home, finished, "--eval_only") == 0
+    assert files(finished) == before
+
+
 def test_a_claim_ends_with_its_run(tmp_path: Path) -> None:
     one, two = Claim(tmp_path / "a" / "b"), Claim(tmp_path / "a" / "b")
     one.take()
@@ -478,7 +507,7 @@ def test_what_has_changed_since_a_checkpoint_is_named(
         what = "tokenizer of the train split, tokenizer of the validation split"
     assert sorted(changed.split(", ")) == sorted(what.split(", "))
     assert files(out) == before
-    if "split" in what:
+    if len(where) == 2:
         assert run(home, out, *AUTO) == 0  # with the old files again, from wherever
 
 

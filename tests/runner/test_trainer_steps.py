@@ -27,6 +27,7 @@ from examples.training import checkpoints
 from examples.training.checkpoints import Diverged
 from examples.training.progress import ProgressBar
 from examples.training.run_folder import RunFolder
+from examples.training.sampling import over_samples
 from examples.training.trainer import Trainer
 
 STEPS = 4  # of an epoch
@@ -156,6 +157,18 @@ def test_a_step_counts_its_tokens_and_the_mean_loss_of_its_rows(tmp_path: Path) 
     one_step(made)
     assert float(made.pending_losses[0]) == 0.25 * 1 + 0.75 * 3
     assert (made.progress.step, made.progress.tokens) == (1, 4)
+    one_step(made)
+    assert (made.progress.step, made.progress.tokens) == (2, 8)
+
+
+def test_dropout_is_drawn_anew_for_every_step_and_process() -> None:
+    def drawn(*where: int) -> float:
+        torch.rand(sum(where))  # the history of the generator does not matter
+        return float(over_samples(lambda: torch.rand(()), None, *where))
+
+    places = [(seed, step, process) for seed in (7, 8) for step in (0, 1) for process in (0, 1)]
+    first = [drawn(*where) for where in places]
+    assert len(set(first)) == len(places) and first == [drawn(*where) for where in places]
 
 
 @pytest.mark.parametrize("share", [0.1, 0.4, 1.0])
@@ -237,6 +250,11 @@ def test_when_a_run_is_saved(tmp_path: Path) -> None:
     assert saved(tmp_path / "d", save_steps=5, **best) == [3, 5, 6, 10, 12]
 
 
+def test_a_run_that_stops_early_is_saved_there(tmp_path: Path) -> None:
+    every = {"eval_strategy": "steps", "eval_steps": 1, "early_stopping_patience": 2}
+    assert saved(tmp_path, save_strategy="epoch", scores=[0.9, 0.1, 0.1], **every) == [1, 3]
+
+
 def test_patience_and_the_better_of_two(tmp_path: Path) -> None:
     every = {"eval_strategy": "steps", "eval_steps": 1, "early_stopping_patience": 2}
     for metric, scores, best, last in (
@@ -286,6 +304,21 @@ def test_checkpoints_have_the_buffers_that_a_state_dict_has(tmp_path: Path) -> N
     other.train()
     assert other.unwrapped.seen == made.unwrapped.seen == 24
     torch.testing.assert_close(list(other.unwrapped.parts), list(made.unwrapped.parts))
+
+
+def test_sums_of_all_processes_go_on_in_one(tmp_path: Path) -> None:
+    made = trainer(tmp_path, save_strategy="epoch", save_total_limit=0)
+    made.train()
+    sums = ("tokens", "loss_sum", "log_sum")
+    for main_process in (True, False):
+        other = trainer(tmp_path / "other")
+        other.accelerator = SimpleNamespace(
+            num_processes=1, is_main_process=main_process, scaler=None
+        )
+        other.resume(tmp_path / "checkpoint-8")
+        found = [getattr(other.progress, name) for name in sums]
+        assert all(found) if main_process else not any(found)
+        assert other.progress.step == other.progress.loss_steps == 8
 
 
 def content_of(content: dict[str, Any]) -> list[Tensor]:
@@ -370,3 +403,49 @@ def test_figures_of_a_run(tmp_path: Path) -> None:
     found = results(tmp_path / "r")
     assert (found["steps"], found["epochs"], found["best_step"]) == (8, 2.6667, 3)
     assert [row["step"] for row in lines(tmp_path / "r" / "metrics.jsonl")] == [3, 6, 8]
+
+
+def test_only_the_first_rows_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bert = tiny_bert(tmp_path / "bert")
+    pair_task(tmp_path / "mrpc", {"train": 24, "validation": 8, "test": 6})
+    words = f"--task_name mrpc --model_name_or_path {bert} --data_dir {tmp_path} --max_length 40 "
+    words += f"--base_dtype float32 --no_cache --output_dir {tmp_path / 'r'} --do_predict "
+    words += "--max_train_samples 17 --max_eval_samples 5 --max_predict_samples 3"
+    encoded = []
+    real = program.TaskData.encode
+
+    def encode(self: program.TaskData, rows: Any, tokenizer: Any) -> Any:
+        encoded.append((rows.split, len(rows)))
+        return real(self, rows, tokenizer)
+
+    monkeypatch.setattr(program.TaskData, "encode", encode)
+    assert program.run_main(main, words.split()) == 0
+    assert sorted(encoded) == [("test", 3), ("train", 17), ("validation", 5)]
+
+
+@pytest.mark.parametrize(("ratio", "warm"), [(0.0, 0), (0.25, 2), (0.26, 3)])
+def test_warm_up_of_a_run(tmp_path: Path, ratio: float, warm: int) -> None:
+    """The share of all steps is rounded up; 8 steps of rate 1."""
+    bert = tiny_bert(tmp_path / "bert")
+    pair_task(tmp_path / "mrpc", {"train": 16, "validation": 4})
+    words = f"--task_name mrpc --model_name_or_path {bert} --data_dir {tmp_path} --max_length 40 "
+    words += f"--base_dtype float32 --no_cache --output_dir {tmp_path / 'r'} --logging_steps 1 "
+    words += f"--learning_rate 1e-6 --max_train_steps 8 --warmup_ratio {ratio}"
+    assert program.run_main(main, words.split()) == 0
+    found = [row["learning_rate"] * 1e6 for row in lines(tmp_path / "r" / "log.jsonl")]
+    expected = [k / warm if k < warm else (8 - k) / (8 - warm) for k in range(8)]
+    assert found == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("limit", "total", "processes", "rows"),
+    [(8, 32, 1, 8), (8, 12, 1, 6), (5, 12, 2, 3), (64, 32, 1, 32), (4, 7, 1, 1)],
+)
+def test_rows_at_once_are_as_many_as_divide_the_global_batch(
+    limit: int, total: int, processes: int, rows: int
+) -> None:
+    options = TrainingOptions(
+        output_dir="x", per_device_train_batch_size=limit, global_batch_size=total
+    )
+    assert program.rows_at_once(options, processes) == rows
+    assert program.accumulation(options, processes) == total // (rows * processes)

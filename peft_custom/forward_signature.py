@@ -53,9 +53,11 @@ def counts_items(model: nn.Module) -> bool:
     """Whether the model's loss is seen to be divided by `num_items_in_batch`.
 
     Its `forward` names that, or hands its `**kwargs` on to Transformers' `self.loss_function`. What
-    cannot be seen (no source, a forward that delegates) counts as no.
+    cannot be seen (no source, a forward that delegates, a class whose loss the Trainer does not
+    know and counts the wrong items for, such as `GPT2LMHeadModel`) counts as no.
     """
-    if getattr(model, "loss_type", None) in ROW_LOSSES:
+    kind = getattr(model, "loss_type", None)  # of a model of Transformers: which loss it has
+    if kind in ROW_LOSSES:
         return False
     forward = inspect.unwrap(type(model).forward)
     if ITEMS in inspect.signature(forward).parameters:
@@ -66,7 +68,7 @@ def counts_items(model: nn.Module) -> bool:
         return False
     return any(
         isinstance(node, ast.Constant) and node.value == ITEMS
-        or isinstance(node, ast.Call) and _hands_on(node)
+        or kind is not None and isinstance(node, ast.Call) and _hands_on(node)
         for node in ast.walk(tree)
     )  # fmt: skip
 

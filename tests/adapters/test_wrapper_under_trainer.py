@@ -38,7 +38,7 @@ def rows(head: str, n: int = 8) -> list[dict[str, Any]]:
         return [{"boxes": torch.randn(3), "labels": i % 2} for i in range(n)]
     if head == "QuestionAnswering":
         return [{"input_ids": r, "start_positions": 1, "end_positions": 2} for r in ids]
-    if head in ("causal", "MaskedLM", "TokenClassification"):
+    if head in ("llama", "gpt2", "MaskedLM", "TokenClassification"):
         # batches of different numbers of scored tokens
         scored = [torch.arange(7) < 2 + i % 5 for i in range(n)]
         labels = [r.remainder(3).where(s, -100) for r, s in zip(ids, scored, strict=True)]
@@ -46,7 +46,16 @@ def rows(head: str, n: int = 8) -> list[dict[str, Any]]:
     return [{"input_ids": r, "labels": i % 3} for i, r in enumerate(ids)]
 
 
-def causal() -> nn.Module:
+def llama() -> nn.Module:
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+            intermediate_size=16, max_position_embeddings=8,
+        )
+    )  # fmt: skip
+
+
+def gpt2() -> nn.Module:
     return transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
             vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=8,
@@ -57,8 +66,10 @@ def causal() -> nn.Module:
 
 def wrapped(head: str, task: str | None = None) -> PeftModel:
     torch.manual_seed(1)
-    base = {"boxes": Boxes, "causal": causal}.get(head, lambda: bert(head=head))()
-    targets = {"boxes": ["query"], "causal": ["c_attn"]}.get(head, QV["target_modules"])
+    base = {"boxes": Boxes, "llama": llama, "gpt2": gpt2}.get(head, lambda: bert(head=head))()
+    targets = {"boxes": ["query"], "llama": ["q_proj"], "gpt2": ["c_attn"]}.get(
+        head, QV["target_modules"]
+    )
     config = LoraConfig(task_type=task, r=2, target_modules=targets, init_lora_weights=False)
     return get_peft_model(base, config)
 
@@ -73,7 +84,8 @@ def trainer(model: nn.Module, data: list[dict[str, Any]], folder: Path, **option
 
 
 HEADS = [
-    "causal",
+    "llama",
+    "gpt2",
     "SequenceClassification",
     "QuestionAnswering",
     "MaskedLM",
@@ -97,17 +109,19 @@ def test_without_a_task_type_inputs_and_labels_arrive(head: str, tmp_path: Path)
 def test_accumulation_gives_the_gradient_of_a_plain_loop(
     head: str, task: str | None, tmp_path: Path
 ) -> None:
-    if head in ("boxes", "causal") and task:
+    if head in ("boxes", "llama", "gpt2") and task:
         pytest.skip("an encoder's task")
     data, model = rows(head, 6), wrapped(head, task)
     plain = copy.deepcopy(model)
     trained = [p for p in plain.parameters() if p.requires_grad]
-    chosen = trainer(model, data, tmp_path, gradient_accumulation_steps=3,
-                     per_device_train_batch_size=2, train_sampling_strategy="sequential")  # fmt: skip
+    chosen = trainer(
+        model, data, tmp_path, gradient_accumulation_steps=3, per_device_train_batch_size=2
+    )
+    chosen._get_train_sampler = lambda *unused: torch.utils.data.SequentialSampler(data)
     chosen.train()
     batches = [transformers.default_data_collator(data[i : i + 2]) for i in (0, 2, 4)]
-    # GPT-2's loss counts the scored tokens of the whole step; the others are means of batches
-    scored = [(b["labels"][:, 1:] != -100).sum() if head == "causal" else 1 for b in batches]
+    # Llama's loss counts the scored tokens of the whole step; the others are means of batches
+    scored = [(b["labels"][:, 1:] != -100).sum() if head == "llama" else 1 for b in batches]
     for batch, weight in zip(batches, scored, strict=True):
         (plain(**batch)["loss"] * weight / sum(scored)).backward()
     after = [p for p in model.parameters() if p.requires_grad]
@@ -122,7 +136,7 @@ def test_a_column_that_only_the_base_names_is_kept(tmp_path: Path) -> None:
 
 
 def test_only_a_loss_that_is_seen_to_count_is_believed() -> None:
-    assert wrapped("causal").accepts_loss_kwargs
+    assert wrapped("llama").accepts_loss_kwargs
     assert not wrapped("SequenceClassification").accepts_loss_kwargs
     assert not wrapped("boxes").accepts_loss_kwargs
 

@@ -9,7 +9,6 @@ adapter's tensors (`….lora_A.weight`), the modules saved in full (`….classif
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import warnings
@@ -26,12 +25,14 @@ from loralib import LoRALayer
 
 from . import embeddings
 from .config import BIN_NAME, SAFETENSORS_NAME, PeftConfig
-from .files import find_file, written_aside
+from .files import find_file, read_json, written_aside
 from .hooks import warn_if_unfinished
 from .tuners.base import BaseTuner, iter_adapters, iter_tuners
 from .tuners.modules_to_save import ModulesToSaveWrapper
 
 PREFIX = "base_model.model."
+# What the readers of tensors raise at a file that is cut short or something else.
+UNREADABLE = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError)
 # An adapter in loralib's layers: its tensors, under the model's own names, and r, lora_alpha, …
 LORALIB_WEIGHTS, LORALIB_CONFIG = "lora.safetensors", "lora.json"
 
@@ -211,7 +212,7 @@ def read_adapter(path: str | os.PathLike[str]) -> AdapterFile:
     if path.is_file():
         return AdapterFile(path, _read_tensors(path), {})
     if (path / LORALIB_WEIGHTS).is_file():
-        config = json.loads((path / LORALIB_CONFIG).read_text("utf-8"))
+        config = read_json(path / LORALIB_CONFIG)
         return AdapterFile(path, _read_tensors(path / LORALIB_WEIGHTS), config)
     for name in (SAFETENSORS_NAME, BIN_NAME):
         if (path / name).is_file():
@@ -229,7 +230,7 @@ def _read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path, device=device)
         state = torch.load(path, map_location=device, weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except UNREADABLE as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
             f"{path}: damaged, or no file of tensors alone ({reason}); copy it again, or save its "
@@ -371,11 +372,18 @@ def load_peft_weights(
     **hub: Any,
 ) -> dict[str, Tensor]:
     """Reads `adapter_model.safetensors`, or an old `adapter_model.bin` (tensors only)."""
-    device = "cpu" if device is None else str(device)
+    path = weights_file(folder_or_hub_id, subfolder, **hub)
+    return _read_tensors(path, "cpu" if device is None else str(device))
+
+
+def weights_file(
+    folder_or_hub_id: str | os.PathLike[str], subfolder: str | None = None, **hub: Any
+) -> Path:
+    """Path of an adapter's tensors, downloaded where needed."""
     for name in (SAFETENSORS_NAME, BIN_NAME):
         path = find_file(folder_or_hub_id, name, subfolder, **hub)
         if path is not None:
-            return _read_tensors(Path(path), device)
+            return Path(path)
     raise FileNotFoundError(
         f"{folder_or_hub_id}: neither {SAFETENSORS_NAME} nor {BIN_NAME} is there"
     )

@@ -51,7 +51,9 @@ class AutoConfig:
             name_or_path, revision=revision, local_files_only=local_files_only
         )
         config_class = _entry(values.get("model_type"), path)[0]
-        return config_class.from_dict(values, **{"name_or_path": str(name_or_path), **overrides})
+        return config_class.from_file(
+            path, values, **{"name_or_path": str(name_or_path), **overrides}
+        )
 
 
 class AutoModel:

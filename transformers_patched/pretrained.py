@@ -29,6 +29,8 @@ ModelT = TypeVar("ModelT", bound="PreTrainedModel")
 
 # Keys that older checkpoints carry and no model needs: position ids are worked out in the call.
 _STRAY_KEYS = re.compile(r"(^|\.)embeddings\.position_ids$")
+_LAYER = re.compile(r"(?:^|\.)layer\.(\d+)\.")
+MOST_LAYERS = 1000  # the deepest published encoders have some tens
 _LEGACY_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
@@ -123,12 +125,21 @@ class PreTrainedModel(nn.Module):
             config.update(overrides)
         config.name_or_path = str(name_or_path)
         tensors, files = read_weights(name_or_path, **where)
-
-        with torch.device("meta"), _NothingDrawn():  # shapes only: the checkpoint has the values
-            model = cls(config, **arguments)
+        _check_depth(config, tensors, files)
+        try:
+            with (
+                torch.device("meta"),
+                _NothingDrawn(),
+            ):  # shapes only: the checkpoint has the values
+                model = cls(config, **arguments)
+        except RuntimeError as error:  # torch cannot count so many bytes
+            raise CheckpointError(
+                f"{name_or_path}: no model has the sizes of its config.json ({error})"
+            ) from error
         found, report = _match(model, tensors, files)
         if report.mismatched and not ignore_mismatched_sizes:
             raise _other_shapes(report)
+        _check_size(model, report.missing, tensors, name_or_path)
         base = None if base_dtype is None else _dtype(base_dtype)
         _assign(model, found, report.missing, _dtype(dtype), base)
         if base_dtype is not None:
@@ -258,6 +269,36 @@ class _NothingDrawn(TorchFunctionMode):
         if drawing or func in (Tensor.normal_, Tensor.uniform_):
             return args[0] if args else kwargs["tensor"]
         return func(*args, **(kwargs or {}))
+
+
+def _check_depth(
+    config: PretrainedConfig, tensors: dict[str, Tensor], files: dict[str, Path]
+) -> None:
+    """Refuses a number of layers beyond all reason before so many modules are built."""
+    layers = getattr(config, "num_hidden_layers", 0)
+    if layers > MOST_LAYERS:
+        source = next(iter(files.values()), config.name_or_path)
+        found = [int(m[1]) + 1 for m in map(_LAYER.search, tensors) if m]
+        raise CheckpointError(
+            f"{source} has {max(found, default=0)} layers, but num_hidden_layers is {layers:,} in "
+            f"the {type(config).__name__} (at most {MOST_LAYERS:,}): correct its config.json"
+        )
+
+
+def _check_size(
+    model: PreTrainedModel, missing: list[str], tensors: dict[str, Tensor], name: str | Path
+) -> None:
+    """Refuses to draw far more new weights than the checkpoint has; sizes are then wrong."""
+    state = model.state_dict()
+    sizes = {key: state[key].numel() for key in missing}
+    given = sum(tensor.numel() for tensor in tensors.values())
+    if sum(sizes.values()) > 10 * given + 10_000_000:
+        largest = max(sizes, key=sizes.__getitem__)
+        raise CheckpointError(
+            f"{name}: the sizes of its config.json ask for {sum(sizes.values()):,} weights that "
+            f"the checkpoint, of {given:,} in all, has not; the largest is {largest}, "
+            f"{tuple(state[largest].shape)}"
+        )
 
 
 def _match(

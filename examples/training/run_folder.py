@@ -208,7 +208,9 @@ class RunFolder:
     def _refuse_other_run(self, folder: Path) -> None:
         try:
             saved = json.loads((folder / CONFIG).read_text("utf-8"))
-        except (OSError, ValueError) as error:
+            if not isinstance(saved, dict):
+                raise ValueError(f"a {type(saved).__name__}, not an object")
+        except (OSError, ValueError, RecursionError) as error:
             raise RunError(
                 f"{folder / CONFIG}: cannot be read, so whose checkpoints these are is unknown "
                 f"({error})"

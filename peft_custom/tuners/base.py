@@ -16,6 +16,7 @@ import contextlib
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -47,6 +48,11 @@ ConfigT = TypeVar("ConfigT", bound=PeftConfig)
 TunerT = TypeVar("TunerT", bound="type[BaseTuner]")
 
 TUNERS: dict[str, type[BaseTuner]] = {}
+
+SMALL = (
+    1_000_000  # numbers that are built whatever the file holds; the load then names what differs
+)
+SIZES = ("r", "init_r", "rank_pattern", "block_size")  # options that say how large an adapter is
 
 
 def register_tuner(peft_type: str, config_class: type[PeftConfig]) -> Callable[[TunerT], TunerT]:
@@ -114,7 +120,13 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
     config_class: ClassVar[type[PeftConfig]]
     target_types: ClassVar[str] = "Linear"  # named in the error for a layer that cannot be adapted
 
-    def __init__(self, model: nn.Module, config: ConfigT, adapter_name: str = "default") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: ConfigT,
+        adapter_name: str = "default",
+        file: Path | None = None,
+    ) -> None:
         super().__init__()
         _refuse_adapted(model)
         self.model = model
@@ -125,7 +137,7 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
         self._fast_path_flags: list[tuple[nn.Module, int]] = []  # see disable_fast_path
         self._unties = False  # whether a saved module's copy no longer shares its weight
         self.training = model.training
-        self.add_adapter(adapter_name, config)
+        self.add_adapter(adapter_name, config, file)
         model.requires_grad_(False)
         self.set_adapter(adapter_name)
 
@@ -140,6 +152,16 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
 
     def check_config(self, config: ConfigT, names: list[str]) -> None:
         """Refuses configurations that do not fit the chosen modules; nothing by default."""
+
+    def size(self, config: ConfigT, name: str, weight: Tensor) -> int:
+        """How many numbers the adapter of this configuration has on module `name`; 0: unknown.
+
+        Args:
+            config: the adapter's.
+            name: of the module.
+            weight: of the module, of any shape; its first dimension is one side of the matrix.
+        """
+        return 0
 
     def training_hooks(
         self,
@@ -185,8 +207,14 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
         return self.model(*args, **kwargs)
 
     # --- injection -----------------------------------------------------------------------------
-    def add_adapter(self, adapter: str, config: ConfigT) -> None:
-        """Injects one more adapter; it is not activated. The configuration is copied."""
+    def add_adapter(self, adapter: str, config: ConfigT, file: Path | None = None) -> None:
+        """Injects one more adapter; it is not activated. The configuration is copied.
+
+        Args:
+            adapter: its name.
+            config: its options.
+            file: the weights that it will be given; what they cannot fill is not built.
+        """
         if not isinstance(config, self.config_class) or config.peft_type != self.peft_type:
             raise TypeError(
                 f"a {self.peft_type} model takes {self.config_class.__name__}, not "
@@ -208,6 +236,8 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
         self.check_config(config, [name for name, _ in chosen])
         adapted = [module for _, module in chosen]
         check_biases(self.model, getattr(config, "bias", "none"), adapted, saved)
+        if file is not None:
+            self._check_size(config, chosen, file)
         self._wrap(adapter, config, chosen)
         try:
             for module in saved:
@@ -236,6 +266,21 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
         for _, wrapper in self._wrappers():
             if adapter in wrapper.modules_to_save:
                 wrapper.modules_to_save[adapter].requires_grad_(False)
+
+    def _check_size(self, config: ConfigT, chosen: list[tuple[str, nn.Module]], file: Path) -> None:
+        """Refuses to build what `file` cannot hold: every number takes a byte of it or more."""
+        numbers = sum(
+            self.size(config, name, module.weight)
+            for name, module in chosen
+            if isinstance(getattr(module, "weight", None), Tensor) and module.weight.dim() > 0
+        )
+        if numbers > file.stat().st_size + SMALL:
+            ranks = [f"{key}={getattr(config, key)}" for key in SIZES if hasattr(config, key)]
+            raise ValueError(
+                f"{file} cannot hold the adapter that its configuration describes, "
+                f"{numbers:,} numbers in {len(chosen)} modules ({', '.join(ranks)}): one of the "
+                "two files is damaged, or the adapter is another model's"
+            )
 
     def _warn_of_ties(self, module: nn.Module) -> None:
         """A copy of a module is trained without the modules it shared weights with."""
@@ -563,19 +608,36 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
     def unload(self) -> nn.Module:
         """Takes every wrapper out and returns the plain model, with the base weights as they are.
 
-        Saved modules (the task head) stay: the active adapter's copy replaces the original.
+        Saved modules (the task head) stay: the active adapter's copy replaces the original, in the
+        original's dtype, so that the plain model runs (a head is trained in fp32 on any base).
         """
         for _, layer in list(iter_adapters(self.model)):
             if not layer.merged:  # dropped adapters leave the original weight (PiSSA split it)
                 layer.restore_base()
-            self._replace(layer, layer.base_layer)
-        for _, wrapper in list(self._wrappers()):
-            self._replace(wrapper, wrapper.current_module())
+        self._unwrap()
         if self._unties:
             self._untie_config()
         self._restore_fast_paths()
         self.model.__dict__.pop("_injecting_tuners", None)
         return self.model
+
+    def _unwrap(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Puts the plain modules in the wrappers' places; returns the pairs (plain, wrapper)."""
+        pairs = [(layer.base_layer, layer) for _, layer in iter_adapters(self.model)]
+        pairs += [(wrapper.plain_module(), wrapper) for _, wrapper in self._wrappers()]
+        for plain, wrapper in pairs:
+            self._replace(wrapper, plain)
+        return pairs
+
+    @contextlib.contextmanager
+    def unwrapped(self) -> Iterator[nn.Module]:
+        """Within the context the model is what `unload` would return; then it is wrapped again."""
+        pairs = self._unwrap()
+        try:
+            yield self.model
+        finally:
+            for plain, wrapper in pairs:
+                self._replace(plain, wrapper)
 
     # --- parameters ----------------------------------------------------------------------------
     def bias_parameters(self, adapter: str) -> dict[str, nn.Parameter]:

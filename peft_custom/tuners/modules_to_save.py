@@ -68,6 +68,19 @@ class ModulesToSaveWrapper(nn.Module):
         """The module that `forward` runs: the active copy, or the original."""
         return self._current[0]
 
+    def plain_module(self) -> nn.Module:
+        """The module in use, in the dtypes of the original: without the wrapper nothing casts."""
+        module = self.current_module()
+        wanted = {**dict(self.original_module.named_parameters()),
+                  **dict(self.original_module.named_buffers())}  # fmt: skip
+        own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        if all(tensor.dtype == wanted[name].dtype for name, tensor in own.items()):
+            return module
+        module = copy.deepcopy(module)
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            tensor.data = tensor.data.to(wanted[name].dtype)
+        return module
+
     def _bind(self) -> None:
         use = self.adapters_enabled and self.active_adapter is not None
         self._current = (

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from torch import nn
 
+from ..patterns import matches, matches_end
 from ..protocols import TargetOptions
 
 ItemT = TypeVar("ItemT")
@@ -76,7 +76,7 @@ def name_matches(name: str, entry: str) -> bool:
 def pattern_value(patterns: Mapping[str, ItemT], name: str, default: ItemT) -> ItemT:
     """Value of the first key that fits the end of `name` (a regular expression), else `default`."""
     for key, value in patterns.items():
-        if re.fullmatch(rf"(.*\.)?({key})", name):
+        if matches_end(key, name):
             return value
     return default
 
@@ -85,7 +85,7 @@ def check_patterns(option: str, patterns: Mapping[str, object], names: Iterable[
     """Raises when a key of `rank_pattern` or `alpha_pattern` fits no adapted module."""
     names = list(names)
     for key in patterns:
-        if not any(re.fullmatch(rf"(.*\.)?({key})", name) for name in names):
+        if not any(matches_end(key, name) for name in names):
             raise ValueError(
                 f"{option}: {key!r} matches none of the adapted modules" + suggestions(key, names)
             )
@@ -155,11 +155,12 @@ def under(name: str, entries: Iterable[str]) -> bool:
 
 def layer_index(name: str, layers_pattern: list[str]) -> int | None:
     """The number in `name` after `.<pattern>.`; without patterns, after any `.<word>.`."""
+    parts = name.split(".")
     for pattern in layers_pattern or [r"[^.]+"]:
-        # non-greedy: of nested lists ("layers.3.experts.7.") the outer number counts
-        found = re.match(rf".*?\.{pattern}\.(\d+)\.", f".{name}.")
-        if found:
-            return int(found.group(1))
+        # of nested lists ("layers.3.experts.7.") the outer number counts
+        for i, part in enumerate(parts):
+            if i and part.isdecimal() and matches_end(pattern, ".".join(parts[:i])):
+                return int(part)
     return None
 
 
@@ -194,7 +195,7 @@ def select_targets(candidates: list[tuple[str, nn.Module]], config: TargetOption
     names = [name for name, _ in candidates]
     targets = config.target_modules
     if isinstance(targets, str):
-        chosen = [name for name in names if re.fullmatch(targets, name)]
+        chosen = [name for name in names if matches(targets, name)]
         if not chosen:
             raise ValueError(
                 f"target_modules={targets!r} (a regular expression) matches no module"
@@ -262,5 +263,5 @@ def _excluded(name: str, excluded: str | Iterable[str] | None) -> bool:
     if excluded is None:
         return False
     if isinstance(excluded, str):
-        return re.fullmatch(excluded, name) is not None
+        return matches(excluded, name)
     return any(name_matches(name, entry) for entry in excluded)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 from ...hooks import TrainingHooks
+from ...patterns import matches
 from ..lora import LoraConfig
 from ..modules_to_save import ModulesToSaveWrapper
 from ..targets import as_list, name_matches
@@ -94,7 +94,7 @@ def name_targets(model: nn.Module, config: AdaLoraConfig, names: list[str]) -> N
         name
         for name, _ in inside
         if (
-            re.fullmatch(config.target_modules, name)
+            matches(config.target_modules, name)
             if isinstance(config.target_modules, str)
             else any(name_matches(name, entry) for entry in as_list(config.target_modules))
         )

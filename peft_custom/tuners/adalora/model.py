@@ -6,6 +6,7 @@ import copy
 import warnings
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ...protocols import AnyOptimizer
 from .. import targets
 from ..base import BaseTuner, BaseTunerLayer, iter_adapters, register_tuner
 from ..lora import LoraConfig
+from ..low_rank import two_sides
 from .config import AdaLoraConfig, VILoraConfig
 from .export import FORMATS, as_plain_lora, cut_tensors, name_targets, rank_pattern, stock
 from .hooks import AdaLoraHooks
@@ -51,8 +53,14 @@ class AdaLoraModel(BaseTuner[AdaLoraConfig]):
 
     target_types = "Linear and Conv1D layers"
 
-    def __init__(self, model: nn.Module, config: AdaLoraConfig, adapter_name: str = "default"):
-        super().__init__(model, config, adapter_name)
+    def __init__(
+        self,
+        model: nn.Module,
+        config: AdaLoraConfig,
+        adapter_name: str = "default",
+        file: Path | None = None,
+    ) -> None:
+        super().__init__(model, config, adapter_name, file)
         self._manual: AdaLoraHooks | None = None  # what update_and_allocate drives
         self._by_hand: dict[str, AdaLoraHooks] = {}  # and has driven, by adapter
         self._optimizer: AnyOptimizer | None = None
@@ -94,6 +102,11 @@ class AdaLoraModel(BaseTuner[AdaLoraConfig]):
                     f"rank_pattern: {key!r} is none of the adapted modules"
                     + targets.suggestions(key, names)
                 )
+
+    def size(self, config: AdaLoraConfig, name: str, weight: Tensor) -> int:
+        """Numbers in A and B; E is small beside them."""
+        kept = (config.rank_pattern or {}).get(f"{name}.lora_E")
+        return (config.init_r if kept is None else sum(kept)) * two_sides(weight)
 
     def _resolve(self, config: AdaLoraConfig) -> list[tuple[str, nn.Module]]:
         """The chosen modules; a pooler among them goes to `modules_to_save` (`train_pooler`)."""

@@ -70,7 +70,7 @@ class BimLoraConfig(PeftConfig):
             maxima, absolute floors, a LayerNorm on the network's inputs, 50 more batches for the
             layers' importance, logits that meet the mask at τ = 1 only. The base stays fixed.
         features_file: features are read from this safetensors file where it exists, and
-            written to it where it does not.
+            written to it where it does not. It is not saved with the adapter.
         finished: the mask has been initialised.
     """
 
@@ -122,7 +122,8 @@ class BimLoraConfig(PeftConfig):
     features_file: str | None = None
     finished: bool = True
 
-    omit_at_default: ClassVar[frozenset[str]] = frozenset({"finished", "features_file"})
+    omit_at_default: ClassVar[frozenset[str]] = frozenset({"finished"})
+    never_in_files: ClassVar[frozenset[str]] = frozenset({"features_file"})
 
     def __post_init__(self) -> None:
         super().__post_init__()

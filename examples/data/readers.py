@@ -110,6 +110,15 @@ def read_file(task: Task, path: str | os.PathLike[str], split: str = "train") ->
 
 def read_hub(task: Task, name: str, config: str | None, split: str) -> RawSplit:
     """Reads a split of a dataset on the hub (or of a local dataset folder) through `datasets`."""
+    return _from_table(hub_table(name, config, split), task, split)
+
+
+def hub_table(name: str, config: str | None, split: str) -> Table:
+    """All columns of a split of a dataset on the hub.
+
+    Raises:
+        DataError: it cannot be read; the cause is chained.
+    """
     try:
         import datasets
     except ImportError as error:
@@ -127,8 +136,7 @@ def read_hub(task: Task, name: str, config: str | None, split: str) -> RawSplit:
             f"({type(error).__name__}: {error}); give --data_dir to read files"
         ) from error
     count = len(next(iter(columns.values()), []))
-    table = Table(f"{source}, split {split}", columns, list(range(count)), "row")
-    return _from_table(table, task, split)
+    return Table(f"{source}, split {split}", columns, list(range(count)), "row")
 
 
 def _layout(task: Task) -> TsvLayout:

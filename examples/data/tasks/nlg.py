@@ -23,7 +23,7 @@ class NlgTask:
         name: as on the command line.
         suffix: of its raw files.
         files: their names, `{split}` being one of `SPLITS`; case does not matter.
-        metrics: `--format` of `examples.evaluate_nlg`, or "accuracy".
+        metrics: `--format` of `examples.evaluate_nlg`.
         folders: names of its folder besides its own; case, `-` and `_` do not matter.
         references: most references a context has in the official evaluation, None for all.
         tokenized: the official evaluation lower-cases texts and splits off punctuation first.
@@ -67,7 +67,7 @@ NLG_TASKS: Mapping[str, NlgTask] = {
             "boolq",
             ".jsonl",
             ("{split}",),
-            "accuracy",
+            "boolq",
             hub="google/boolq",
             hub_splits={"train": "train", "valid": "validation"},
         ),

@@ -34,6 +34,8 @@ _MODULES = {
         "BertTokenizerFast",
         "DebertaV2Tokenizer",
         "DebertaV2TokenizerFast",
+        "GPT2Tokenizer",
+        "GPT2TokenizerFast",
         "PreTrainedTokenizer",
         "PreTrainedTokenizerFast",
         "RobertaTokenizer",

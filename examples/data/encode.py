@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from examples.data.readers import RawSplit
-from transformers_patched.checkpoint import write_atomically
+from transformers_patched.files import write_atomically
 
 if TYPE_CHECKING:
     from transformers_patched.tokenization import PreTrainedTokenizer

@@ -132,6 +132,22 @@ def read_hub(
     Arguments as in `read_file`. Where a custom dataset states the names of its classes, they are
     its labels.
     """
+    table = hub_table(name, config, split, class_names=not task.labels_by_index)
+    return _from_table(table, task, split, columns)
+
+
+def hub_table(name: str, config: str | None, split: str, class_names: bool = True) -> Table:
+    """All columns of a split of a dataset on the hub.
+
+    Args:
+        name: hub id, or a local dataset folder.
+        config: its configuration.
+        split: of the dataset.
+        class_names: give classes by the names that the dataset states, not by their numbers.
+
+    Raises:
+        DataError: it cannot be read; the cause is chained.
+    """
     try:
         import datasets
     except ImportError as error:
@@ -151,13 +167,12 @@ def read_hub(
     names = {
         column: tuple(feature.names)
         for column, feature in data.features.items()
-        if isinstance(feature, datasets.ClassLabel) and not task.labels_by_index
+        if class_names and isinstance(feature, datasets.ClassLabel)
     }
     for column, known in names.items():  # -1 hides a label
         values[column] = [known[i] if i is not None and i >= 0 else None for i in values[column]]
     count = len(next(iter(values.values()), []))
-    table = Table(f"{source}, split {split}", values, list(range(count)), "row", names)
-    return _from_table(table, task, split, columns)
+    return Table(f"{source}, split {split}", values, list(range(count)), "row", names)
 
 
 def _layout(task: Task) -> TsvLayout:

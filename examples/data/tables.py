@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.errors import DataError
+from transformers_patched.files import write_atomically
 
 FORMATS = (".tsv", ".csv", ".jsonl", ".json", ".parquet")
 LONGEST_FIELD = 1 << 27  # characters in one CSV field
@@ -96,7 +97,7 @@ def read_table(path: Path, layout: TsvLayout | None = None) -> Table:
     return table
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
     """The text of a file, which must be UTF-8 without NUL."""
     try:
         data = path.read_bytes()
@@ -124,7 +125,7 @@ def _read_text(path: Path) -> str:
     return text
 
 
-def _lines(text: str) -> Iterator[tuple[int, str]]:
+def numbered_lines(text: str) -> Iterator[tuple[int, str]]:
     """Numbered lines that hold something. Only LF ends one: sentences may hold U+2028 or U+0085."""
     for number, line in enumerate(text.split("\n"), 1):
         line = line.removesuffix("\r")
@@ -134,7 +135,7 @@ def _lines(text: str) -> Iterator[tuple[int, str]]:
 
 def _read_tsv(path: Path, layout: TsvLayout) -> Table:
     """Not by the csv module: it would take quotes for more than characters."""
-    lines = _lines(_read_text(path))
+    lines = numbered_lines(read_text(path))
     first = next(lines, None)
     if first is None:
         raise DataError(f"{path}: empty, there is no row in it")
@@ -171,7 +172,7 @@ def _read_csv(path: Path) -> Table:
     """A row may span lines; its number is that of its first line."""
     previous = csv.field_size_limit(LONGEST_FIELD)  # a setting of the whole process: put back
     try:
-        reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
+        reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
         names: list[str] | None = None
         rows, numbers, start = [], [], 1
         try:
@@ -203,17 +204,17 @@ def _read_csv(path: Path) -> Table:
 
 def _read_json(path: Path) -> Table:
     """An array of objects, `{"data": [...]}`, or JSON lines under this name, as the hub has it."""
-    text = _read_text(path)
+    text = read_text(path)
     start = text.lstrip()[:1]
     # One object may be the whole file or the first of many: its first line decides.
     if start != "[":
-        first = next(_lines(text), (1, ""))[1]
+        first = next(numbered_lines(text), (1, ""))[1]
         if start != "{" or _parses(first):
             return _read_jsonl(path)
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: {_json_reason(error)}") from error
+        raise DataError(f"{path}: {json_reason(error)}") from error
     items = data.get("data") if isinstance(data, dict) else data
     if not isinstance(items, list):
         raise DataError(
@@ -224,13 +225,13 @@ def _read_json(path: Path) -> Table:
 
 def _read_jsonl(path: Path) -> Table:
     items = []
-    for number, line in _lines(_read_text(path)):
+    for number, line in numbered_lines(read_text(path)):
         if not line.strip():
             continue
         try:
             items.append((number, json.loads(line)))
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}, line {number}: {_json_reason(error)}") from error
+            raise DataError(f"{path}, line {number}: {json_reason(error)}") from error
     return _from_objects(path, items, "line")
 
 
@@ -243,7 +244,7 @@ def _parses(text: str) -> bool:
     return True
 
 
-def _json_reason(error: Exception) -> str:
+def json_reason(error: Exception) -> str:
     """What is wrong with a JSON text; one that ends too early was probably cut off."""
     if isinstance(error, json.JSONDecodeError) and (
         error.pos >= len(error.doc.rstrip()) or "Unterminated" in error.msg
@@ -344,9 +345,6 @@ def write_table(path: str | os.PathLike[str], columns: Mapping[str, Sequence[Any
     Raises:
         DataError: the format cannot hold a value (a tab in TSV, NUL in text), or is unknown.
     """
-    # Not at the head of the file: it imports torch, which reading needs not.
-    from transformers_patched.checkpoint import write_atomically
-
     path = Path(path)
     write = WRITERS.get(path.suffix.lower())
     if write is None:

@@ -1,10 +1,10 @@
-"""Tokenizers for BERT, RoBERTa and DeBERTa on the `tokenizers` library.
+"""Tokenizers for BERT, RoBERTa, DeBERTa and GPT-2 on the `tokenizers` library.
 
     tokenizer = AutoTokenizer.from_pretrained("folder or hub id")
     batch = tokenizer(["a sentence"], ["its pair"], truncation=True, max_length=128, padding=True)
 
 A folder holds either `tokenizer.json`, or `vocab.txt` (BERT: WordPiece), or `vocab.json` and
-`merges.txt` (RoBERTa: byte-level BPE), or `spm.model` (DeBERTa-v2 and v3: SentencePiece unigram);
+`merges.txt` (RoBERTa, GPT-2: byte-level BPE), or `spm.model` (DeBERTa-v2 and v3: SentencePiece unigram);
 `tokenizer_config.json` in it states lower-casing, the special tokens and `model_max_length`.
 Calls, fields and numbers are those of Hugging Face's tokenizers, and
 `save_pretrained` writes what Transformers loads. Truncation and padding settings baked into a
@@ -30,6 +30,8 @@ __all__ = [
     "BertTokenizerFast",
     "DebertaV2Tokenizer",
     "DebertaV2TokenizerFast",
+    "GPT2Tokenizer",
+    "GPT2TokenizerFast",
     "PreTrainedTokenizer",
     "PreTrainedTokenizerFast",
     "RobertaTokenizer",
@@ -92,15 +94,24 @@ class RobertaTokenizer(PreTrainedTokenizer):
 
     @classmethod
     def _apply_config(cls, backend: Tokenizer, config: dict[str, Any]) -> None:
-        splitter = backend.pre_tokenizer
-        wanted = config.get("add_prefix_space")
-        if (
-            wanted is not None
-            and isinstance(splitter, pre_tokenizers.ByteLevel)
-            and splitter.add_prefix_space != wanted
-        ):
-            splitter.add_prefix_space = bool(wanted)
-            backend.pre_tokenizer = splitter
+        _apply_prefix_space(backend, config)
+
+
+class GPT2Tokenizer(PreTrainedTokenizer):
+    """Byte-level BPE: the text alone, no tokens around it; there is no padding token."""
+
+    defaults = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+    model_input_names = ["input_ids", "attention_mask"]
+    vocab_files = ("vocab.json", "merges.txt")
+    algorithm = models.BPE
+
+    @classmethod
+    def _build(cls, folder: Path, config: dict[str, Any]) -> Tokenizer:
+        return files.build_gpt2(folder, config, cls.defaults)
+
+    @classmethod
+    def _apply_config(cls, backend: Tokenizer, config: dict[str, Any]) -> None:
+        _apply_prefix_space(backend, config)
 
 
 class DebertaV2Tokenizer(PreTrainedTokenizer):
@@ -145,12 +156,27 @@ class DebertaV2Tokenizer(PreTrainedTokenizer):
 PreTrainedTokenizerFast = PreTrainedTokenizer
 BertTokenizerFast = BertTokenizer
 RobertaTokenizerFast = RobertaTokenizer
+GPT2TokenizerFast = GPT2Tokenizer
 DebertaV2TokenizerFast = DebertaV2Tokenizer
 CLASSES: dict[str, type[PreTrainedTokenizer]] = {
     "bert": BertTokenizer,
     "roberta": RobertaTokenizer,
     "deberta-v2": DebertaV2Tokenizer,
+    "gpt2": GPT2Tokenizer,
 }
+
+
+def _apply_prefix_space(backend: Tokenizer, config: dict[str, Any]) -> None:
+    """Lets the configuration decide whether a blank is put before the first word."""
+    splitter = backend.pre_tokenizer
+    wanted = config.get("add_prefix_space")
+    if (
+        wanted is not None
+        and isinstance(splitter, pre_tokenizers.ByteLevel)
+        and splitter.add_prefix_space != wanted
+    ):
+        splitter.add_prefix_space = bool(wanted)
+        backend.pre_tokenizer = splitter
 
 
 class AutoTokenizer(PreTrainedTokenizer):
@@ -192,5 +218,11 @@ def _class_for(folder: Path, config: dict[str, Any]) -> type[PreTrainedTokenizer
         return PreTrainedTokenizer
     for kind in CLASSES.values():
         if all((folder / name).exists() for name in kind.vocab_files):
-            return kind
+            return GPT2Tokenizer if kind is RobertaTokenizer and _is_gpt2(folder) else kind
     return PreTrainedTokenizer
+
+
+def _is_gpt2(folder: Path) -> bool:
+    """RoBERTa's two files have the names of GPT-2's; only GPT-2's has no `<s>` in it."""
+    vocab = files.read_json(folder / "vocab.json")
+    return GPT2Tokenizer.defaults["eos_token"] in vocab and "<s>" not in vocab

@@ -45,7 +45,9 @@ FILES = (
     "merges.txt",
     "spm.model",
 )
-_VOCABULARIES = "vocab.txt (BERT), vocab.json and merges.txt (RoBERTa), or spm.model (DeBERTa)"
+_VOCABULARIES = (
+    "vocab.txt (BERT), vocab.json and merges.txt (RoBERTa, GPT-2), or spm.model (DeBERTa)"
+)
 
 
 def locate(
@@ -167,13 +169,9 @@ def _types_0_and_1(
     )
 
 
-def build_byte_bpe(
-    folder: Path, config: Mapping[str, Any], defaults: Mapping[str, str]
-) -> Tokenizer:
-    """RoBERTa's tokenizer from `vocab.json` and `merges.txt`."""
-    path = folder / "vocab.json"
-    vocab = read_json(path)
-    tokens = _check_special(path, "RoBERTa", vocab, config, defaults)
+def _byte_bpe(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, int], Tokenizer]:
+    """The vocabulary, and byte-level BPE without special tokens around a text."""
+    vocab = read_json(folder / "vocab.json")
     try:
         backend = Tokenizer(models.BPE(vocab, _read_merges(folder / "merges.txt")))
     except ValueError:
@@ -183,9 +181,27 @@ def build_byte_bpe(
             f"{folder / 'merges.txt'} does not belong to the vocab.json beside it ({error})"
         ) from error
     prefix = bool(config.get("add_prefix_space", False))
-    cls_token, sep = tokens["cls_token"], tokens["sep_token"]
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
     backend.decoder = decoders.ByteLevel()
+    return vocab, backend
+
+
+def build_gpt2(folder: Path, config: Mapping[str, Any], defaults: Mapping[str, str]) -> Tokenizer:
+    """GPT-2's tokenizer from `vocab.json` and `merges.txt`: the text's tokens and no others."""
+    vocab, backend = _byte_bpe(folder, config)
+    _check_special(folder / "vocab.json", "GPT-2", vocab, config, defaults)
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    return backend
+
+
+def build_byte_bpe(
+    folder: Path, config: Mapping[str, Any], defaults: Mapping[str, str]
+) -> Tokenizer:
+    """RoBERTa's tokenizer from `vocab.json` and `merges.txt`."""
+    vocab, backend = _byte_bpe(folder, config)
+    tokens = _check_special(folder / "vocab.json", "RoBERTa", vocab, config, defaults)
+    prefix = bool(config.get("add_prefix_space", False))
+    cls_token, sep = tokens["cls_token"], tokens["sep_token"]
     backend.post_processor = processors.RobertaProcessing(
         (sep, vocab[sep]),
         (cls_token, vocab[cls_token]),

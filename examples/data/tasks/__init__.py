@@ -8,7 +8,7 @@ readers translate.
 from __future__ import annotations
 
 from examples.data.tasks.glue import GLUE, PAIR
-from examples.data.tasks.task import Task
+from examples.data.tasks.task import Task, plain_name
 
 __all__ = ["CUSTOM", "GLUE_TASKS", "TASKS", "Task", "get_task", "plain_name"]
 
@@ -19,11 +19,6 @@ GLUE_TASKS = tuple(task.name for task in GLUE)
 # Files of one's own: columns and labels are found in the training file (examples.data.custom), and
 # predictions are its own labels.
 CUSTOM = Task("custom", (), (), submit_names=True, labels_by_index=False)
-
-
-def plain_name(name: str) -> str:
-    """`STS-B`, `sts_b` and `stsb` are one name."""
-    return "".join(char for char in name.casefold() if char.isalnum())
 
 
 def get_task(name: str) -> Task:

@@ -6,6 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 
+def plain_name(name: str) -> str:
+    """`STS-B`, `sts_b` and `stsb` are one name."""
+    return "".join(char for char in name.casefold() if char.isalnum())
+
+
 @dataclass(frozen=True)
 class Task:
     """What a program must know to read, train and score one task.

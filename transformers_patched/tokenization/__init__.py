@@ -4,7 +4,7 @@
     batch = tokenizer(["a sentence"], ["its pair"], truncation=True, max_length=128, padding=True)
 
 A folder holds either `tokenizer.json`, or `vocab.txt` (BERT: WordPiece), or `vocab.json` and
-`merges.txt` (RoBERTa, GPT-2: byte-level BPE), or `spm.model` (DeBERTa-v2 and v3: SentencePiece unigram);
+`merges.txt` (RoBERTa, GPT-2: byte-level BPE), or `spm.model` (DeBERTa-v2, v3: SentencePiece's);
 `tokenizer_config.json` in it states lower-casing, the special tokens and `model_max_length`.
 Calls, fields and numbers are those of Hugging Face's tokenizers, and
 `save_pretrained` writes what Transformers loads. Truncation and padding settings baked into a

@@ -261,3 +261,9 @@ def test_a_fraction_of_collection_steps_can_be_resumed(tmp_path: Path) -> None:
     resumed, other = made()
     attach(resumed, other, 20).load_state_dict(load_hooks_state(tmp_path))
     train(resumed, other, 1)
+
+
+def test_a_file_names_its_modules_where_older_peft_would_choose_others() -> None:
+    model = get_peft_model(base(), AdaLoraConfig(**ADALORA, exclude_modules=["2"]))
+    config, _ = model.base_model.export("default")
+    assert config.target_modules == ["0"] and config.exclude_modules is None

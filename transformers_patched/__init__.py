@@ -45,6 +45,8 @@ _MODULES = {
         "BertTokenizerFast",
         "DebertaV2Tokenizer",
         "DebertaV2TokenizerFast",
+        "GPT2Tokenizer",
+        "GPT2TokenizerFast",
         "PreTrainedTokenizer",
         "PreTrainedTokenizerFast",
         "RobertaTokenizer",

@@ -39,7 +39,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[tuple]:
 
 def contexts() -> list[list[int]]:
     torch.manual_seed(7)
-    return [torch.randint(4, VOCABULARY, (n,)).tolist() for n in (1, 5, 13, 8, 2, 21)]
+    return [torch.randint(4, VOCABULARY, (n,)).tolist() for n in (1, 13, 5, 21)]
 
 
 def reference(model: torch.nn.Module, context: list[int], eos: tuple[int, ...], **options):
@@ -83,9 +83,9 @@ SETTINGS = {
 def test_tokens_are_transformers(setting: str, eos: tuple[int, ...], models: list) -> None:
     options = SETTINGS[setting]
     for theirs, model in models:
-        expected = [reference(theirs, c, eos, max_new_tokens=18, **options) for c in contexts()]
+        expected = [reference(theirs, c, eos, max_new_tokens=14, **options) for c in contexts()]
         got = generate(
-            model, contexts(), max_new_tokens=18, eos_token_id=eos, rules="transformers", **options
+            model, contexts(), max_new_tokens=14, eos_token_id=eos, rules="transformers", **options
         )
         assert got == expected
 

@@ -86,6 +86,16 @@ def test_equals_transformers_padded_and_packed(head: str, sizes: dict, tmp_path:
         assert torch.equal(back.state_dict()[key], weight), key
 
 
+def test_a_single_token(tmp_path: Path) -> None:
+    """Its query, key and value are views into one row."""
+    theirs = peer("LMHeadModel", **SIZES[0])
+    theirs.save_pretrained(tmp_path)
+    model = ours.GPT2LMHeadModel.from_pretrained(tmp_path)
+    with torch.no_grad():
+        for ids in (torch.tensor([[5]]), torch.tensor([[5], [7]])):
+            assert (model(ids).logits - theirs(ids).logits).abs().max() <= 1e-5
+
+
 def test_hidden_states_attentions_embeds_and_left_padding(tmp_path: Path) -> None:
     theirs = peer("LMHeadModel", **SIZES[0])
     theirs.set_attn_implementation("eager")

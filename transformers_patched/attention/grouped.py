@@ -57,7 +57,7 @@ class LengthGroup:
     def matrices(self, x: Tensor) -> Tensor:
         """This group's (count, L, d) among all rows (rows, d), which are contiguous."""
         n, d = self.length, x.shape[1]
-        return x.as_strided((self.count, n, d), (n * d, d, 1), self.row * d)
+        return x.as_strided((self.count, n, d), (n * d, d, 1), self.row * d + x.storage_offset())
 
     def squares(self, x: Tensor) -> Tensor:
         """This group's (count, L, L) among all scores (scores,)."""
@@ -103,7 +103,7 @@ class GroupedProducts:
     def gather(self, x: Tensor, zero_padding: bool = False) -> Tensor:
         """(*tokens, heads, d) to (rows, d); padding repeats some token unless it is to be zero."""
         if self.indices is None:  # (B, L, heads, d)
-            # one head of a fused q, k, v would stay a view of every third row
+            # of a fused q, k, v a single head stays a view of every third row
             return x.transpose(1, 2).reshape(self.num_rows, -1).contiguous()
         rows = x.reshape(-1, x.shape[-1]).index_select(0, self.indices)
         if zero_padding and self.padding is not None:

@@ -182,7 +182,9 @@ class Decoding:
         grid[places], token_grid[places] = values, tokens
         best = grid.view(len(self.active), -1).topk(count)  # (n, c)
         chosen = token_grid.view(len(self.active), -1).gather(1, best.indices)
-        return torch.stack([best.values.double(), (best.indices // count).double(), chosen.double()])
+        return torch.stack(
+            [best.values.double(), (best.indices // count).double(), chosen.double()]
+        )
 
     def _single_continuations(self, rows: list[tuple[Search, Hypothesis]]) -> Tensor:
         """(3, n, 1) doubles: 0, 0 and the token, the best one or a sampled one."""

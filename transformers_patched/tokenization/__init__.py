@@ -1,4 +1,4 @@
-"""Tokenizers for BERT, RoBERTa and DeBERTa on the `tokenizers` library.
+"""Tokenizers for BERT, RoBERTa, DeBERTa and GPT-2 on the `tokenizers` library.
 
     tokenizer = AutoTokenizer.from_pretrained("folder or hub id")
     batch = tokenizer(["a sentence"], ["its pair"], truncation=True, max_length=128, padding=True)
@@ -29,6 +29,8 @@ __all__ = [
     "BertTokenizerFast",
     "DebertaV2Tokenizer",
     "DebertaV2TokenizerFast",
+    "GPT2Tokenizer",
+    "GPT2TokenizerFast",
     "PreTrainedTokenizer",
     "PreTrainedTokenizerFast",
     "RobertaTokenizer",
@@ -102,6 +104,20 @@ class RobertaTokenizer(PreTrainedTokenizer):
             backend.pre_tokenizer = splitter
 
 
+class GPT2Tokenizer(RobertaTokenizer):
+    """Byte-level BPE of a bare text: no token is added, and a pair is two texts in a row."""
+
+    defaults = {
+        "bos_token": "<|endoftext|>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+    }
+
+    @classmethod
+    def _build(cls, folder: Path, config: dict[str, Any]) -> Tokenizer:
+        return files.build_plain_byte_bpe(folder, config, cls.defaults)
+
+
 class DebertaV2Tokenizer(PreTrainedTokenizer):
     """SentencePiece unigram: `[CLS] a [SEP]` and `[CLS] a [SEP] b [SEP]`, types 0 and 1.
 
@@ -145,10 +161,12 @@ PreTrainedTokenizerFast = PreTrainedTokenizer
 BertTokenizerFast = BertTokenizer
 RobertaTokenizerFast = RobertaTokenizer
 DebertaV2TokenizerFast = DebertaV2Tokenizer
+GPT2TokenizerFast = GPT2Tokenizer
 CLASSES: dict[str, type[PreTrainedTokenizer]] = {
     "bert": BertTokenizer,
     "roberta": RobertaTokenizer,
     "deberta-v2": DebertaV2Tokenizer,
+    "gpt2": GPT2Tokenizer,
 }
 
 
@@ -191,5 +209,12 @@ def _class_for(folder: Path, config: dict[str, Any]) -> type[PreTrainedTokenizer
         return PreTrainedTokenizer
     for kind in CLASSES.values():
         if all((folder / name).exists() for name in kind.vocab_files):
-            return kind
+            return _byte_bpe_class(folder) if kind is RobertaTokenizer else kind
     return PreTrainedTokenizer
+
+
+def _byte_bpe_class(folder: Path) -> type[PreTrainedTokenizer]:
+    """RoBERTa's or GPT-2's, whose files have the same names: by the token that ends a text."""
+    vocab = files.read_json(folder / "vocab.json")
+    gpt2 = GPT2Tokenizer.defaults["eos_token"] in vocab and "<s>" not in vocab
+    return GPT2Tokenizer if gpt2 else RobertaTokenizer

@@ -45,7 +45,9 @@ FILES = (
     "merges.txt",
     "spm.model",
 )
-_VOCABULARIES = "vocab.txt (BERT), vocab.json and merges.txt (RoBERTa), or spm.model (DeBERTa)"
+_VOCABULARIES = (
+    "vocab.txt (BERT), vocab.json and merges.txt (RoBERTa, GPT-2), or spm.model (DeBERTa)"
+)
 
 
 def locate(
@@ -174,6 +176,34 @@ def build_byte_bpe(
     path = folder / "vocab.json"
     vocab = read_json(path)
     tokens = _check_special(path, "RoBERTa", vocab, config, defaults)
+    backend = _byte_bpe(folder, vocab, config)
+    cls_token, sep = tokens["cls_token"], tokens["sep_token"]
+    backend.post_processor = processors.RobertaProcessing(
+        (sep, vocab[sep]),
+        (cls_token, vocab[cls_token]),
+        trim_offsets=bool(config.get("trim_offsets", True)),
+        add_prefix_space=bool(config.get("add_prefix_space", False)),
+    )
+    if isinstance(config.get("mask_token", "<mask>"), str):
+        # The published RoBERTa tokenizers let the mask swallow the blank before it.
+        mask = AddedToken(tokens["mask_token"], lstrip=True, normalized=False, special=True)
+        backend.add_special_tokens([mask])
+    return backend
+
+
+def build_plain_byte_bpe(
+    folder: Path, config: Mapping[str, Any], defaults: Mapping[str, str]
+) -> Tokenizer:
+    """GPT-2's tokenizer from `vocab.json` and `merges.txt`: nothing is added to a text."""
+    path = folder / "vocab.json"
+    vocab = read_json(path)
+    _check_special(path, "GPT-2", vocab, config, defaults)
+    backend = _byte_bpe(folder, vocab, config)
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    return backend
+
+
+def _byte_bpe(folder: Path, vocab: dict[str, Any], config: Mapping[str, Any]) -> Tokenizer:
     try:
         backend = Tokenizer(models.BPE(vocab, _read_merges(folder / "merges.txt")))
     except ValueError:
@@ -183,19 +213,8 @@ def build_byte_bpe(
             f"{folder / 'merges.txt'} does not belong to the vocab.json beside it ({error})"
         ) from error
     prefix = bool(config.get("add_prefix_space", False))
-    cls_token, sep = tokens["cls_token"], tokens["sep_token"]
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
     backend.decoder = decoders.ByteLevel()
-    backend.post_processor = processors.RobertaProcessing(
-        (sep, vocab[sep]),
-        (cls_token, vocab[cls_token]),
-        trim_offsets=bool(config.get("trim_offsets", True)),
-        add_prefix_space=prefix,
-    )
-    if isinstance(config.get("mask_token", "<mask>"), str):
-        # The published RoBERTa tokenizers let the mask swallow the blank before it.
-        mask = AddedToken(tokens["mask_token"], lstrip=True, normalized=False, special=True)
-        backend.add_special_tokens([mask])
     return backend
 
 

@@ -23,6 +23,7 @@ from .layers import Conv1d, Conv2d, Conv3d, ConvLoRA, Embedding, Linear, MergedL
 from .utils import lora_state_dict, mark_only_lora_as_trainable
 
 LINEAR_TYPES = {"lora": Linear, "dylora": DyLoRALinear}  # by a configuration's `lora_type`
+MERGED_LINEAR_TYPES = {"lora": MergedLinear, "dylora": DyLoRAMergedLinear}
 
 __all__ = [
     "LINEAR_TYPES",
@@ -37,6 +38,7 @@ __all__ = [
     "Embedding",
     "Linear",
     "LoRALayer",
+    "MERGED_LINEAR_TYPES",
     "MergedLinear",
     "at_rank",
     "get_rank",

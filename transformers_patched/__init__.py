@@ -14,17 +14,28 @@ _HEADS = (
     "ForMultipleChoice",
 )
 _MODULES = {
-    ".auto": ("AutoConfig", "AutoModel", *(f"AutoModel{head}" for head in _HEADS[1:])),
+    ".auto": (
+        "AutoConfig",
+        "AutoModel",
+        *(f"AutoModel{head}" for head in _HEADS[1:]),
+        "AutoModelForCausalLM",
+    ),
     ".files": ("CheckpointError",),
     ".configuration": (
         "BertConfig",
         "ConfigError",
         "DebertaV2Config",
+        "GPT2Config",
         "PretrainedConfig",
         "RobertaConfig",
     ),
     ".models.bert.modeling_bert": tuple(f"Bert{head}" for head in _HEADS),
     ".models.deberta_v2.modeling_deberta_v2": tuple(f"DebertaV2{head}" for head in _HEADS),
+    ".models.gpt2.modeling_gpt2": (
+        "GPT2ForSequenceClassification",
+        "GPT2LMHeadModel",
+        "GPT2Model",
+    ),
     ".models.roberta.modeling_roberta": tuple(f"Roberta{head}" for head in _HEADS),
     ".pretrained": ("PreTrainedModel",),
     ".tokenization": (

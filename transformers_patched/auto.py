@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from .configuration import (
     BertConfig,
     DebertaV2Config,
+    GPT2Config,
     PretrainedConfig,
     RobertaConfig,
     read_config,
@@ -22,6 +23,7 @@ MODELS: dict[str, tuple[type[PretrainedConfig], str, str]] = {
     "bert": (BertConfig, ".models.bert.modeling_bert", "Bert"),
     "roberta": (RobertaConfig, ".models.roberta.modeling_roberta", "Roberta"),
     "deberta-v2": (DebertaV2Config, ".models.deberta_v2.modeling_deberta_v2", "DebertaV2"),
+    "gpt2": (GPT2Config, ".models.gpt2.modeling_gpt2", "GPT2"),
 }
 
 
@@ -78,7 +80,17 @@ class AutoModel:
     @classmethod
     def _class_for(cls, config: PretrainedConfig, source: object) -> type:
         _, module, prefix = _entry(config.model_type, source)
-        return getattr(import_module(module, __package__), prefix + cls._head)
+        found = getattr(import_module(module, __package__), prefix + cls._head, None)
+        if found is None:
+            raise CheckpointError(
+                f"{source}: model_type {config.model_type!r} has no {prefix}{cls._head}, which "
+                f"{cls.__name__} asks for"
+            )
+        return found
+
+
+class AutoModelForCausalLM(AutoModel):
+    _head = "LMHeadModel"
 
 
 class AutoModelForMaskedLM(AutoModel):

@@ -117,6 +117,8 @@ def read_bin(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(_damaged(path, "weights", error)) from None
     if not isinstance(state, Mapping):
         raise CheckpointError(f"{path} must hold a state dict, not a {type(state).__name__}")
+    if isinstance(inner := state.get("model_state_dict"), Mapping):  # as Microsoft's GPT-2 saves
+        state = inner
     others = [str(key) for key, value in state.items() if not isinstance(value, Tensor)]
     if others:
         raise CheckpointError(f"{path} must hold a state dict; no tensors are {_some(others)}")

@@ -448,3 +448,85 @@ class DebertaV2Config(PretrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()
         return {k: v for k, v in values.items() if v is not None or k not in self._absent_if_none}
+
+
+@dataclass(kw_only=True)
+class GPT2Config(PretrainedConfig):
+    """The sizes of a GPT-2; the defaults are those of the smallest, `gpt2`.
+
+    `lora_modules` names linear layers, or parts of the fused c_attn: "query", "key" and "value",
+    each with factors of its own; "c_attn" stands for query and value (Hu et al. 2021).
+    """
+
+    model_type: ClassVar[str] = "gpt2"
+    lora_targets: ClassVar[tuple[str, ...]] = (
+        "c_attn",
+        "query",
+        "key",
+        "value",
+        "attn.c_proj",
+        "c_fc",
+        "mlp.c_proj",
+    )
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_inner: int | None = None  # None: 4 n_embd
+    activation_function: str = "gelu_new"
+    embd_pdrop: float = 0.1
+    attn_pdrop: float = 0.1
+    resid_pdrop: float = 0.1
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
+    reorder_and_upcast_attn: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 50256
+    eos_token_id: int | None = 50256
+
+    lora_modules: tuple[str, ...] = ("c_attn",)
+
+    def validate(self) -> None:
+        super().validate()
+        self._validate_sizes()
+        if self.extra.get("add_cross_attention"):
+            raise ConfigError("add_cross_attention is not supported: there is no encoder to read")
+        if self.reorder_and_upcast_attn or self.scale_attn_by_inverse_layer_idx:
+            raise ConfigError(
+                "reorder_and_upcast_attn and scale_attn_by_inverse_layer_idx are not supported"
+            )
+        if not self.scale_attn_weights:
+            raise ConfigError("scale_attn_weights must be true: scores are divided by sqrt(d)")
+
+    @property
+    def adapted_segments(self) -> tuple[bool, bool, bool]:
+        """Which of c_attn's query, key and value have a low-rank update."""
+        both = "c_attn" in self.lora_modules
+        named = [name in self.lora_modules for name in ("query", "key", "value")]
+        return named[0] or both, named[1], named[2] or both
+
+    # The names that the other models' configurations have.
+
+    @property
+    def hidden_size(self) -> int:
+        return self.n_embd
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return self.n_layer
+
+    @property
+    def num_attention_heads(self) -> int:
+        return self.n_head
+
+    @property
+    def intermediate_size(self) -> int:
+        return 4 * self.n_embd if self.n_inner is None else self.n_inner
+
+    @property
+    def max_position_embeddings(self) -> int:
+        return self.n_positions

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .configuration import ConfigError, PretrainedConfig
 from .layout import SequenceLayout
@@ -62,6 +63,13 @@ class BaseModelOutputWithPooling(ModelOutput):
 class MaskedLMOutput(ModelOutput):
     loss: Tensor | None
     logits: Tensor  # (B, L, vocabulary) or (T, vocabulary)
+    hidden_states: tuple[Tensor, ...] | None
+    attentions: tuple[Tensor, ...] | None
+
+
+class CausalLMOutput(ModelOutput):
+    loss: Tensor | None
+    logits: Tensor | None  # (B, L, vocabulary) or (T, vocabulary); None where there is a loss
     hidden_states: tuple[Tensor, ...] | None
     attentions: tuple[Tensor, ...] | None
 
@@ -125,6 +133,31 @@ def first_tokens(hidden: Tensor, layout: SequenceLayout) -> Tensor:
     return hidden.index_select(0, layout.cls_index()) if layout.is_packed else hidden[:, 0]
 
 
+def last_tokens(hidden: Tensor, layout: SequenceLayout, real: Tensor | None) -> Tensor:
+    """(B, H): the hidden state of every sequence's last token, among `real` (B, L) if given.
+
+    Padded sequences without any real token give their first.
+    """
+    if layout.is_packed:
+        return hidden.index_select(0, layout.cu_seqlens[1:].long() - 1)
+    if real is None:
+        return hidden[:, -1]
+    places = torch.arange(layout.max_seqlen, device=hidden.device)  # (L,)
+    last = (places * real).argmax(1)  # (B,)
+    return hidden[torch.arange(len(hidden), device=hidden.device), last]
+
+
+def next_tokens(labels: Tensor, layout: SequenceLayout) -> Tensor:
+    """(*tokens): the label of the token after each; -100 after the last one, and at padding."""
+    targets = torch.full_like(labels, -100)
+    targets[..., :-1] = labels[..., 1:]
+    if layout.is_packed:
+        targets[layout.cu_seqlens[1:].long() - 1] = -100
+    elif layout.key_mask is not None:
+        targets.masked_fill_(~layout.key_mask, -100)
+    return targets
+
+
 def in_dtype_of(hidden: Tensor, layer: nn.Module) -> Tensor:
     """Casts to the dtype of `layer`'s weights: an fp32 head reads the states of a bf16 base."""
     return hidden.to(next(layer.parameters()).dtype)
@@ -160,7 +193,8 @@ class Decoder(nn.Linear):
 
     def forward(self, hidden: Tensor) -> Tensor:
         dtype = self.weight.dtype
-        logits = F.linear(hidden.to(dtype), self.weight, self.bias.to(dtype))
+        bias = None if self.bias is None else self.bias.to(dtype)
+        logits = F.linear(hidden.to(dtype), self.weight, bias)
         return logits.to(hidden.dtype)
 
 
@@ -200,6 +234,86 @@ def masked_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
         labels: (B, L) or (T,).
     """
     return F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten())
+
+
+# A language model's logits are formed for so many numbers at a time, in fp32 32 MB.
+LOGITS_AT_ONCE = 1 << 23
+
+
+def language_model_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, label_smoothing: float = 0.0
+) -> Tensor:
+    """Sum over rows of (1 - ε)·(-log p(target)) + ε·mean over the vocabulary of -log p.
+
+    Logits are formed a slice of rows at a time, and each slice's gradient with it, so that the
+    (N, vocabulary) logits never exist in one piece.
+
+    Args:
+        hidden: (N, H), only the rows that carry loss: the vocabulary costs more than a layer.
+        weight: (vocabulary, H).
+        targets: (N,) ids.
+        label_smoothing: ε.
+
+    Returns:
+        fp32 scalar. Divide it by the number of scored tokens of the whole optimiser step.
+    """
+    return _LanguageModelLoss.apply(hidden, weight, targets, label_smoothing)
+
+
+class _LanguageModelLoss(torch.autograd.Function):
+    """With z = W h, p = softmax(z), and y the one-hot target:
+
+    L = log Σ exp(z) - (1 - ε) z·y - ε mean(z)
+    dL/dz = p - (1 - ε) y - ε / V,   dh = Wᵀ dL/dz,   dW = Σ dL/dz hᵀ
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, epsilon: float) -> Tensor:
+        vocabulary = weight.shape[0]
+        total = torch.zeros((), device=hidden.device)
+        wants_h, wants_w = ctx.needs_input_grad[:2]
+        dh = torch.empty_like(hidden) if wants_h else None
+        dw = torch.zeros_like(weight, dtype=torch.float32) if wants_w else None
+        rows = max(1, LOGITS_AT_ONCE // vocabulary)
+        for start in range(0, len(targets), rows):
+            h = hidden[start : start + rows].to(weight.dtype)  # (n, H)
+            y = targets[start : start + rows]  # (n,)
+            z = (h @ weight.T).float()  # (n, V)
+            log_sum = z.logsumexp(1, keepdim=True)  # (n, 1)
+            total += (log_sum[:, 0] - (1 - epsilon) * z.gather(1, y[:, None])[:, 0]).sum()
+            if epsilon > 0.0:
+                total -= epsilon * z.mean(1).sum()
+            if not (wants_h or wants_w):
+                continue
+            z.sub_(log_sum).exp_()
+            z.sub_(epsilon / vocabulary)
+            z.scatter_add_(1, y[:, None], z.new_full((len(y), 1), epsilon - 1))
+            dz = z.to(weight.dtype)
+            if wants_h:
+                dh[start : start + len(y)] = dz @ weight
+            if wants_w:
+                dw += dz.T @ h
+        ctx.save_for_backward(dh, dw)
+        ctx.dtype = weight.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        dh, dw = ctx.saved_tensors
+        dh = None if dh is None else dh * grad.to(dh.dtype)
+        dw = None if dw is None else (dw * grad).to(ctx.dtype)
+        return dh, dw, None, None
+
+
+def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """(N,) -log p(target) of every row, without gradients; arguments of `language_model_loss`."""
+    rows = max(1, LOGITS_AT_ONCE // weight.shape[0])
+    with torch.no_grad():
+        return torch.cat([
+            F.cross_entropy((h.to(weight.dtype) @ weight.T).float(), y, reduction="none")
+            for h, y in zip(hidden.split(rows), targets.split(rows), strict=True)
+        ])  # fmt: skip
 
 
 def span_loss(

@@ -243,6 +243,39 @@ class SequenceLayout:
             self._bias[dtype] = bias[:, None, None, :]
         return self._bias[dtype]
 
+    @property
+    def pads_right(self) -> bool:
+        """Whether padding follows the tokens of every sequence, so that a causal mask hides it.
+
+        Packed tokens always pad so. Of a rectangle with a mask only a CPU looks at the values:
+        elsewhere the answer would be waited for, and is False.
+        """
+        if self.is_packed or self.key_mask is None:
+            return True
+        if self.device.type != "cpu" or torch.compiler.is_compiling():
+            return False
+        if "pads right" not in self.cache:
+            mask = self.key_mask
+            self.cache["pads right"] = bool((mask[:, :-1] | ~mask[:, 1:]).all())
+        return self.cache["pads right"]
+
+    def causal_bias(self, dtype: torch.dtype) -> Tensor:
+        """Added to the scores (B, heads, L, L): 0 at a query's own key and at earlier ones.
+
+        The lowest of `dtype` elsewhere: (1, 1, L, L), or (B, 1, L, L) where there is padding that
+        the triangle does not hide.
+        """
+        key = "causal bias", dtype
+        if key not in self.cache:
+            n, lowest = self.max_seqlen, torch.finfo(dtype).min
+            bias = torch.full((1, 1, n, n), lowest, dtype=dtype, device=self.device).triu_(1)
+            if not self.pads_right:
+                bias = bias.expand(self.num_sequences, 1, n, n).masked_fill(
+                    ~self.key_mask[:, None, None, :], lowest
+                )
+            self.cache[key] = bias
+        return self.cache[key]
+
     def clear_empty(self, x: Tensor) -> Tensor:
         """Zeroes what belongs to sequences without any real token, in `x` (B, ., ., .)."""
         return x if self.nonempty is None else x * self.nonempty[:, None, None, None]

@@ -70,6 +70,16 @@ class PreTrainedModel(nn.Module):
         self.name_or_path = config.name_or_path
         self.newly_initialised: tuple[str, ...] = ()
 
+    @classmethod
+    def checkpoint_name(cls, key: str) -> str | None:
+        """This project's name for a checkpoint's key; None for a key that no model needs."""
+        if _STRAY_KEYS.search(key):
+            return None
+        for old, new in _LEGACY_NAMES.items():
+            if key.endswith(old):
+                return key.removesuffix(old) + new
+        return key
+
     def post_init(self) -> None:
         """Ties weights and initialises the head (or the bare model), unless on the meta device."""
         self.tie_weights()
@@ -216,14 +226,18 @@ class PreTrainedModel(nn.Module):
             raise ValueError(
                 f"checkpoints are non-re-entrant and at every layer here: {options} is not possible"
             )
-        self.base_model.encoder.gradient_checkpointing = True
+        self._stack().gradient_checkpointing = True
 
     def gradient_checkpointing_disable(self) -> None:
-        self.base_model.encoder.gradient_checkpointing = False
+        self._stack().gradient_checkpointing = False
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        return self.base_model.encoder.gradient_checkpointing
+        return self._stack().gradient_checkpointing
+
+    def _stack(self) -> nn.Module:
+        """The module that runs the layers: the encoder, or the bare model where it has none."""
+        return getattr(self.base_model, "encoder", self.base_model)
 
     def freeze_base(self) -> None:
         """Freezes the base model except its LoRA factors; the head stays trainable.
@@ -325,9 +339,10 @@ def _match(
     report = LoadReport()
     for key, name in best.items():
         tensor = tensors[key]
+        if model.checkpoint_name(key) is None:  # nothing that a model needs
+            continue
         if name is None:
-            if not _STRAY_KEYS.search(key):
-                report.unexpected.append(key)
+            report.unexpected.append(key)
         elif tensor.shape != state[name].shape:
             shapes = f"{tuple(tensor.shape)} in {files[key]}, {tuple(state[name].shape)} here"
             report.mismatched.append(f"{key}: {shapes}")
@@ -342,10 +357,11 @@ def _match(
 
 def _name(model: PreTrainedModel, state: Mapping[str, Tensor], key: str) -> str | None:
     """The parameter that a key means, the base model's prefix added or removed as needed."""
-    for old, new in _LEGACY_NAMES.items():
-        key = key.removesuffix(old) + new if key.endswith(old) else key
+    name = model.checkpoint_name(key)
+    if name is None:
+        return None
     prefix = model.base_model_prefix + "."
-    return next((n for n in (key, prefix + key, key.removeprefix(prefix)) if n in state), None)
+    return next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in state), None)
 
 
 def _shared_parts(keys: list[str]) -> list[str]:
@@ -409,7 +425,10 @@ def _assign(
 
 @torch.no_grad()
 def _initialise(model: PreTrainedModel, names: list[str]) -> None:
-    """Draws parameters: N(0, initializer_range), zero biases, LoRA's A uniform and its B zero."""
+    """Draws parameters: N(0, initializer_range), zero biases, LoRA's A uniform and its B zero.
+
+    A layer may narrow its weight's distribution by an attribute `init_factor`.
+    """
     std = getattr(model.config, "initializer_range", 0.02)
     for full_name in names:
         owner, _, name = full_name.rpartition(".")
@@ -421,7 +440,7 @@ def _initialise(model: PreTrainedModel, names: list[str]) -> None:
         elif isinstance(module, nn.LayerNorm):
             weight.fill_(1.0)
         else:
-            weight.normal_(0.0, std)
+            weight.normal_(0.0, std * getattr(module, "init_factor", 1.0))
             if getattr(module, "padding_idx", None) is not None:
                 weight[module.padding_idx].zero_()
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..layout import SequenceLayout
 from .grouped import GroupedAttention, grouped_products
-from .padded import padded_attention, padded_probabilities
+from .padded import padded_attention, padded_probabilities, tokens_of
 
 __all__ = ["attention", "attention_probabilities"]
 
@@ -32,7 +33,12 @@ LONGEST_PRODUCTS_PADDED_FP32 = 256
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout, p: float = 0.0
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: SequenceLayout,
+    p: float = 0.0,
+    causal: bool = False,
 ) -> Tensor:
     """softmax(Q Kᵀ / sqrt(d)) V within every sequence of `layout`; padding is never attended to.
 
@@ -42,6 +48,8 @@ def attention(
         value: Same shape.
         layout: Where the sequences are.
         p: Dropout probability of the attention probabilities; 0.0 in evaluation.
+        causal: Every token looks at itself and those before it. What padding itself then gets, of
+            which nothing real ever reads, is left open.
 
     Returns:
         The context, of the shape of `query`. Sequences without any real token get zeros.
@@ -51,21 +59,28 @@ def attention(
         wide_rectangle = not layout.is_packed and query.dtype == torch.float32
         longest = LONGEST_PRODUCTS_PADDED_FP32 if wide_rectangle else LONGEST_PRODUCTS
         if p > 0.0 or layout.max_seqlen <= longest:
-            products = grouped_products(layout, query)
+            products = grouped_products(layout, query, causal)
             return layout.clear_empty(GroupedAttention.apply(query, key, value, products, p))
     if query.is_cuda and layout.is_packed and p == 0.0 and _varlen_takes(query):
-        return _varlen(query, key, value, layout)
+        return _varlen(query, key, value, layout, causal)
     q, k, v = (layout.pad(x).transpose(1, 2) for x in (query, key, value))  # (B, heads, L, d)
-    scale, bias = 1.0 / math.sqrt(q.shape[-1]), layout.bias(q.dtype)
+    scale = 1.0 / math.sqrt(q.shape[-1])
+    if causal and p == 0.0 and layout.pads_right:  # the kernel's own triangle leaves out half
+        context = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        return tokens_of(context, layout, len(query))
+    bias = layout.causal_bias(q.dtype) if causal else layout.bias(q.dtype)
     return padded_attention(q, k, v, bias, layout, scale, p, len(query))
 
 
-def attention_probabilities(query: Tensor, key: Tensor, layout: SequenceLayout) -> Tensor:
+def attention_probabilities(
+    query: Tensor, key: Tensor, layout: SequenceLayout, causal: bool = False
+) -> Tensor:
     """softmax(Q Kᵀ / sqrt(d)) as (B, heads, L, L), padded whatever the layout."""
     layout.check_tokens(query, "query")
     q, k = (layout.pad(x).transpose(1, 2) for x in (query, key))  # (B, heads, L, d)
     scale = 1.0 / math.sqrt(q.shape[-1])
-    return layout.clear_empty(padded_probabilities(q, k, layout.bias(q.dtype), scale))
+    bias = layout.causal_bias(q.dtype) if causal else layout.bias(q.dtype)
+    return layout.clear_empty(padded_probabilities(q, k, bias, scale))
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout) -> None:
@@ -83,8 +98,11 @@ def _varlen_takes(query: Tensor) -> bool:
     return query.dtype in (torch.float16, torch.bfloat16) and d % 8 == 0 and d <= 256
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout) -> Tensor:
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout, causal: bool
+) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     offsets, longest = layout.cu_seqlens, layout.max_seqlen
-    return varlen_attn(query, key, value, offsets, offsets, longest, longest)
+    window = (-1, 0 if causal else -1)  # how many tokens before and after; -1 is all
+    return varlen_attn(query, key, value, offsets, offsets, longest, longest, window_size=window)

@@ -44,7 +44,8 @@ class LengthGroup:
         row: Where the group's count·L rows of d numbers start among all rows.
         score: Where its count·L·L scores start among all scores.
         bias: fp32, added to the scores (count, L, L) and broadcast to them: 0 where a query may
-            look at a key and LOWEST elsewhere; (count, 1, L) at padding keys. None adds nothing.
+            look at a key and LOWEST elsewhere; (count, 1, L) at padding keys, (1, L, L) at later
+            tokens. None adds nothing.
     """
 
     count: int
@@ -56,7 +57,7 @@ class LengthGroup:
     def matrices(self, x: Tensor) -> Tensor:
         """This group's (count, L, d) among all rows (rows, d), which are contiguous."""
         n, d = self.length, x.shape[1]
-        return x.as_strided((self.count, n, d), (n * d, d, 1), self.row * d)
+        return x.as_strided((self.count, n, d), (n * d, d, 1), self.row * d + x.storage_offset())
 
     def squares(self, x: Tensor) -> Tensor:
         """This group's (count, L, L) among all scores (scores,)."""
@@ -102,7 +103,8 @@ class GroupedProducts:
     def gather(self, x: Tensor, zero_padding: bool = False) -> Tensor:
         """(*tokens, heads, d) to (rows, d); padding repeats some token unless it is to be zero."""
         if self.indices is None:  # (B, L, heads, d)
-            return x.transpose(1, 2).reshape(self.num_rows, -1)
+            # of a fused q, k, v a single head stays a view of every third row
+            return x.transpose(1, 2).reshape(self.num_rows, -1).contiguous()
         rows = x.reshape(-1, x.shape[-1]).index_select(0, self.indices)
         if zero_padding and self.padding is not None:
             rows.index_fill_(0, self.padding, 0)
@@ -219,31 +221,40 @@ def softmax_gradient(grad: Tensor, probabilities: Tensor) -> Tensor:
 # ---------------------------------------------------------------------- which groups
 
 
-def grouped_products(layout: SequenceLayout, query: Tensor) -> GroupedProducts:
+def grouped_products(
+    layout: SequenceLayout, query: Tensor, causal: bool = False
+) -> GroupedProducts:
     """The groups of `layout` for queries (*tokens, heads, d); made once per layout."""
     # bf16 products are compiled for their very shape, so lengths are rounded to a few (see `_cut`)
     step = LENGTH_STEP if query.dtype == torch.bfloat16 else NO_STEP
     heads = query.shape[-2]
-    key = "grouped products", heads, step
+    key = "grouped products", heads, step, causal
     if key not in layout.cache:
         layout.cache[key] = (
-            _plan_padded(layout, heads)
+            _plan_padded(layout, heads, causal)
             if layout.cu_seqlens is None
-            else _plan_packed(layout.cu_seqlens, heads, step)
+            else _plan_packed(layout.cu_seqlens, heads, step, causal)
         )
     return layout.cache[key]
 
 
-def _plan_padded(layout: SequenceLayout, heads: int) -> GroupedProducts:
+def _plan_padded(layout: SequenceLayout, heads: int, causal: bool) -> GroupedProducts:
     """One group, the rectangle as it is."""
     count, length = layout.num_sequences * heads, layout.max_seqlen
     bias = None
-    if layout.key_mask is not None:
+    if causal:
+        bias = layout.causal_bias(torch.float32).clamp(min=LOWEST)  # (1 or B, 1, L, L)
+        if len(bias) > 1:
+            bias = bias.expand(-1, heads, -1, -1)
+        bias = bias.flatten(0, 1)  # (1 or count, L, L)
+    elif layout.key_mask is not None:
         bias = _key_bias(layout.key_mask[:, None], heads)
     return GroupedProducts(heads, [LengthGroup(count, length, 0, 0, bias)])
 
 
-def _plan_packed(cu_seqlens: Tensor, heads: int, step: tuple[int, float]) -> GroupedProducts:
+def _plan_packed(
+    cu_seqlens: Tensor, heads: int, step: tuple[int, float], causal: bool
+) -> GroupedProducts:
     """Sequences sorted by length and cut into groups: short ones do not pay for long ones.
 
     The length of a group is rounded up by `step`, see `round_up`. A row stands for one position of
@@ -268,7 +279,9 @@ def _plan_packed(cu_seqlens: Tensor, heads: int, step: tuple[int, float]) -> Gro
         sources.append((token * heads + head).flatten())  # (members·h·L,)
         real.append(inside.expand(-1, heads, -1).flatten())
         bias = None
-        if lengths[members[-1]] < length:  # some key of some member is padding
+        if causal:  # padding is later than every token
+            bias = torch.full((1, length, length), LOWEST).triu_(1)
+        elif lengths[members[-1]] < length:  # some key of some member is padding
             bias = _key_bias(inside, heads)
         count = len(members) * heads
         groups.append(LengthGroup(count, length, row, score, bias))

@@ -38,6 +38,11 @@ def padded_attention(
         context = dropout(padded_probabilities(q, k, bias, scale), p) @ v
     else:
         context = F.scaled_dot_product_attention(q, k, v, bias, dropout_p=p, scale=scale)
+    return tokens_of(context, layout, num_rows)
+
+
+def tokens_of(context: Tensor, layout: SequenceLayout, num_rows: int) -> Tensor:
+    """(B, heads, L, d) to (*tokens, heads, d), with filler up to `num_rows`."""
     context = layout.unpad(layout.clear_empty(context.transpose(1, 2)))
     return context if context.shape[0] == num_rows else layout.round_up_rows(context)
 

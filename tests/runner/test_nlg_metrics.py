@@ -19,7 +19,7 @@ from examples import evaluate_nlg
 from examples.data import nlg
 from examples.data.tasks.nlg import nlg_task
 from examples.errors import DataError
-from examples.evaluation.nlg import score
+from examples.evaluation.nlg import FORMATS, score
 from examples.evaluation.nlg.cider import cider
 from examples.evaluation.nlg.meteor import MeteorError, jar_path, meteor
 from examples.evaluation.nlg.overlap import _common_subsequence, bleu, chrf, nist, rouge, rouge_l
@@ -397,7 +397,7 @@ def test_program(tmp_path: Path, capsys: pytest.CaptureFixture, fake_java: Path)
     pred, ref = files(tmp_path, "A b c d .\nx y\n", "a b c d .\na b\n\nx y\n\n")
     output = tmp_path / "scores.json"
     where = ["--pred", str(pred), "--ref", str(ref), "--output", str(output)]
-    assert evaluate_nlg.main(where) == 0
+    assert evaluate_nlg.main(where) == 0 and evaluate_nlg.FORMATS == tuple(FORMATS)
     found = json.loads(output.read_text())
     assert list(found) == ["BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr"]
     assert found["BLEU"] == pytest.approx(1) and found["METEOR"] == 0.25

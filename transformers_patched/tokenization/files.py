@@ -45,7 +45,9 @@ FILES = (
     "merges.txt",
     "spm.model",
 )
-_VOCABULARIES = "vocab.txt (BERT), vocab.json and merges.txt (RoBERTa, GPT-2), or spm.model (DeBERTa)"
+_VOCABULARIES = (
+    "vocab.txt (BERT), vocab.json and merges.txt (RoBERTa, GPT-2), or spm.model (DeBERTa)"
+)
 
 
 def locate(

@@ -5,8 +5,8 @@
 
 A folder holds either `tokenizer.json`, or `vocab.txt` (BERT: WordPiece), or `vocab.json` and
 `merges.txt` (RoBERTa, GPT-2: byte-level BPE), or `spm.model` (DeBERTa-v2 and v3: SentencePiece
-unigram); `tokenizer_config.json` in it states lower-casing, the special tokens and `model_max_length`.
-Calls, fields and numbers are those of Hugging Face's tokenizers, and
+unigram); `tokenizer_config.json` in it states lower-casing, the special tokens and
+`model_max_length`. Calls, fields and numbers are those of Hugging Face's tokenizers, and
 `save_pretrained` writes what Transformers loads. Truncation and padding settings baked into a
 `tokenizer.json` are ignored, as Transformers ignores them: each call states its own.
 """

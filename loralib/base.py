@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional as lora
+from .weight_cache import Kept, kept_weight
 
 Shapes = tuple[tuple[int, int], tuple[int, int]]  # of A and of B
 
@@ -45,7 +46,7 @@ class LoRALayer(nn.Module):
         self.merge_weights = merge_weights
         self.adapted = r > 0 and shapes is not None
         self._original: Tensor | None = None  # the weight as it was before merge()
-        self._cached: tuple[tuple, Tensor] | None = None  # (state of s, W, A, B; W + s·B A)
+        self._cached: Kept | None = None  # W + s·B A
         if self.adapted:
             weight = self.weight
             # fp32 where the weight is narrower: an optimiser's small steps would be rounded away.
@@ -135,22 +136,24 @@ class LoRALayer(nn.Module):
         """The cached W + s·B A where it may stand in for the two thin products, else None.
 
         Only for evaluation without gradients, and in fp32: rounding W + ΔW to bf16 would lose part
-        of the update. Versions and addresses tell when W, A or B changed; writes through `.data`
-        leave no trace, so a call of `train` or `eval` or a load drops the copy as well.
+        of the update. A pass that records gradients drops the copy (see `weight_cache`).
         """
-        if self.training or not self.merge_weights or torch.is_grad_enabled():
+        if torch.is_grad_enabled():
+            if self._cached is not None:
+                self._cached = None
             return None
-        weight, parts = self.weight, (self.weight, self.lora_A, self.lora_B)
-        full = weight.dtype in (torch.float32, torch.float64)
-        if torch.compiler.is_compiling() or not full or any(t.is_inference() for t in parts):
+        if self.training or not self.merge_weights:
+            return None
+        weight = self.weight
+        if weight.dtype not in (torch.float32, torch.float64):
             return None
         if x.is_floating_point() and lora.compute_dtype(x, weight) != weight.dtype:
             return None
-        state = (self.scaling, *((t.data_ptr(), t._version, t.dtype, t.device) for t in parts))
-        if self._cached is None or self._cached[0] != state:
-            self._cached = None  # the old copy goes before the new one is made
-            self._cached = (state, self.merged_weight().to(weight.dtype))
-        return self._cached[1]
+        self._cached = kept_weight(
+            self._cached, (weight, self.lora_A, self.lora_B), self.scaling,
+            lambda: self.merged_weight().to(weight.dtype),
+        )  # fmt: skip
+        return None if self._cached is None else self._cached[1]
 
     def train(self, mode: bool = True) -> LoRALayer:
         """Sets the mode; the stored weight stays as it is."""

@@ -50,6 +50,10 @@ class NestedRank:
         self.batched: BatchedRanks | None = None
         self.sampling_options: dict[str, int | str | bool] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What samples the ranks of a model does not drive its copies, nor does a context.
+        return {**self.__dict__, "sampled": None, "batched": None}
+
     def active_rank(self, rank: int, frozen: bool = False) -> ActiveRank:
         """Rank b with all its components trained, or `frozen` the last; an error outside 1 … R."""
         try:
@@ -145,7 +149,9 @@ class DyLoRALayer(NestedLayer, LoRALayer):
         return lora.truncate(self.lora_A, self.lora_B, self.nested.chosen.rank)
 
     def _evaluation_weight(self, x: Tensor) -> Tensor | None:
-        return super()._evaluation_weight(x) if self.nested.batched is None else None
+        if self.nested.batched is not None and not torch.is_grad_enabled():
+            return None
+        return super()._evaluation_weight(x)
 
     def extra_repr(self) -> str:
         rank = f", rank={self.nested.chosen.rank}" if self.adapted else ""

@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
+import math
 import os
+import types
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from .files import find_file, written_aside
+from .files import find_file, read_json, written_aside
+from .patterns import check_pattern
 
 CONFIG_NAME = "adapter_config.json"
 SAFETENSORS_NAME = "adapter_model.safetensors"
@@ -21,6 +25,8 @@ BIN_NAME = "adapter_model.bin"
 # inert when it is None, False or empty; `peft_version` only says who wrote the file.
 INERT_VALUES: dict[str, tuple[Any, ...]] = {"qalora_group_size": (16,)}
 INFORMATIVE_KEYS = frozenset({"peft_version"})
+
+PATTERN_KEYS = ("rank_pattern", "alpha_pattern")  # options whose keys are patterns
 
 CONFIG_CLASSES: dict[str, type[PeftConfig]] = {}  # peft_type -> class, filled by `register_tuner`
 
@@ -65,6 +71,42 @@ def jsonable(value: object) -> Any:
     return value
 
 
+def typed_values(target: type, values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a file, each of the type that dataclass `target` gives its field.
+
+    null for a field that is empty by default means that default.
+
+    Raises:
+        ValueError: a value is of another type, or a number that is not finite.
+    """
+    hints = typing.get_type_hints(target)
+    fields = dataclasses.fields(target)
+    empty = {f.name for f in fields if not f.default or f.default_factory is dict}
+    kept = {k: v for k, v in values.items() if v is not None or k not in empty or fits(v, hints[k])}
+    for key, value in kept.items():
+        if not fits(value, hints[key]):
+            expected = str(getattr(hints[key], "__name__", hints[key])).replace("typing.", "")
+            raise ValueError(f"{key}={value!r} is no {expected}")
+    return kept
+
+
+def fits(value: object, hint: Any) -> bool:
+    """Whether a JSON value is of an annotated type; whole numbers are floats, lists tuples."""
+    kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind in (typing.Union, types.UnionType):
+        return any(fits(value, one) for one in inner)
+    if kind is list and isinstance(value, list):
+        return all(fits(item, inner[0]) for item in value)
+    if kind is dict and isinstance(value, dict):
+        return all(fits(item, inner[1]) for item in value.values())
+    if kind in (int, float):
+        number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+        return number and math.isfinite(value)
+    if kind is tuple:
+        return isinstance(value, (list, tuple))
+    return kind is Any or isinstance(value, kind)
+
+
 @dataclass
 class PeftConfig:
     """The fields every adapter type shares.
@@ -88,6 +130,9 @@ class PeftConfig:
 
     # Fields left out of the file at their default: PEFT 0.11 refuses keys it does not know.
     omit_at_default: ClassVar[frozenset[str]] = frozenset()
+    # Fields of this machine and run: never written, and not obeyed where a file has them, so that a
+    # stranger's file names no path to read or write.
+    never_in_files: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         if isinstance(self.peft_type, enum.Enum):
@@ -101,11 +146,21 @@ class PeftConfig:
                     "None for a model of your own"
                 )
 
+        for option in ("target_modules", "exclude_modules", "layers_pattern", *PATTERN_KEYS):
+            value = getattr(self, option, None)
+            patterns = [value] if isinstance(value, str) else value
+            if option in ("target_modules", "exclude_modules") and not isinstance(value, str):
+                continue  # a list there has names, not patterns
+            for pattern in patterns or ():
+                check_pattern(option, pattern)
+
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON values."""
         values = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if field.name in self.never_in_files:
+                continue
             if field.name in self.omit_at_default and value == field.default:
                 continue
             values[field.name] = jsonable(value)
@@ -123,7 +178,9 @@ class PeftConfig:
         """Builds the class that `peft_type` names; unknown keys must be inert.
 
         Raises:
-            ValueError: an unknown adapter type, or an unknown key with a value that matters.
+            ValueError: an unknown adapter type, a field of another type than the class's, a value
+                that means nothing, or an unknown key with a value that matters.
+            NotImplementedError: an option of PEFT's that is not implemented.
         """
         kind = values.get("peft_type") or getattr(cls, "peft_type", None)
         kind = getattr(kind, "value", kind)
@@ -141,8 +198,11 @@ class PeftConfig:
                 f"{source}: {settings}: not supported here and not at the value that changes "
                 "nothing; the adapter would compute something else without it"
             )
-        kept = {key: value for key, value in values.items() if key in known}
-        return target(**target.loaded_values(kept))
+        kept = {k: v for k, v in values.items() if k in known - target.never_in_files}
+        try:
+            return target(**target.loaded_values(typed_values(target, kept)))
+        except (ValueError, NotImplementedError) as error:
+            raise type(error)(f"{source}: {error}") from error
 
     @classmethod
     def loaded_values(cls, values: dict[str, Any]) -> dict[str, Any]:
@@ -159,8 +219,4 @@ class PeftConfig:
             raise FileNotFoundError(
                 f"{folder_or_hub_id}: no {CONFIG_NAME}, so not an adapter folder"
             )
-        try:
-            values = json.loads(Path(path).read_text("utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: not valid JSON ({error})") from error
-        return cls.from_dict(values, source=str(path))
+        return cls.from_dict(read_json(Path(path)), source=path)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+MOST_NESTED = 64  # levels of a JSON file; more than any of ours, less than Python can copy
 
 
 @contextlib.contextmanager
@@ -21,6 +24,32 @@ def written_aside(path: Path) -> Iterator[Path]:
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a file that holds one JSON object.
+
+    Raises:
+        ValueError: it is damaged, something else, or nested too deeply; the file is named.
+    """
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: one JSON object is needed, not a {type(values).__name__}")
+    level: list[Any] = [values]
+    for _ in range(MOST_NESTED):
+        level = [item for box in level for item in _items(box)]
+        if not level:
+            return values
+    raise ValueError(f"{path}: nested more than {MOST_NESTED} levels deep")
+
+
+def _items(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return list(value.values())
+    return value if isinstance(value, list) else []
 
 
 def find_file(

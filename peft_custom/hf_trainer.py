@@ -9,20 +9,30 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from .hooks import TrainingHooks, attach, load_hooks_state, save_hooks_state, saved_token
+from .distributed import world_size
+from .hooks import (
+    MicroBatch,
+    TrainingHooks,
+    attach,
+    load_hooks_state,
+    save_hooks_state,
+    saved_token,
+)
 from .protocols import AnyOptimizer
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
 NAME = "TunerCallback"
+IGNORED = -100  # a label that no loss counts
 
 
 class _Callback:
@@ -80,7 +90,10 @@ class _Callback:
         training = model.training
         model.train()
         data = () if train_dataloader is None else train_dataloader
-        self.hooks.prepare(data, lambda batch: _task_loss(model, batch))
+        accumulation = args.gradient_accumulation_steps
+        self.hooks.prepare(
+            lambda: _micro_batches(data, accumulation), lambda batch: _task_loss(model, batch)
+        )
         model.train(training)
         model.zero_grad()
 
@@ -158,6 +171,23 @@ class _Callback:
 
 def _checkpoint(output_dir: str, step: int) -> Path:
     return Path(output_dir) / f"checkpoint-{step}"
+
+
+def _micro_batches(data: Iterable[Mapping[str, Any]], accumulation: int) -> Iterator[MicroBatch]:
+    """The batches with their shares of an optimiser step's scored labels, or of its batches."""
+    batches = iter(data)
+    while step := list(itertools.islice(batches, accumulation)):
+        scored = [_scored(batch) for batch in step]
+        total = sum(scored) * world_size()
+        for i, (batch, count) in enumerate(zip(step, scored, strict=True)):
+            yield MicroBatch(batch, weight=count / total, last=i == len(step) - 1)
+
+
+def _scored(batch: Mapping[str, Any]) -> int:
+    """How many labels count for the loss; 1 where there are none to be seen."""
+    labels = batch.get("labels")
+    found = int((labels != IGNORED).sum()) if isinstance(labels, Tensor) else 1
+    return max(found, 1)
 
 
 def _task_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:

@@ -15,8 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from .config import PeftConfig, TaskType
+from .forward_signature import counts_items, like_base
 from .hooks import set_finished
-from .save_and_load import load_peft_weights, save_adapter, set_peft_model_state_dict
+from .save_and_load import (
+    load_peft_weights,
+    save_adapter,
+    set_peft_model_state_dict,
+    weights_file,
+)
 from .status import count_parameters
 from .tuners.base import BaseTuner, iter_adapters, tuner_class
 from .tuners.targets import as_list, name_matches, under
@@ -33,14 +39,28 @@ class PeftModel(nn.Module):
 
     head_names: ClassVar[tuple[str, ...]] = ()  # modules that always train and travel along
 
+    def __new__(cls, model: nn.Module | None = None, *args: Any, **kwargs: Any) -> PeftModel:
+        """An object of a subclass whose `forward` has the base model's signature."""
+        return super().__new__(cls if model is None else like_base(cls, type(model)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # the subclass of `__new__` has no name that unpickling could find: it is made again
+        cls = type(self)
+        public = cls.__base__ if "_like" in cls.__dict__ else cls
+        return _remade, (public, type(self.base_model.model)), self.__dict__
+
     def __init__(
-        self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default"
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig,
+        adapter_name: str = "default",
+        file: Path | None = None,
     ) -> None:
         super().__init__()
         if isinstance(model, PeftModel):
             raise TypeError("this is a PeftModel already; use add_adapter or load_adapter on it")
         config = self._completed(peft_config, model)
-        self.base_model: BaseTuner = tuner_class(config)(model, config, adapter_name)
+        self.base_model: BaseTuner = tuner_class(config)(model, config, adapter_name, file)
         self.training = model.training
         self._warn_of_random_weights(model, self.peft_config[adapter_name])
 
@@ -125,16 +145,16 @@ class PeftModel(nn.Module):
 
     @property
     def accepts_loss_kwargs(self) -> bool:
-        """Whether the base model's forward takes keywords it does not name.
+        """Whether the base model's loss is the sum over a step's items by `num_items_in_batch`.
 
-        The Hugging Face Trainer asks before it passes `num_items_in_batch`; without this answer it
-        would look at the forward here, which always does.
+        The Hugging Face Trainer divides the loss by the number of accumulated batches unless this
+        says yes. Many heads of Transformers take any keyword and drop this one: then nobody would
+        divide. No is right for every head; yes needs a proof.
         """
         base = self.base_model.model
         if hasattr(base, "accepts_loss_kwargs"):
             return bool(base.accepts_loss_kwargs)
-        parameters = inspect.signature(base.forward).parameters.values()
-        return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+        return counts_items(base)
 
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """Runs the model; with `adapter_names` sample i goes through adapter `adapter_names[i]`.
@@ -157,19 +177,23 @@ class PeftModel(nn.Module):
         """Turns recomputation on, in the variant that works when the embeddings are frozen."""
         model = self.get_base_model()
         options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-        enable = model.gradient_checkpointing_enable
-        if "gradient_checkpointing_kwargs" in inspect.signature(enable).parameters:
-            enable(gradient_checkpointing_kwargs=options)
+        # Transformers calls it activation checkpointing since 5.24, and warns of the older name
+        kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+        enable = getattr(model, f"{kind}_checkpointing_enable")
+        if f"{kind}_checkpointing_kwargs" in inspect.signature(enable).parameters:
+            enable(**{f"{kind}_checkpointing_kwargs": options})
             if options["use_reentrant"]:  # reentrant recomputation needs an input with a gradient
                 model.enable_input_require_grads()
         else:
             enable()
 
     # --- adapters -------------------------------------------------------------------------------
-    def add_adapter(self, adapter_name: str, peft_config: PeftConfig) -> None:
-        """Adds a fresh adapter of the same type; it is not activated."""
+    def add_adapter(
+        self, adapter_name: str, peft_config: PeftConfig, file: Path | None = None
+    ) -> None:
+        """Adds a fresh adapter of the same type; it is not activated. `file`: what will fill it."""
         config = self._completed(peft_config, self.get_base_model())
-        self.base_model.add_adapter(adapter_name, config)
+        self.base_model.add_adapter(adapter_name, config, file)
 
     def set_adapter(
         self, adapter_name: str | list[str], inference_mode: bool | None = None
@@ -226,7 +250,7 @@ class PeftModel(nn.Module):
             safe_merge: accepted for PEFT's sake; finiteness is always checked.
             adapter_names: adapters to fold in (default: the active ones).
             verify: a batch (keyword arguments, positional arguments, or one tensor): its logits are
-                computed before and after, and the largest difference is printed.
+                computed before, and by the plain model after; the largest difference is printed.
             tolerance: largest difference allowed, times max(1, largest logit).
             untie: give adapted weights shared with other modules a copy of their own.
 
@@ -235,14 +259,37 @@ class PeftModel(nn.Module):
         """
         del progressbar, safe_merge
         tuner = self.base_model
-        if verify is None:
-            tuner.merge_adapter(adapter_names, keep=False, untie=untie)
-            return tuner.unload()
-        if adapter_names is not None:
+        before = list(tuner.active_adapters), list(tuner.trained_adapters)
+        # the head that stays has to be one of theirs
+        theirs = adapter_names is None or set(before[0]) <= set(adapter_names)
+        if adapter_names is not None and (verify is not None or not theirs):
             tuner.set_adapter(adapter_names)
-        before = self._logits(verify)
-        tuner.merge_adapter(adapter_names, untie=untie)
-        difference = float((self._logits(verify) - before).abs().max())
+        try:
+            if verify is None:
+                tuner.merge_adapter(adapter_names, keep=False, untie=untie)
+            else:
+                self._merge_verified(adapter_names, verify, tolerance, untie)
+        except Exception:
+            if (tuner.active_adapters, tuner.trained_adapters) != before:
+                tuner.switch(*before)
+            raise
+        for _, layer in iter_adapters(self):
+            layer._kept = None  # frees the original weights; there is no way back from here
+        return tuner.unload()
+
+    def _merge_verified(
+        self, names: list[str] | None, batch: Batch, tolerance: float, untie: bool
+    ) -> None:
+        """Merges; unmerges again, with an error, where the logits change too much."""
+        tuner = self.base_model
+        before = self._logits(batch)
+        tuner.merge_adapter(names, untie=untie)
+        try:
+            with tuner.unwrapped():  # what is returned has to run by itself
+                difference = float((self._logits(batch) - before).abs().max())
+        except Exception:
+            tuner.unmerge_adapter()
+            raise
         allowed = tolerance * max(1.0, float(before.abs().max()))
         if not difference <= allowed:  # NaN fails as well
             tuner.unmerge_adapter()
@@ -252,9 +299,6 @@ class PeftModel(nn.Module):
                 "precision cannot hold the increment: load it in float32 and merge there"
             )
         print(f"merged; largest logit difference {difference:.3g} (allowed {allowed:.3g})")
-        for _, layer in iter_adapters(self):
-            layer._kept = None  # frees the original weights; there is no way back from here
-        return tuner.unload()
 
     @torch.no_grad()
     def _logits(self, batch: Batch) -> Tensor:
@@ -361,8 +405,20 @@ class PeftModel(nn.Module):
             config = PeftConfig.from_pretrained(model_id, subfolder, **hub)
         config = copy.deepcopy(config)
         config.inference_mode = not is_trainable
-        peft_model = peft_model_class(config)(model, config, adapter_name)
-        peft_model._load_weights(model_id, adapter_name, subfolder, **hub)
+        file = weights_file(model_id, subfolder, **hub)
+        state = load_peft_weights(model_id, None, subfolder, **hub)  # damage shows before wrapping
+        trained = {p: p.requires_grad for p in model.parameters()}
+        try:
+            peft_model = peft_model_class(config)(model, config, adapter_name, file)
+        except ValueError as error:
+            raise ValueError(f"{model_id}: {error}") from error
+        try:
+            peft_model._take_weights(state, str(model_id), adapter_name, config)
+        except Exception:  # the base stays what it was
+            peft_model.unload()
+            for parameter, needs_gradient in trained.items():
+                parameter.requires_grad_(needs_gradient)
+            raise
         return peft_model.eval()
 
     def load_adapter(
@@ -378,23 +434,34 @@ class PeftModel(nn.Module):
         When there is an adapter of this name already, its tensors are replaced.
         """
         fresh = adapter_name not in self.peft_config
-        if fresh:
-            config = PeftConfig.from_pretrained(model_id, subfolder, **hub)
-            config.inference_mode = not is_trainable
-            self.add_adapter(adapter_name, config)
         try:
-            self._load_weights(model_id, adapter_name, subfolder, **hub)
+            config = PeftConfig.from_pretrained(model_id, subfolder, **hub)
+        except FileNotFoundError:
+            if fresh:
+                raise
+            config = self.peft_config[adapter_name]  # tensors alone, for an adapter there is
+        state = load_peft_weights(model_id, None, subfolder, **hub)
+        if fresh:
+            config.inference_mode = not is_trainable
+            self.add_adapter(adapter_name, config, weights_file(model_id, subfolder, **hub))
+        try:
+            self._take_weights(state, str(model_id), adapter_name, config)
         except Exception:
             if fresh:
                 self.delete_adapter(adapter_name)
             raise
 
-    def _load_weights(
-        self, model_id: str | os.PathLike[str], adapter: str, subfolder: str | None, **hub: Any
+    def _take_weights(
+        self, state: Mapping[str, Tensor], source: str, adapter: str, config: PeftConfig
     ) -> None:
-        state = load_peft_weights(model_id, None, subfolder, **hub)
-        set_peft_model_state_dict(self, state, adapter, source=str(model_id))
-        set_finished(self.base_model, getattr(self.peft_config[adapter], "finished", True))
+        """Copies a file's tensors into the adapter; `config` is the file's."""
+        set_peft_model_state_dict(self, state, adapter, source=source)
+        set_finished(self.base_model, getattr(config, "finished", True), [adapter])
+
+
+def _remade(cls: type[PeftModel], base: type[nn.Module]) -> PeftModel:
+    """For unpickling and copying: an empty object of the class that `PeftModel.__new__` chose."""
+    return nn.Module.__new__(like_base(cls, base))
 
 
 def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:

@@ -9,7 +9,6 @@ adapter's tensors (`….lora_A.weight`), the modules saved in full (`….classif
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import warnings
@@ -24,13 +23,16 @@ from torch import Tensor, nn
 
 from loralib import LoRALayer
 
+from . import embeddings
 from .config import BIN_NAME, SAFETENSORS_NAME, PeftConfig
-from .files import find_file, written_aside
+from .files import find_file, read_json, written_aside
 from .hooks import warn_if_unfinished
 from .tuners.base import BaseTuner, iter_adapters, iter_tuners
 from .tuners.modules_to_save import ModulesToSaveWrapper
 
 PREFIX = "base_model.model."
+# What the readers of tensors raise at a file that is cut short or something else.
+UNREADABLE = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError)
 # An adapter in loralib's layers: its tensors, under the model's own names, and r, lora_alpha, …
 LORALIB_WEIGHTS, LORALIB_CONFIG = "lora.safetensors", "lora.json"
 
@@ -81,18 +83,6 @@ def _shared_tensors(tuner: BaseTuner, adapter: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _embedding_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Weights of the input and output embeddings by name, seen without a tuner's wrapper."""
-    found = {}
-    for getter in ("get_input_embeddings", "get_output_embeddings"):
-        module = getattr(model, getter)() if hasattr(model, getter) else None
-        weight = getattr(module, "weight", None)
-        for name, other in model.named_modules():
-            if weight is not None and other is module:
-                found[f"{name}.weight"] = weight
-    return found
-
-
 def get_peft_model_state_dict(
     model: nn.Module,
     state_dict: Mapping[str, Tensor] | None = None,
@@ -105,8 +95,8 @@ def get_peft_model_state_dict(
         model: a `PeftModel`, or a model after `inject_adapter_in_model`.
         state_dict: values gathered elsewhere (FSDP), under the model's own names.
         adapter_name: which adapter.
-        save_embedding_layers: True adds the input and output embeddings; "auto" adds those that
-            are being trained.
+        save_embedding_layers: True adds the input and output embeddings; "auto" as
+            `embeddings.to_save` says.
     """
     tuner = tuner_of(model)
     _, tensors = tuner.export(adapter_name)
@@ -122,11 +112,9 @@ def _complete(
     save_embedding_layers: bool | str,
 ) -> dict[str, Tensor]:
     tensors = {**tensors, **_shared_tensors(tuner, adapter)}
-    for name, weight in _embedding_tensors(tuner.model).items():
-        if save_embedding_layers is True or (
-            save_embedding_layers == "auto" and weight.requires_grad and name not in tensors
-        ):
-            tensors[name] = weight
+    config = tuner.peft_config[adapter]
+    tables = embeddings.to_save(tuner.model, config, save_embedding_layers)
+    tensors |= {name: tensor for name, tensor in tables.items() if name not in tensors}
     if state_dict is not None:
         names = {id(value): name for name, value in model.state_dict(keep_vars=True).items()}
         tensors = {
@@ -155,11 +143,8 @@ def set_peft_model_state_dict(
     shared = _shared_tensors(tuner, adapter_name)
     biases = tuner.bias_parameters(adapter_name)
     expected = {**tuner.live_tensors(adapter_name), **shared}
-    embeddings = _embedding_tensors(tuner.model)
-    for key in list(given):
-        bare = key.replace(".base_layer.weight", ".weight")
-        if key not in expected and bare in embeddings:
-            expected[key] = embeddings[bare]
+    tables = embeddings.in_file(tuner.model, given)
+    expected = {**tables, **expected}
     missing = [key for key in expected if key not in given]
     unknown = [f"{PREFIX}{key}" for key in given if key not in expected] + foreign
     lost_biases = [key for key in missing if key in biases]
@@ -171,12 +156,19 @@ def set_peft_model_state_dict(
         )
         missing = [key for key in missing if key not in biases]
     missing = [f"{PREFIX}{key}" for key in missing]
-    shapes = [f"{PREFIX}{line}" for line in _other_shapes(given, expected).values()]
+    shapes = [
+        f"{PREFIX}{line}" + (embeddings.RESIZE if key in tables else "")
+        for key, line in _other_shapes(given, expected).items()
+    ]
     problems = [("wrong shape", shapes)]
     if strict:
         problems += [("missing", missing), ("unknown", unknown)]
     _raise_for(source, problems)
     _copy(given, expected)
+    layers = [layer for _, layer in iter_adapters(tuner.model) if layer.merged]
+    if any(tables or adapter_name in layer.merged_adapters for layer in layers):
+        warnings.warn("what was loaded was merged; everything is unmerged", stacklevel=2)
+        tuner.unmerge_adapter()  # a merged weight would hold the former values
     return LoadReport(missing, unknown)
 
 
@@ -220,7 +212,7 @@ def read_adapter(path: str | os.PathLike[str]) -> AdapterFile:
     if path.is_file():
         return AdapterFile(path, _read_tensors(path), {})
     if (path / LORALIB_WEIGHTS).is_file():
-        config = json.loads((path / LORALIB_CONFIG).read_text("utf-8"))
+        config = read_json(path / LORALIB_CONFIG)
         return AdapterFile(path, _read_tensors(path / LORALIB_WEIGHTS), config)
     for name in (SAFETENSORS_NAME, BIN_NAME):
         if (path / name).is_file():
@@ -238,7 +230,7 @@ def _read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path, device=device)
         state = torch.load(path, map_location=device, weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except UNREADABLE as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
             f"{path}: damaged, or no file of tensors alone ({reason}); copy it again, or save its "
@@ -306,19 +298,21 @@ def load_adapter(
     heads = {n: t for n, t in heads.items() if n.partition(".")[0] not in parts}
     missing = [name for name in factors if name not in given]
     absent = {name for name in missing if name.rpartition(".")[2] in optional}
+    tables = embeddings.in_file(body, {n: t for n, t in given.items() if n not in shared})
     # what is frozen here, or of a part that the model has not (`qa_outputs`), is left out as well
-    rest = [name for name in given if name not in factors and name not in shared]
+    rest = [n for n in given if n not in factors and n not in shared and n not in tables]
     frozen = set(body.state_dict())
     own_parts = {name for name, _ in body.named_children()}
     unknown = [n for n in rest if n not in frozen and n.partition(".")[0] in own_parts]
     problems = [
-        ("wrong shape", list(_other_shapes(given, factors).values())),
+        ("wrong shape", list(_other_shapes(given, {**factors, **tables}).values())),
         ("missing", [name for name in missing if name not in absent]),
         ("unknown", unknown),
     ]
     _raise_for(str(file.path), problems)
     _copy({name: given[name] for name in factors if name in given}, factors)
     _copy(heads, shared)
+    _copy({name: given[name] for name in tables}, tables)
     return LoadReport(missing, rest, list(wrong.values()))
 
 
@@ -378,11 +372,18 @@ def load_peft_weights(
     **hub: Any,
 ) -> dict[str, Tensor]:
     """Reads `adapter_model.safetensors`, or an old `adapter_model.bin` (tensors only)."""
-    device = "cpu" if device is None else str(device)
+    path = weights_file(folder_or_hub_id, subfolder, **hub)
+    return _read_tensors(path, "cpu" if device is None else str(device))
+
+
+def weights_file(
+    folder_or_hub_id: str | os.PathLike[str], subfolder: str | None = None, **hub: Any
+) -> Path:
+    """Path of an adapter's tensors, downloaded where needed."""
     for name in (SAFETENSORS_NAME, BIN_NAME):
         path = find_file(folder_or_hub_id, name, subfolder, **hub)
         if path is not None:
-            return _read_tensors(Path(path), device)
+            return Path(path)
     raise FileNotFoundError(
         f"{folder_or_hub_id}: neither {SAFETENSORS_NAME} nor {BIN_NAME} is there"
     )
@@ -401,7 +402,7 @@ def save_adapter(
     tuner = tuner_of(model)
     config, tensors = tuner.export(adapter, **export_options)
     config.inference_mode = True
-    warn_if_unfinished(tuner, config)
+    warn_if_unfinished(tuner, config, adapter)
     state = _complete(model, tuner, adapter, tensors, state_dict, save_embedding_layers)
     folder.mkdir(parents=True, exist_ok=True)
     state = {key: value.cpu().contiguous().clone() for key, value in state.items()}

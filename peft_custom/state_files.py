@@ -60,7 +60,7 @@ def read_tree(path: Path) -> Any:
             values = json.loads((file.metadata() or {})["tree"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return _unpack(values, tensors)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: damaged or something else ({error})") from error
 
 

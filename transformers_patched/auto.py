@@ -26,10 +26,13 @@ MODELS: dict[str, tuple[type[PretrainedConfig], str, str]] = {
 
 
 def _entry(model_type: str | None, source: object) -> tuple[type[PretrainedConfig], str, str]:
-    if model_type not in MODELS:
-        raise CheckpointError(
-            f"{source}: model_type is {model_type!r}; there are models for {', '.join(MODELS)}"
+    if not isinstance(model_type, str) or model_type not in MODELS:
+        said = (
+            f"model_type is {model_type!r}"
+            if model_type
+            else "neither model_type nor architectures says what it is"
         )
+        raise CheckpointError(f"{source}: {said}; there are models for {', '.join(MODELS)}")
     return MODELS[model_type]
 
 
@@ -48,7 +51,9 @@ class AutoConfig:
             name_or_path, revision=revision, local_files_only=local_files_only
         )
         config_class = _entry(values.get("model_type"), path)[0]
-        return config_class.from_dict(values, **{"name_or_path": str(name_or_path), **overrides})
+        return config_class.from_file(
+            path, values, **{"name_or_path": str(name_or_path), **overrides}
+        )
 
 
 class AutoModel:

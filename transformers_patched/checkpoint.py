@@ -6,7 +6,6 @@ restricted unpickler. Tensors stay mapped to their file until they are written t
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 import zipfile
@@ -18,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .files import CheckpointError, find_file, hub_answers, write_atomically
+from .files import CheckpointError, find_file, hub_answers, read_json, write_atomically
 
 __all__ = [
     "CheckpointError",
@@ -69,9 +68,9 @@ def _read_shards(
     suffix: str,
 ) -> tuple[dict[str, Tensor], dict[str, Path]]:
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(index)["weight_map"]
         shards = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (CheckpointError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{index} is no index of shards: it needs a 'weight_map'") from None
     tensors: dict[str, Tensor] = {}
     files: dict[str, Path] = {}

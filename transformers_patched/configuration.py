@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import re
+import types
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from .files import CheckpointError, find_file, write_atomically
+from .files import CheckpointError, find_file, read_json, write_atomically
 
 CONFIG_NAME = "config.json"
 LORA_TYPES = ("lora", "dylora")  # what `lora_type` may say: the keys of `loralib.LINEAR_TYPES`
 _LORA_FIELDS = ("apply_lora", "lora_r", "lora_alpha", "lora_dropout", "lora_type", "lora_modules")
+MOST_LABELS = 1_000_000  # each gets a name, so that a slip of the pen would fill the memory
 _RUNTIME_FIELDS = ("num_labels", "extra", "name_or_path")  # not keys of config.json
 
 ConfigT = TypeVar("ConfigT", bound="PretrainedConfig")
@@ -66,8 +71,11 @@ class PretrainedConfig:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "num_labels":
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"num_labels must be a positive integer, not {value!r}")
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if not whole or not 1 <= value <= MOST_LABELS:
+                raise ConfigError(
+                    f"num_labels must be an integer from 1 to {MOST_LABELS:,}, not {value!r}"
+                )
             if len(self.__dict__.get("id2label") or ()) != value:
                 self.__dict__["id2label"] = {i: f"LABEL_{i}" for i in range(value)}
                 self.__dict__["label2id"] = {f"LABEL_{i}": i for i in range(value)}
@@ -182,7 +190,25 @@ class PretrainedConfig:
                 f"{path} says model_type {found!r}, which is no {cls.__name__}; "
                 "load it with AutoConfig or an AutoModel class, or with the classes of its own type"
             )
-        return cls.from_dict(values, **{"name_or_path": str(name_or_path), **overrides})
+        return cls.from_file(path, values, **{"name_or_path": str(name_or_path), **overrides})
+
+    @classmethod
+    def from_file(
+        cls: type[ConfigT], path: Path, values: Mapping[str, Any], **overrides: Any
+    ) -> ConfigT:
+        """`from_dict` for what was read from `path`, which errors name."""
+        hints = typing.get_type_hints(cls)
+        for key in {item.name for item in dataclasses.fields(cls)} & set(values) - {"extra"}:
+            value = values[key]
+            if not fits(value, hints[key]):
+                expected = getattr(hints[key], "__name__", hints[key])
+                raise ConfigError(f"{path}: {key} is {value!r}, which is no {expected}")
+        try:
+            config = cls.from_dict(values)
+        except ValueError as error:
+            raise ConfigError(f"{path}: {error}") from error
+        config.update(overrides)
+        return config
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `config.json` into `folder`, which is made where it is missing."""
@@ -192,10 +218,28 @@ class PretrainedConfig:
         write_atomically(folder / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
 
 
+def fits(value: object, hint: Any) -> bool:
+    """Whether a value read from JSON is of an annotated type; whole numbers are floats too."""
+    kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind in (typing.Union, types.UnionType):
+        return any(fits(value, one) for one in inner)
+    if kind in (int, float):
+        number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+        return number and math.isfinite(value)
+    if kind is list and isinstance(value, list):
+        return all(fits(item, inner[0]) for item in value)
+    if kind is dict and isinstance(value, dict):
+        return all(fits(item, inner[1]) for item in value.values())
+    return isinstance(value, (list, tuple) if kind is tuple else kind)
+
+
 def read_config(
     name_or_path: str | Path, *, revision: str | None = None, local_files_only: bool = False
 ) -> tuple[dict[str, Any], Path]:
-    """Returns the keys of the `config.json` of a folder or hub id, and the file they are from."""
+    """Returns the keys of the `config.json` of a folder or hub id, and the file they are from.
+
+    `model_type` is there where the file says it in any way, see `model_type`.
+    """
     path = find_file(
         name_or_path, CONFIG_NAME, revision=revision, local_files_only=local_files_only
     )
@@ -204,13 +248,25 @@ def read_config(
             f"{name_or_path} has no {CONFIG_NAME}: give the folder (or hub id) of a model saved by "
             "save_pretrained, or pass config=..."
         )
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); restore it from its source") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} must hold one JSON object, not a {type(values).__name__}")
+    values = read_json(path)
+    if kind := model_type(values):
+        values["model_type"] = kind
     return values, path
+
+
+def model_type(values: Mapping[str, Any]) -> str | None:
+    """The `model_type` of a `config.json`, where it has none that of its `architectures`.
+
+    `DebertaV2ForMaskedLM` is one of `deberta-v2`.
+    """
+    if values.get("model_type"):
+        return values["model_type"]
+    classes = values.get("architectures")
+    for name in classes if isinstance(classes, list) else ():
+        found = re.fullmatch(r"([A-Z]\w*?)(Model|LMHeadModel|For[A-Z]\w*)", str(name))
+        if found:
+            return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", found[1]).lower()
+    return None
 
 
 @dataclass(kw_only=True)

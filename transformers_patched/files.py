@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import threading
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
+MOST_NESTED = 64  # levels of a JSON file; more than any of ours, less than Python can copy
 HUB_SECONDS = 3.0  # a hub that has not answered by then is taken for absent
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be read, or is not this model's. The message names the file."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a file that holds one JSON object.
+
+    Raises:
+        CheckpointError: It is damaged, something else, or nested too deeply.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); restore it from its source") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} must hold one JSON object, not a {type(values).__name__}")
+    level: list[Any] = [values]
+    for _ in range(MOST_NESTED):
+        boxes = [item.values() if isinstance(item, dict) else item for item in level]
+        level = [inner for box in boxes for inner in box if isinstance(inner, (dict, list))]
+        if not level:
+            return values
+    raise CheckpointError(f"{path} is nested more than {MOST_NESTED} levels deep")
 
 
 # ---------------------------------------------------------------------- finding files

@@ -7,8 +7,9 @@ import inspect
 import math
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -28,6 +29,8 @@ ModelT = TypeVar("ModelT", bound="PreTrainedModel")
 
 # Keys that older checkpoints carry and no model needs: position ids are worked out in the call.
 _STRAY_KEYS = re.compile(r"(^|\.)embeddings\.position_ids$")
+_LAYER = re.compile(r"(?:^|\.)layer\.(\d+)\.")
+MOST_LAYERS = 1000  # the deepest published encoders have some tens
 _LEGACY_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
@@ -122,12 +125,21 @@ class PreTrainedModel(nn.Module):
             config.update(overrides)
         config.name_or_path = str(name_or_path)
         tensors, files = read_weights(name_or_path, **where)
-
-        with torch.device("meta"), _NothingDrawn():  # shapes only: the checkpoint has the values
-            model = cls(config, **arguments)
+        _check_depth(config, tensors, files)
+        try:
+            with (
+                torch.device("meta"),
+                _NothingDrawn(),
+            ):  # shapes only: the checkpoint has the values
+                model = cls(config, **arguments)
+        except RuntimeError as error:  # torch cannot count so many bytes
+            raise CheckpointError(
+                f"{name_or_path}: no model has the sizes of its config.json ({error})"
+            ) from error
         found, report = _match(model, tensors, files)
         if report.mismatched and not ignore_mismatched_sizes:
             raise _other_shapes(report)
+        _check_size(model, report.missing, tensors, name_or_path)
         base = None if base_dtype is None else _dtype(base_dtype)
         _assign(model, found, report.missing, _dtype(dtype), base)
         if base_dtype is not None:
@@ -259,20 +271,60 @@ class _NothingDrawn(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def _check_depth(
+    config: PretrainedConfig, tensors: dict[str, Tensor], files: dict[str, Path]
+) -> None:
+    """Refuses a number of layers beyond all reason before so many modules are built."""
+    layers = getattr(config, "num_hidden_layers", 0)
+    if layers > MOST_LAYERS:
+        source = next(iter(files.values()), config.name_or_path)
+        found = [int(m[1]) + 1 for m in map(_LAYER.search, tensors) if m]
+        raise CheckpointError(
+            f"{source} has {max(found, default=0)} layers, but num_hidden_layers is {layers:,} in "
+            f"the {type(config).__name__} (at most {MOST_LAYERS:,}): correct its config.json"
+        )
+
+
+def _check_size(
+    model: PreTrainedModel, missing: list[str], tensors: dict[str, Tensor], name: str | Path
+) -> None:
+    """Refuses to draw far more new weights than the checkpoint has; sizes are then wrong."""
+    state = model.state_dict()
+    sizes = {key: state[key].numel() for key in missing}
+    given = sum(tensor.numel() for tensor in tensors.values())
+    if sum(sizes.values()) > 10 * given + 10_000_000:
+        largest = max(sizes, key=sizes.__getitem__)
+        raise CheckpointError(
+            f"{name}: the sizes of its config.json ask for {sum(sizes.values()):,} weights that "
+            f"the checkpoint, of {given:,} in all, has not; the largest is {largest}, "
+            f"{tuple(state[largest].shape)}"
+        )
+
+
 def _match(
     model: PreTrainedModel, tensors: dict[str, Tensor], files: dict[str, Path]
 ) -> tuple[dict[str, Tensor], LoadReport]:
-    """Finds the parameter of every key, with the base model's prefix added or removed as needed."""
-    state = model.state_dict()
-    tied, prefix = model._tied(), model.base_model_prefix + "."
+    """Finds the parameter of every key.
+
+    Wrappers (DataParallel, torch.compile, a training loop's own module) put one prefix before all
+    keys: it is left out where more of them fit without it.
+
+    Raises:
+        CheckpointError: these are no weights of this model, which would stay random.
+    """
+    state, tied = model.state_dict(), model._tied()
+    shared = _shared_parts(list(tensors))
+    prefixes = [".".join([*shared[:n], ""]) if n else "" for n in range(len(shared) + 1)]
+    names = [
+        {key: _name(model, state, key.removeprefix(prefix)) for key in tensors}
+        for prefix in prefixes
+    ]
+    best = max(names, key=lambda found: sum(name is not None for name in found.values()))
+    _check_fit(model, best, state, files)
     found: dict[str, Tensor] = {}
     report = LoadReport()
-    for key, tensor in tensors.items():
-        name = key
-        for old, new in _LEGACY_NAMES.items():
-            name = name.removesuffix(old) + new if name.endswith(old) else name
-        candidates = (name, prefix + name, name.removeprefix(prefix))
-        name = next((candidate for candidate in candidates if candidate in state), None)
+    for key, name in best.items():
+        tensor = tensors[key]
         if name is None:
             if not _STRAY_KEYS.search(key):
                 report.unexpected.append(key)
@@ -286,6 +338,46 @@ def _match(
             found.setdefault(source, found.pop(alias))
     report.missing = [name for name in state if name not in found and name not in tied]
     return found, report
+
+
+def _name(model: PreTrainedModel, state: Mapping[str, Tensor], key: str) -> str | None:
+    """The parameter that a key means, the base model's prefix added or removed as needed."""
+    for old, new in _LEGACY_NAMES.items():
+        key = key.removesuffix(old) + new if key.endswith(old) else key
+    prefix = model.base_model_prefix + "."
+    return next((n for n in (key, prefix + key, key.removeprefix(prefix)) if n in state), None)
+
+
+def _shared_parts(keys: list[str]) -> list[str]:
+    """The parts, between dots, with which all keys begin."""
+    first, last = (min(keys), max(keys)) if keys else ("", "")
+    parts = zip(first.split(".")[:-1], last.split(".")[:-1], strict=False)
+    return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], parts)]
+
+
+def _check_fit(
+    model: PreTrainedModel,
+    names: Mapping[str, str | None],
+    state: Mapping[str, Tensor],
+    files: Mapping[str, Path],
+) -> None:
+    """Raises CheckpointError where keys and parameters of the base model have little in common.
+
+    A model with fewer or more layers than the checkpoint, or with another head, is none such: there
+    most parameters are found, or most keys are used.
+    """
+    prefix = "" if model.base_model is model else model.base_model_prefix + "."
+    base = {name for name in state if name.startswith(prefix) and "lora_" not in name}
+    fitting = [name for name in names.values() if name in base]
+    if fitting and (2 * len(fitting) >= len(names) or 2 * len(set(fitting)) >= len(base)):
+        return
+    where = ", ".join(sorted({str(path) for path in files.values()})) or str(model.name_or_path)
+    many = f"only {len(fitting)}" if fitting else "none"
+    raise CheckpointError(
+        f"{where}: {many} of the {len(names)} keys fit {type(model).__name__}, with or without a "
+        f"prefix that all have. They begin with {next(iter(names), 'nothing')!r}, the model's with "
+        f"{next(iter(state))!r}: rename the keys, or load the model that they belong to"
+    )
 
 
 def _assign(

@@ -50,6 +50,10 @@ class DataOptions:
     test_file: str | None = option(None, "its test file, for --do_predict")
     dataset_name: str | None = option(None, "a dataset of your own: hub id or folder")
     dataset_config_name: str | None = option(None, "its configuration")
+    text_column: tuple[str, ...] | None = option(
+        None, "the one or two text columns of data of your own; without it they are found"
+    )
+    label_column: str | None = option(None, "its label column (label)")
     max_length: int = option(128, "tokens per row; longer rows are cut", low=3)
     pad_to_max_length: bool = option(False, "pad every row to max_length (slow)")
     group_by_length: bool | None = option(
@@ -77,6 +81,18 @@ class DataOptions:
                 "give --task_name, or --train_file and --validation_file, or --dataset_name"
                 + (", only one of these" if sum(ways) > 1 else "")
             )
+        self._check_columns()
+
+    def _check_columns(self) -> None:
+        for name in ("text_column", "label_column"):
+            if getattr(self, name) and self.task_name is not None:
+                raise OptionError(
+                    f"--{name} goes with --train_file or --dataset_name: the columns of "
+                    f"{self.task_name} are known"
+                )
+        text = self.text_column or ()
+        if len(text) > 2 or len(set(text)) < len(text):
+            raise OptionError(f"--text_column {','.join(text)}: name one or two columns")
 
     @property
     def order(self) -> str:
@@ -92,7 +108,9 @@ class DataOptions:
 @dataclass(frozen=True)
 class TrainingOptions:
     output_dir: str = option(MISSING, "the run's folder")
-    overwrite_output_dir: bool = option(False, "remove what another run left in output_dir")
+    overwrite_output_dir: bool = option(
+        False, "replace the run in output_dir, which is kept until the new one has ended"
+    )
     resume_from_checkpoint: str | None = option(
         None, "auto: the newest checkpoint in output_dir, if any; or a checkpoint folder"
     )

@@ -24,6 +24,9 @@ ALIASES = {
     "mask_interval": "adalora_delta_t",
     "reg_orth_coef": "adalora_orth_reg_weight",
     "criterion": "vilora_criterion",
+    "text_column_name": "text_column",
+    "text_column_names": "text_column",
+    "label_column_name": "label_column",
 }
 # Switches of the originals that stand for a value of another option, unless that one is given too.
 SWITCHES = {

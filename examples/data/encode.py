@@ -11,8 +11,8 @@ import hashlib
 import os
 import warnings
 import zlib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +41,7 @@ class EncodedSplit:
         labels: (n,) int64 classes or float32 scores; None for a split without labels.
         pad_id: what padding is filled with.
         token_types: the model takes `token_type_ids`.
+        keys: "texts", "labels" and "tokenizer" -> a hash of the content.
     """
 
     tokens: np.ndarray
@@ -49,6 +50,7 @@ class EncodedSplit:
     labels: np.ndarray | None
     pad_id: int
     token_types: bool
+    keys: Mapping[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.first)
@@ -91,10 +93,12 @@ def encode(
             f"max_length={max_length} is more than the {limit} tokens this model "
             f"takes; use {limit} or less"
         )
+    keys = {"texts": _text_key(raw.text), "tokenizer": _hash(tokenizer.fingerprint().encode())}
     path = None
     if cache:
         folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
-        path = folder / "encoded" / f"{_key(raw, tokenizer, max_length)}.safetensors"
+        name = _hash(f"{VERSION} {max_length} {keys}".encode())
+        path = folder / "encoded" / f"{name}.safetensors"
     arrays = _load(path) if path is not None else None
     if arrays is None:
         arrays = _tokenise(raw, tokenizer, max_length)
@@ -103,6 +107,7 @@ def encode(
     labels = None
     if raw.labels is not None:
         labels = np.asarray(raw.labels, np.float32 if raw.task.regression else np.int64)
+        keys["labels"] = _hash(labels.tobytes())
     if tokenizer.pad_token_id is None:
         raise ValueError("this tokenizer has no pad_token: set one before encoding")
     return EncodedSplit(
@@ -112,6 +117,7 @@ def encode(
         labels,
         tokenizer.pad_token_id,
         "token_type_ids" in tokenizer.model_input_names,
+        keys,
     )
 
 
@@ -156,15 +162,20 @@ def _flat(lists: Iterable[list[int]], total: int) -> np.ndarray:
     return np.fromiter((value for row in lists for value in row), np.int32, int(total))
 
 
-def _key(raw: RawSplit, tokenizer: PreTrainedTokenizer, max_length: int) -> str:
-    """The name of the cache file; labels are not in it, so they are not in the key."""
-    digest = hashlib.sha256()
-    for part in (VERSION, tokenizer.fingerprint(), str(max_length), str(len(raw.text))):
-        digest.update(part.encode() + b"\0")
-    for column in raw.text:
+def _text_key(columns: Sequence[list[str]]) -> str:
+    """A hash of the texts of a split."""
+    parts = [str(len(columns)).encode()]
+    for column in columns:
         # Lengths first: the same characters split otherwise are other rows.
-        digest.update(np.fromiter(map(len, column), np.int64, len(column)).tobytes())
-        digest.update("".join(column).encode())
+        parts.append(np.fromiter(map(len, column), np.int64, len(column)).tobytes())
+        parts.append("".join(column).encode())
+    return _hash(*parts)
+
+
+def _hash(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
     return digest.hexdigest()[:40]
 
 

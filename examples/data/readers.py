@@ -3,7 +3,7 @@
 Sources: official GLUE files, files of one's own (`examples.data.tables` reads the formats), and
 datasets on the hub. Whatever is wrong raises `DataError`, which names the file, the line and what
 to do. Labels are never guessed: a name must be one of the task's, a number must be one of its
-indices.
+indices. A file of one's own says its labels itself (`examples.data.custom`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from examples.data.custom import Columns, describe, is_blank, label_key
 from examples.data.tables import FORMATS, Table, TsvLayout, read_tables
 from examples.data.tasks import CUSTOM, Task, plain_name
 from examples.errors import DataError
@@ -41,6 +42,7 @@ class RawSplit:
         source: the file or hub id, for messages.
         lines: each row's line in the file (item of a JSON array, row of a table).
         unit: what `lines` counts.
+        found: what a file of one's own was found to hold, in one line for people.
     """
 
     task: Task
@@ -51,6 +53,7 @@ class RawSplit:
     source: str
     lines: list[int]
     unit: str = "line"
+    found: str = ""
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -98,23 +101,49 @@ def read_split(task: Task, data_dir: str | os.PathLike[str] | None, split: str) 
     return _from_table(read_tables(files, _layout(task)), task, split)
 
 
-def read_file(task: Task, path: str | os.PathLike[str], split: str = "train") -> RawSplit:
+def read_file(
+    task: Task,
+    path: str | os.PathLike[str],
+    split: str = "train",
+    columns: Columns | None = None,
+) -> RawSplit:
     """Reads one file of a task, or of one's own where `task` is `CUSTOM`.
 
-    Of a custom training file the text columns are `sentence1` and `sentence2` where present, else
-    the first two that are neither the label nor an index; the classes are its sorted labels, and
-    float labels make it a regression. The result's `.task` says so: read the other files with it.
+    A custom training file says which columns are text and what the classes are, see
+    `examples.data.custom`. The result's `.task` has it: read the other files with that.
+
+    Args:
+        task: from `examples.data.tasks`, or `.task` of the training file.
+        path: tsv, csv, json, jsonl or parquet.
+        split: what it is used for.
+        columns: that the user names, of a custom training file.
+
+    Raises:
+        DataError: something wrong in it.
     """
-    return _from_table(read_tables([Path(path)], _layout(task)), task, split)
+    return _from_table(read_tables([Path(path)], _layout(task)), task, split, columns)
 
 
-def read_hub(task: Task, name: str, config: str | None, split: str) -> RawSplit:
-    """Reads a split of a dataset on the hub (or of a local dataset folder) through `datasets`."""
-    return _from_table(hub_table(name, config, split), task, split)
+def read_hub(
+    task: Task, name: str, config: str | None, split: str, columns: Columns | None = None
+) -> RawSplit:
+    """Reads a split of a dataset on the hub (or of a local dataset folder) through `datasets`.
+
+    Arguments as in `read_file`. Where a custom dataset states the names of its classes, they are
+    its labels.
+    """
+    table = hub_table(name, config, split, class_names=not task.labels_by_index)
+    return _from_table(table, task, split, columns)
 
 
-def hub_table(name: str, config: str | None, split: str) -> Table:
+def hub_table(name: str, config: str | None, split: str, class_names: bool = True) -> Table:
     """All columns of a split of a dataset on the hub.
+
+    Args:
+        name: hub id, or a local dataset folder.
+        config: its configuration.
+        split: of the dataset.
+        class_names: give classes by the names that the dataset states, not by their numbers.
 
     Raises:
         DataError: it cannot be read; the cause is chained.
@@ -129,14 +158,21 @@ def hub_table(name: str, config: str | None, split: str) -> Table:
     source = f"{name}/{config}" if config else name
     try:
         data = datasets.load_dataset(name, config, split=split)
-        columns = {column: list(data[column]) for column in data.column_names}
+        values = {column: list(data[column]) for column in data.column_names}
     except Exception as error:  # the hub, the network and datasets each raise their own
         raise DataError(
             f"{source}, split {split}: cannot be read from the hub "
             f"({type(error).__name__}: {error}); give --data_dir to read files"
         ) from error
-    count = len(next(iter(columns.values()), []))
-    return Table(f"{source}, split {split}", columns, list(range(count)), "row")
+    names = {
+        column: tuple(feature.names)
+        for column, feature in data.features.items()
+        if class_names and isinstance(feature, datasets.ClassLabel)
+    }
+    for column, known in names.items():  # -1 hides a label
+        values[column] = [known[i] if i is not None and i >= 0 else None for i in values[column]]
+    count = len(next(iter(values.values()), []))
+    return Table(f"{source}, split {split}", values, list(range(count)), "row", names)
 
 
 def _layout(task: Task) -> TsvLayout:
@@ -188,17 +224,18 @@ def find_split(task: Task, data_dir: Path, split: str) -> list[Path]:
 # -- from columns to text and labels ------------------------------------------------------------
 
 
-def _from_table(table: Table, task: Task, split: str) -> RawSplit:
+def _from_table(table: Table, task: Task, split: str, columns: Columns | None = None) -> RawSplit:
     """Text, labels and row numbers of a table of n rows."""
     if not table.lines:
         raise DataError(f"{table.source}: empty, there is no row in it")
+    found = ""
     if task.name == CUSTOM.name and not task.text:
-        task = _describe(table, task)
+        task, found = describe(table, task, columns)
     text = tuple(_text(table, _column(table, name, task)) for name in task.text)
     labels = _labels(table, task, split)
     index = next((name for name in INDEX_COLUMNS if name in table.columns), None)
     ids = table.columns[index] if index else list(range(len(table.lines)))
-    return RawSplit(task, split, text, labels, ids, table.source, table.lines, table.unit)
+    return RawSplit(task, split, text, labels, ids, table.source, table.lines, table.unit, found)
 
 
 def _column(table: Table, column: str, task: Task) -> str:
@@ -244,9 +281,9 @@ def _text(table: Table, column: str) -> list[str]:
 def _labels(table: Table, task: Task, split: str) -> list[int] | list[float] | None:
     """n class indices or scores; None for a test split without labels."""
     testing = split.startswith("test")
-    if testing and _find(table, "label", task) is None:
+    if testing and _find(table, task.label_column, task) is None:
         return None
-    name = _column(table, "label", task)
+    name = _column(table, task.label_column, task)
     values = table.columns[name]
     blank = [row for row, value in enumerate(values) if _unlabelled(value, task)]
     if blank and testing:
@@ -260,7 +297,8 @@ def _labels(table: Table, task: Task, split: str) -> list[int] | list[float] | N
         )
     convert = _score if task.regression else _class_index
     labels = []
-    known = {label: index for index, label in enumerate(task.labels)}
+    key = str if task.labels_by_index else label_key
+    known = {key(label): index for index, label in enumerate(task.labels)}
     for row, value in enumerate(values):
         label = convert(value, task, known)
         if isinstance(label, str):
@@ -271,12 +309,14 @@ def _labels(table: Table, task: Task, split: str) -> list[int] | list[float] | N
 
 def _unlabelled(value: Any, task: Task) -> bool:
     """Whether a label is missing, or the hub's -1 for hidden ones where no label can be -1."""
+    if not task.labels_by_index:
+        return is_blank(value)
     if value is None or value == "":
         return True
     if task.regression:
         return task.label_range is not None and value in (-1, "-1", "-1.0")
     # Equality alone would let -1.0 pass, which is no class in any format.
-    return task.labels_by_index and type(value) in (int, str) and value in (-1, "-1", "-")
+    return type(value) in (int, str) and value in (-1, "-1", "-")
 
 
 def _class_index(value: Any, task: Task, known: dict[str, int]) -> int | str:
@@ -284,11 +324,11 @@ def _class_index(value: Any, task: Task, known: dict[str, int]) -> int | str:
     choices = ", ".join(
         f"{i} ({name})" if task.labels_by_index else name for i, name in enumerate(task.labels)
     )
-    if isinstance(value, str) and value in known:
-        return known[value]
     if not task.labels_by_index:
         unknown = f"unknown label {value!r:.60}; the training file has {choices}"
-        return known.get(str(value), unknown) if isinstance(value, (bool, int)) else unknown
+        return known.get(label_key(value), unknown)
+    if isinstance(value, str) and value in known:
+        return known[value]
     index = _whole(value)
     if index is None:
         return f"unknown label {value!r:.60}; {task.name} has {choices}"
@@ -322,55 +362,3 @@ def _whole(value: Any) -> int | None:
     if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,9}", value):
         return int(value)
     return None
-
-
-# -- files of one's own -------------------------------------------------------------------------
-
-
-def _describe(table: Table, task: Task) -> Task:
-    """The task with text columns, labels and metrics as its training file has them."""
-    names = list(table.columns)
-    if "label" not in names:
-        raise DataError(f"{table.source}: no column 'label'; found {', '.join(map(repr, names))}")
-    if "sentence1" in names:
-        text = ("sentence1", "sentence2") if "sentence2" in names else ("sentence1",)
-    else:
-        text = tuple(name for name in names if name not in ("label", *INDEX_COLUMNS))[:2]
-    if not text:
-        raise DataError(
-            f"{table.source}: no text column beside 'label'; found {', '.join(map(repr, names))}"
-        )
-    values = [value for value in table.columns["label"] if value not in (None, "")]
-    if any(isinstance(value, (list, dict)) for value in values):  # JSON may hold anything
-        raise DataError(f"{table.source}: labels must be names or numbers")
-    if values and any(_fraction(value) for value in values) and all(map(_number, values)):
-        return replace(
-            task, text=text, labels=(), metrics=("pearson", "spearmanr"), main_metric="pearson"
-        )
-    if values and all(_whole(value) is not None for value in values):
-        labels = tuple(str(number) for number in sorted({_whole(value) for value in values}))
-    else:
-        labels = tuple(sorted({str(value) for value in values}))
-    if len(labels) < 2:
-        raise DataError(
-            f"{table.source}: {len(labels)} kinds of label "
-            f"({', '.join(labels) or 'all empty'}); a classifier needs at least two"
-        )
-    return replace(task, text=text, labels=labels)
-
-
-def _number(value: Any) -> bool:
-    """Whether a value is a finite number, or a string that spells one."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return False
-    try:
-        return math.isfinite(float(value))
-    except (ValueError, OverflowError):
-        return False
-
-
-def _fraction(value: Any) -> bool:
-    """A float, or a string that spells one rather than a whole number."""
-    return isinstance(value, float) or (
-        isinstance(value, str) and _whole(value) is None and _number(value)
-    )

@@ -52,12 +52,15 @@ class Table:
         columns: name -> n values.
         lines: each row's line in the file (item of a JSON array, row of parquet).
         unit: what `lines` counts.
+        class_names: column -> the names that its values may have, in their order, where the source
+            states them.
     """
 
     source: str
     columns: dict[str, list[Any]]
     lines: list[int]
     unit: str = "line"
+    class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def fail(self, row: int, reason: str) -> DataError:
         """The error to raise where something is wrong with a row."""

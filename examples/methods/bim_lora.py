@@ -43,7 +43,7 @@ class BimLoraOptions:
     initial_block_score: float = option(0.5, "mask_init constant: logit of the mask")
     train_mask: bool = option(True, "the mask trains")
     collection_steps: int | float = option(
-        0, "batches for the features: 300, or 0.05 of the run; 0: 0.05, at most 300", low=0
+        0, "optimiser steps for the features: 300, or 0.05 of the run; 0: 0.05, at most 300", low=0
     )
     features_path: str | None = option(
         None, "features are read from this file if it exists, and written to it if not"
@@ -90,6 +90,7 @@ def build(source: ModelSource, options: BimLoraOptions) -> AdaptedModel:
     report = start_from(adapted.model, options, source.print_once, agree, optional=MASK)
     if report is not None and not report.missing_keys:  # with a mask: none is made from features
         adapted.model.base_model.initialised.add("default")
+    adapted.model.base_model.records.read.update(source.read)
     adapted.plot = lambda folder, title, rows: _plot(adapted.model, folder, title)
     return adapted
 

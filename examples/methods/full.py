@@ -24,7 +24,7 @@ def build(source: ModelSource, options: FullOptions) -> AdaptedModel:
             "out; --mixed_precision bf16 computes in bfloat16"
         )
     model = source.load(frozen=False)
-    return AdaptedModel(model, model.save_pretrained, "model")
+    return AdaptedModel(model, model.save_pretrained)
 
 
-register_method("full", FullOptions, build, "every weight is trained")
+register_method("full", FullOptions, build, "every weight is trained", folder="model")

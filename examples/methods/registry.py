@@ -33,8 +33,7 @@ class AdaptedModel:
 
     Attributes:
         model: gives `.loss` and `.logits`, and has `parameter_groups(lr, weight_decay)`.
-        save: writes the result into a folder.
-        folder: that folder's name in the run folder.
+        save: writes the result into a folder, the method's `MethodSpec.folder`.
         predictor: how it is evaluated, where that is more than one forward pass.
         summarize: (final metrics, main metric, title, run folder or None) -> more figures of the
             run, shown and saved with the others; it may write files into the folder. Called on the
@@ -44,7 +43,6 @@ class AdaptedModel:
 
     model: nn.Module
     save: Callable[[Path], None]
-    folder: str = "adapter"
     predictor: Predictor | None = None
     summarize: Callable[[dict[str, float], str, str, Path | None], dict[str, Any]] | None = None
     plot: Callable[[Path, str, list[Row]], None] | None = None
@@ -117,6 +115,7 @@ class MethodSpec:
         optimizer: the optimiser it takes unless another is named.
         needs_posterior: it asks the optimiser for σ of every weight.
         files: what `AdaptedModel.summarize` writes into the run's folder.
+        folder: where in the run's folder the result is.
     """
 
     name: str
@@ -126,6 +125,7 @@ class MethodSpec:
     optimizer: str = "adamw"
     needs_posterior: bool = False
     files: tuple[str, ...] = ()
+    folder: str = "adapter"
 
 
 @dataclass(frozen=True)
@@ -160,9 +160,11 @@ def register_method(
     optimizer: str = "adamw",
     needs_posterior: bool = False,
     files: tuple[str, ...] = (),
+    folder: str = "adapter",
 ) -> None:
     """Adds a method; the arguments are the attributes of `MethodSpec`."""
-    METHODS[name] = MethodSpec(name, options, build, summary, optimizer, needs_posterior, files)
+    spec = MethodSpec(name, options, build, summary, optimizer, needs_posterior, files, folder)
+    METHODS[name] = spec
 
 
 def register_optimizer(

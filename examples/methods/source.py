@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 import transformers_patched
+from peft_custom.digest import digest
 from peft_custom.save_and_load import adapter_tensors
 from transformers_patched import PreTrainedModel
 
@@ -24,6 +25,8 @@ class ModelSource:
         base_dtype: "auto", "float32" or "bfloat16", for frozen weights.
         arguments: of `from_pretrained`: revision, labels and the like.
         verbose: print what was not in the checkpoint (one process of several does).
+        note_weights: add a key of the frozen weights to `read`.
+        read: what the run has read -> a key of its content.
     """
 
     name_or_path: str
@@ -32,6 +35,8 @@ class ModelSource:
     base_dtype: str = "auto"
     arguments: dict[str, Any] = field(default_factory=dict)
     verbose: bool = True
+    note_weights: bool = False
+    read: dict[str, str] = field(default_factory=dict)
 
     def load(self, *, frozen: bool, **overrides: Any) -> PreTrainedModel:
         """Loads the model; `frozen` freezes its base and keeps it in the base dtype."""
@@ -47,6 +52,10 @@ class ModelSource:
             )
         increments = adapter_tensors(model)  # where the modelling file builds them
         fresh = [name for name in report.missing if name not in increments]
+        if frozen and self.note_weights:
+            new = {*report.missing, *report.mismatched}
+            found = {name: t for name, t in model.state_dict().items() if name not in new}
+            self.read |= {"base weights": digest(found), "base dtype": str(model.dtype)}
         for what, names in (
             ("newly initialised", fresh + report.mismatched),
             ("in the checkpoint but not in the model", report.unexpected),

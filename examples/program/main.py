@@ -52,6 +52,7 @@ class Options:
         groups: option class -> its instance.
         method: the chosen method; `method_options` are its own.
         optimizer: the chosen optimiser; `optimizer_options` are its own.
+        config_file: of `--config`.
         started: when they were read, for the wall time.
     """
 
@@ -60,6 +61,7 @@ class Options:
     method_options: Any
     optimizer: OptimizerSpec
     optimizer_options: Any
+    config_file: str | None = None
     started: float = dataclasses.field(default_factory=time.perf_counter)
 
     def __getitem__(self, owner: type) -> Any:
@@ -122,6 +124,7 @@ def parse(
         config.build(method.options, values),
         optimizer,
         config.build(optimizer.options, values),
+        file,
     )
 
 

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 
 from examples.cli.groups import TRACKERS, ModelOptions, TrainingOptions
 from examples.data.batches import TrainingBatches
+from examples.data.encode import EncodedSplit
 from examples.data.readers import RawSplit
-from examples.errors import OptionError, as_user_error
+from examples.errors import OptionError, RunError, as_user_error
 from examples.evaluation.prediction import (
     Collate,
     EvaluationSet,
@@ -35,7 +36,15 @@ from examples.program.main import Options
 from examples.program.results import peak_memory, table
 from examples.program.task_data import TaskData
 from examples.training.checkpoints import is_disk_full, saving_failed
-from examples.training.run_folder import CURVE, LOG, METRICS, PLOTS, RESULTS, RunFolder
+from examples.training.run_folder import (
+    CURVE,
+    LOG,
+    METRICS,
+    PLOTS,
+    RESULTS,
+    SUBMISSION,
+    RunFolder,
+)
 from examples.training.schedules import clr, schedule
 from examples.training.trainer import Trainer
 from transformers_patched import AutoTokenizer
@@ -81,7 +90,8 @@ def _tracker(name: str, asked: Sequence[str]) -> str | None:
 class Run:
     """A run. `build` makes its trainer, `train` trains and saves, `finish` reports.
 
-    Making it claims the folder: another run's results there are an error, before any work is done.
+    Making it claims the folder, for `train_and_evaluate` to end: another run's results there are an
+    error, before any work is done.
 
     Args:
         options: of the program.
@@ -92,6 +102,7 @@ class Run:
 
     Attributes:
         folder: of the run.
+        read: what was read to evaluate -> a key of its content.
         checkpoint: that the run goes on from, or None.
         adapted: the model; from `build` on, as are the next two.
         built: the optimiser; None where nothing is trained and no posterior is asked.
@@ -113,14 +124,34 @@ class Run:
             Path(self.training.output_dir).expanduser(),
             options.resolved(),
             accelerator.is_main_process,
-            [file for method in METHODS.values() for file in method.files],
+            {name: (method.folder, *method.files) for name, method in METHODS.items()},
         )
+        self.read: dict[str, str] = {}
         self.checkpoint: Path | None = None
-        if self.training.do_train:
-            self.checkpoint = self.folder.check(
-                self.training.overwrite_output_dir, self.training.resume_from_checkpoint
-            )
-        accelerator.wait_for_everyone()
+        if self.training.do_train or self.training.do_predict:
+            self.checkpoint = self._claim()
+
+    def _claim(self) -> Path | None:
+        """The main process claims the folder for all; the checkpoint to go on from."""
+        answer: list[str | None] = [None, None]  # the checkpoint, or why there is no claim
+        if self.accelerator.is_main_process:
+            try:
+                checkpoint = self.folder.claim(self.options.config_file)
+                answer[0] = None if checkpoint is None else str(checkpoint)
+            except (RunError, OSError) as error:
+                answer[1] = str(error)
+        broadcast_object_list(answer)
+        if answer[1] is not None:
+            raise RunError(answer[1])
+        return None if answer[0] is None else Path(answer[0])
+
+    def note_read(self, split: str, rows: EncodedSplit) -> None:
+        """Keeps the keys of a split, which belong in checkpoints; the model's source has its own.
+
+        What a method keeps for other runs, such as features, depends on the training split alone.
+        """
+        keys = {f"{what} of the {split} split": key for what, key in rows.keys.items()}
+        (self.source.read if split == "train" else self.read).update(keys)
 
     def print_once(self, message: str) -> None:
         """Prints on the main process."""
@@ -145,6 +176,7 @@ class Run:
             loss: (output, arguments) -> mean loss over the rows; None: the model's own.
         """
         self.source.verbose = self.accelerator.is_main_process
+        self.source.note_weights = train is not None
         options = self.options
         self.adapted = as_user_error(options.method.build, self.source, options.method_options)
         if self.training.gradient_checkpointing:
@@ -155,6 +187,7 @@ class Run:
             steps, factor, rate = self._schedule(len(train))
             self.built = self._optimizer(len(train.split), rate)
             arguments = {
+                "read": self.read | self.source.read,
                 "train": train,
                 "collate": collate,
                 "schedule": factor,
@@ -252,12 +285,12 @@ class Run:
 
     def _save(self, tokenizer: Any) -> None:
         """Writes the result: the adapter or the model, and the posterior beside it."""
-        folder = self.folder.path / self.adapted.folder
+        folder = self.folder.path / self.options.method.folder
         try:
             self.adapted.save(folder)
             if self.built is not None and self.built.posterior is not None:
                 self.built.posterior.save(folder, self.adapted.model)
-            if tokenizer is not None and self.adapted.folder == "model":
+            if tokenizer is not None and self.options.method.folder == "model":
                 tokenizer.save_pretrained(folder)
         except Exception as error:
             if isinstance(error, OSError) or is_disk_full(error):
@@ -308,7 +341,7 @@ class Run:
             print(f"  learning curve        {why_not or curve}")
             if self.training.plots:
                 print(f"  pictures              {self._plot(title) or self.folder.path / PLOTS}")
-            print(f"  result                {self.folder.path / self.adapted.folder}")
+            print(f"  result                {self.folder.path / self.options.method.folder}")
 
     def _sizes(self) -> dict[str, Any]:
         """Parameters, wall time and memory of the run."""
@@ -354,6 +387,21 @@ def train_and_evaluate(
         write_predictions: (folder, test split, its rows, prediction) -> the file it has written.
         loss: see `Run.build`.
     """
+    error: BaseException | None = None
+    try:
+        _train_and_evaluate(run, data, write_predictions, loss)
+    except BaseException as raised:
+        error = raised
+        raise
+    finally:
+        run.folder.close(error)
+
+
+def _train_and_evaluate(
+    run: Run, data: TaskData, write_predictions: WritePredictions, loss: Loss | None
+) -> None:
+    if data.found:
+        run.print_once(data.found)
     model: ModelOptions = run.options[ModelOptions]
     tokenizer = as_user_error(
         AutoTokenizer.from_pretrained,
@@ -368,6 +416,8 @@ def train_and_evaluate(
         if training.do_train:
             rows["train"] = data.read("train", o.max_train_samples)
         splits = {split: data.encode(r, tokenizer) for split, r in rows.items()}
+    for split in splits.keys() & {"train", *data.evaluated}:
+        run.note_read(split, splits[split])
     sets = [data.evaluation_set(name, splits[split]) for split, name in data.evaluated.items()]
     train = data.training_batches(splits["train"]) if training.do_train else None
     collate = None if train is None else data.collate(splits["train"])
@@ -386,7 +436,7 @@ def train_and_evaluate(
             trainer.unwrapped, found, run.accelerator, trainer.predictor, final=True
         )
         for variant, prediction in predictions.items() if run.accelerator.is_main_process else ():
-            folder = run.folder.path / "submission" / variant
+            folder = run.folder.path / SUBMISSION / variant
             path = write_predictions(folder, split, rows[split], prediction)
             print(f"predictions of {split}{f' at {variant}' if variant else ''}: {path}")
     run.finish(metrics, figures)

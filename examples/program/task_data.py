@@ -11,6 +11,7 @@ import numpy as np
 from examples.cli.groups import DataOptions, ModelOptions, TrainingOptions
 from examples.data import batches as batching
 from examples.data.batches import Batch, TrainingBatches
+from examples.data.custom import Columns
 from examples.data.encode import EncodedSplit, encode
 from examples.data.readers import RawSplit, read_file, read_hub, read_split
 from examples.data.tasks import CUSTOM, Task, get_task
@@ -33,6 +34,10 @@ class TaskData:
         training: the training options.
         processes: how many share the work.
         process: this one's number.
+
+    Attributes:
+        task: what is trained on.
+        found: what data of one's own was found to hold, in one line for people, else "".
     """
 
     def __init__(
@@ -46,6 +51,7 @@ class TaskData:
         self.share = {"processes": processes, "process": process}
         self._training_rows: RawSplit | None = None  # where reading the task has read them
         self.task = self._find_task()
+        self.found = "" if self._training_rows is None else self._training_rows.found
 
     def _find_task(self) -> Task:
         """The task; columns and labels of one's own data come from its training split."""
@@ -62,12 +68,13 @@ class TaskData:
         o = self.options
         if o.task_name is not None:
             return read_split(task, o.data_dir, split)
+        columns = Columns(o.text_column or (), o.label_column)
         if o.dataset_name is not None:
-            return read_hub(task, o.dataset_name, o.dataset_config_name, split)
+            return read_hub(task, o.dataset_name, o.dataset_config_name, split, columns)
         path = {"train": o.train_file, "validation": o.validation_file, "test": o.test_file}[split]
         if path is None:
             raise OptionError(f"--{split}_file is needed")
-        return read_file(task, path, split)
+        return read_file(task, path, split, columns)
 
     def read(self, split: str, most: int | None) -> RawSplit:
         """Reads a split and keeps its first `most` rows."""

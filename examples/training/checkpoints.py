@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,17 @@ from typing import Any
 from safetensors import SafetensorError
 
 from examples.errors import RunError
+from examples.training.replacing import REPLACED
 from peft_custom.state_files import read_tree, write_tree
 
 STATE = "state.safetensors"
 PROGRESS = "progress.json"
 ASIDE = ".tmp"
 SAVED_AS = {"evals_without_gain": "worse"}  # names in checkpoints, which stay
+
+
+class Diverged(RunError):
+    """The loss or the weights are not finite: there is nothing to go on from."""
 
 
 @dataclass
@@ -80,6 +86,20 @@ def read_state(path: Path) -> dict[str, Any]:
         raise RunError(f"{error}; resume from an earlier checkpoint") from error
 
 
+def refuse_other_inputs(checkpoint: Path, saved: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Compares the keys of what a run has read; what only one of them has counts for nothing.
+
+    Raises:
+        RunError: it names what has changed.
+    """
+    changed = [name for name in now if saved.get(name, now[name]) != now[name]]
+    if changed:
+        raise RunError(
+            f"{checkpoint} is of a run that has read something else: changed since: "
+            f"{', '.join(changed)}. Give it what it had, or choose another --output_dir"
+        )
+
+
 # -- folders ------------------------------------------------------------------------------------
 
 
@@ -129,11 +149,13 @@ def saving_failed(path: Path, error: BaseException) -> RunError:
     )
 
 
-def diverged(folder: Path, step: int, total: int, rate: float) -> RunError:
+def diverged(folder: Path, step: int, total: int, rate: float) -> Diverged:
     """The error to raise when the loss of a step (or the weights after it) is not finite."""
     kept = list_checkpoints(folder)
     where = f"{kept[-1]} is from before" if kept else "nothing was saved"
-    return RunError(
+    if (folder / REPLACED).is_dir():
+        where = "the run that was to be replaced is as it was"
+    return Diverged(
         f"the loss is not finite in step {step} of {total}: training has diverged; {where}, and "
         f"nothing was overwritten. Lower --learning_rate (now {rate:g}), raise --num_warmup_steps, "
         "keep --max_grad_norm at 1.0, or use --mixed_precision bf16 or no instead of fp16"

@@ -15,8 +15,9 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from torch.optim import Optimizer
 
 from examples.cli.groups import TrainingOptions
 from examples.data.batches import GlobalBatch, TrainingBatches, on_device
-from examples.errors import RunError
+from examples.errors import RunError, as_user_error
 from examples.evaluation import prediction as evaluation
 from examples.evaluation.prediction import Collate, EvaluationSet, PlainPredictor, Predictor
 from examples.training import checkpoints
@@ -37,7 +38,7 @@ from examples.training.compiling import compile_and_compare
 from examples.training.progress import ProgressBar
 from examples.training.run_folder import LOG, METRICS, RunFolder
 from examples.training.sampling import WeightSampler, over_samples
-from peft_custom.hooks import attach
+from peft_custom.hooks import MicroBatch, attach
 
 LOSS_CHECK_EVERY = 20  # steps: reading the losses of an accelerator waits for all its work
 SUMS = ("tokens", "loss_sum", "log_sum")  # every process has its own part of these
@@ -64,6 +65,7 @@ class Trainer:
         predictor: how evaluation sets are predicted; default: one forward pass.
         sampler: the optimiser, where it samples the weights.
         posterior: the weights are a distribution's: the optimiser's state belongs to them.
+        read: what the run has read -> a key of its content; to resume, they must be the same.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Trainer:
         predictor: Predictor | None = None,
         sampler: WeightSampler | None = None,
         posterior: bool = False,
+        read: Mapping[str, str] | None = None,
     ) -> None:
         self.options, self.accelerator, self.folder = options, accelerator, folder
         self.train_batches, self.collate, self.schedule = train, collate, schedule
@@ -91,9 +94,11 @@ class Trainer:
         self.main_metric, self.loss = main_metric, loss
         self.predictor = predictor or PlainPredictor()
         self.sampler, self.posterior = sampler, posterior
+        self.read = dict(read or {})
         self.device = accelerator.device
         self.progress = Progress()
         self.best_state: dict[str, Any] | None = None  # where no checkpoints are saved
+        self.resumed_from = folder.path  # the folder with the checkpoints of before
         self.pending_losses: list[Tensor] = []  # on the device, not yet read
         if optimizer is None:
             self.unwrapped = self.model = model.to(self.device)
@@ -122,7 +127,9 @@ class Trainer:
     def train(self) -> None:
         """Takes all steps that are left, evaluating and saving on the way."""
         if self.progress.step == 0:  # what it found is in the hooks' state of a resumed run
-            self.hooks.prepare(lambda: self._batches_of_epoch(0), self._forward_loss)
+            as_user_error(
+                self.hooks.prepare, partial(self._batches_of_epoch, 0), self._forward_loss
+            )
         state = self.progress
         self.bar = ProgressBar(
             self.total_steps,
@@ -161,11 +168,14 @@ class Trainer:
         left = self.total_steps - self.progress.step
         self.bar.line(compile_and_compare(self.unwrapped, run_passes, left))
 
-    def _batches_of_epoch(self, epoch: int) -> Iterator[dict[str, Any]]:
+    def _batches_of_epoch(self, epoch: int) -> Iterator[MicroBatch]:
         """The model's arguments for every micro-batch, for methods that look at data first."""
         for batch in self.train_batches.global_batches(epoch):
+            last = batch.micro_batches[-1]
             for micro_batch in batch.micro_batches:
-                yield on_device(self.collate(micro_batch), self.device)
+                arguments = on_device(self.collate(micro_batch), self.device)
+                ends = micro_batch is last
+                yield MicroBatch(arguments, weight=micro_batch.weight, last=ends)
 
     def _forward_loss(self, arguments: dict[str, Any]) -> Tensor:
         return self.loss(self.model(**arguments), arguments)
@@ -378,6 +388,7 @@ class Trainer:
                 "scaler": scaler.state_dict() if scaler is not None else None,
                 "processes": self.accelerator.num_processes,
                 "total_steps": self.total_steps,
+                "read": self.read,
                 "progress": state.to_dict() | sums,
             }
             figures = content["progress"] | {"epoch": self.epoch()}
@@ -396,6 +407,8 @@ class Trainer:
         ):
             if content[name] != now:
                 raise RunError(f"{checkpoint} has {name} {content[name]}, now {now}: keep it so")
+        checkpoints.refuse_other_inputs(checkpoint, content.get("read", {}), self.read)
+        self.resumed_from = checkpoint.parent
         self._put(content["weights"], checkpoint)
         self.optimizer.load_state_dict(content["optimizer"])
         self.hooks.load_state_dict(content["hooks"])
@@ -421,6 +434,8 @@ class Trainer:
         if step is None or not self.options.load_best_model_at_end:
             return
         folder, content = self.folder.path / f"checkpoint-{step}", self.best_state
+        if not folder.is_dir():
+            folder = self.resumed_from / folder.name
         if content is None and step != self.progress.step:
             content = checkpoints.read_state(folder / checkpoints.STATE)
         if content is not None:

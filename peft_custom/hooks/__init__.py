@@ -4,7 +4,7 @@
     hooks.prepare(loader, lambda batch: model(**batch).loss)   # methods that look at data first
     for batch in loader:
         model(**batch).loss.backward()
-        optimizer.step()                                       # before_step, the update, after_step
+        optimizer.step()                          # enter_step, before_step, the update, after_step
         optimizer.zero_grad()
 
 One step walks down this ladder and up again; `before_step` is the same moment on every rung:
@@ -29,7 +29,7 @@ Rules every loop can rely on:
 """
 
 from .attach import AttachedHooks, attach
-from .base import TrainingHooks
+from .base import MicroBatch, TrainingHooks
 from .finished import schedule_finished, set_finished, warn_if_unfinished
 from .owners import LayerOwner, attached_hooks, refuse_if_attached, register_layer_owner
 from .state import load_hooks_state, save_hooks_state, saved_token
@@ -38,6 +38,7 @@ from .step_driver import StepDriver, unwrap_optimizer
 __all__ = [
     "AttachedHooks",
     "LayerOwner",
+    "MicroBatch",
     "StepDriver",
     "TrainingHooks",
     "attach",

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..config import PeftConfig
 from ..protocols import AdapterHolder, AnyOptimizer, HookOwner
+from ..tuners.base import BaseTuner
 from ..tuners.tuner_layer import iter_adapters
 from .base import TrainingHooks
 from .finished import set_finished
@@ -44,20 +46,31 @@ class AttachedHooks(TrainingHooks):
         self.parts = [part for _, part in parts]
         self.total_steps = self.parts[0].total_steps if parts else 0
         self._driver: StepDriver | None = None
+        self._began: list[tuple[BaseTuner, TrainingHooks, dict[str, PeftConfig]]] = []
         if not parts:
             return
         self._driver = StepDriver(
-            optimizer, self.before_step, self.after_step, self._rewind, watched
+            optimizer, self.enter_step, self.before_step, self.after_step, self._rewind, watched
         )
         for owner, part in parts:
+            if isinstance(owner, BaseTuner):
+                part.adapters = owner.trained_configs()
+                self._began.append((owner, part, _switched_on(owner)))
             note_attached(owner, self, part)
         self._begin()
 
     # --- driven by the optimiser ----------------------------------------------------------------
     @torch.no_grad()
+    def enter_step(self) -> None:
+        """Every part's `enter_step`."""
+        self._refuse_unprepared()
+        self._refuse_switched()
+        for part in self.parts:
+            part.enter_step()
+
+    @torch.no_grad()
     def before_step(self) -> None:
         """Every part's `before_step`, in the order of the tuners in the model."""
-        self._refuse_unprepared()
         if self.parts and self.t == self.total_steps:
             warnings.warn(
                 f"training goes on past total_steps={self.total_steps}: the schedule has ended "
@@ -85,7 +98,7 @@ class AttachedHooks(TrainingHooks):
         for owner, part in zip(self.owners, self.parts, strict=True):
             if part.prepared or not part.requires_prepare:
                 part.begin_step()
-            set_finished(owner, part.finished)
+            set_finished(owner, part.finished, part.adapters)
 
     def _rewind(self) -> Callable[[], None]:
         state = copy.deepcopy(self.state_dict())  # live tensors go on changing
@@ -111,7 +124,8 @@ class AttachedHooks(TrainingHooks):
 
         Args:
             dataloader: batches, as the training loop sees them: something that can be gone through
-                several times, or a function that returns an iterator.
+                several times, or a function that returns an iterator. `MicroBatch`es where an
+                optimiser step has several.
             forward_loss: batch → scalar task loss: `lambda batch: model(**batch).loss`.
         """
         if not self.requires_prepare:
@@ -141,6 +155,20 @@ class AttachedHooks(TrainingHooks):
                 f"{waiting} looks at data before its first step: call hooks.prepare(dataloader, "
                 "lambda batch: model(**batch).loss) after attach"
             )
+
+    def _refuse_switched(self) -> None:
+        """A schedule is of the adapters that trained when it began; others would not adapt."""
+        for tuner, part, began in self._began:
+            same = list(began) == tuner.trained_adapters and all(
+                tuner.peft_config[name] is config for name, config in began.items()
+            )
+            if not same:
+                now = ", ".join(map(repr, tuner.trained_adapters)) or "none"
+                raise RuntimeError(
+                    f"these hooks drive adapter {', '.join(map(repr, part.adapters))}, but the "
+                    f"adapters set to train are now {now}: set_adapter back, or call "
+                    "attach(model, optimizer, total_steps=…) for what is to train now"
+                )
 
     # --- reports ----------------------------------------------------------------------------------
     def _merged(self, reports: list[dict[str, float]]) -> dict[str, float]:
@@ -173,6 +201,7 @@ class AttachedHooks(TrainingHooks):
             "parts": [
                 {
                     "tuner": type(owner).__name__,
+                    "adapters": list(part.adapters),
                     "schedule": dict(part.schedule),
                     "prepared": part.prepared,
                     "state": part.state_dict(),
@@ -202,6 +231,12 @@ class AttachedHooks(TrainingHooks):
                 "may go on past it), or start a new schedule by not loading the hooks"
             )
         for part, values in zip(self.parts, state["parts"], strict=True):
+            adapters = list(part.adapters)
+            if values.get("adapters", adapters) != adapters:  # older files do not say
+                raise ValueError(
+                    f"the saved hooks drove adapter {', '.join(values['adapters'])}, these drive "
+                    f"{', '.join(adapters)}: activate what was trained, and attach again"
+                )
             if part.schedule != values["schedule"]:
                 raise ValueError(
                     f"the saved schedule has {values['schedule']}, but the options given now make "
@@ -224,9 +259,13 @@ class AttachedHooks(TrainingHooks):
         self._driver.remove()
         self._driver = None
         for owner, part in zip(self.owners, self.parts, strict=True):
-            set_finished(owner, part.finished)
+            set_finished(owner, part.finished, part.adapters)
             note_detached(owner)
             part.remove()
+
+
+def _switched_on(tuner: BaseTuner) -> dict[str, PeftConfig]:
+    return {name: tuner.peft_config[name] for name in tuner.trained_adapters}
 
 
 def attach(
@@ -263,7 +302,8 @@ def attach(
     for owner in owners:
         part = owner.training_hooks(model, inner, total_steps, seed=seed, **schedule)
         if part is None:
-            set_finished(owner, True)
+            trained = owner.trained_configs() if isinstance(owner, BaseTuner) else ()
+            set_finished(owner, True, trained)
         else:
             parts.append((owner, part))
     if schedule and not parts:

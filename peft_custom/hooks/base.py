@@ -4,25 +4,45 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, ClassVar
 
 from torch import Tensor
+
+from ..config import PeftConfig
+
+
+class MicroBatch(dict[str, Any]):
+    """A model's arguments for one of the batches that make an optimiser step's gradient together.
+
+    `prepare` takes any other batch for the whole of a step.
+
+    Attributes:
+        weight: its share of the step's loss, Σ weight = 1 over the step's batches of all processes;
+            0 for a batch that only keeps a process in step with the others.
+        last: the step ends with it.
+    """
+
+    def __init__(self, arguments: Mapping[str, Any], *, weight: float, last: bool) -> None:
+        super().__init__(arguments)
+        self.weight, self.last = weight, last
 
 
 class TrainingHooks:
     """What a tuner does around every applied optimiser step; the base class does nothing.
 
     A tuner overrides what it needs and returns an instance from `BaseTuner.training_hooks`. The
-    order in step t: `begin_step`, forward and backward passes, `before_step`, the optimiser's
-    update, `after_step`; then t grows by one. All three hooks run without gradient recording.
+    order in step t: `begin_step`, forward and backward passes, `enter_step`, `before_step`, the
+    optimiser's update, `after_step`; then t grows by one. All of them run without gradient
+    recording.
 
     Attributes:
         t: index of the current step, 0-based; in `after_step` still that of the step just applied.
         total_steps: T, the length of the schedule in applied steps.
         schedule: lengths resolved by `steps`, by name; saved and restored.
         prepared: `prepare` has run; saved and restored.
+        adapters: the adapters whose training this is and their configurations; set by `attach`.
         seed: for draws from `peft_custom.rng` with t as the counter.
     """
 
@@ -35,13 +55,15 @@ class TrainingHooks:
         self.seed = seed
         self.schedule: dict[str, int] = {}
         self.prepared = False
+        self.adapters: dict[str, PeftConfig] = {}
 
     # --- what a method implements ---------------------------------------------------------------
     def prepare(self, dataloader: Iterable[Any], forward_loss: Callable[[Any], Tensor]) -> None:
         """Looks at data before the first step (with `requires_prepare = True`); not after a resume.
 
         Args:
-            dataloader: batches, this process's share of them; can be gone through again.
+            dataloader: batches, this process's share of them; can be gone through again. Where a
+                step has several, they are `MicroBatch`es.
             forward_loss: batch → scalar task loss, with a graph.
         """
 
@@ -50,6 +72,13 @@ class TrainingHooks:
 
         Called on attaching, after every applied step and after loading a state: a rank drawn from
         (seed, t), a temperature. Calling it twice must be the same as once.
+        """
+
+    def enter_step(self) -> None:
+        """The optimiser has moved nothing yet: the moment to copy what it must leave alone.
+
+        With a closure there may be no gradients yet, and `before_step` follows after every
+        evaluation, between which the optimiser moves parameters.
         """
 
     def before_step(self) -> None:
@@ -90,12 +119,13 @@ class TrainingHooks:
         """t/T, at most 1."""
         return min(self.t / self.total_steps, 1.0)
 
-    def steps(self, name: str, length: int | float) -> int:
+    def steps(self, name: str, length: int | float, least: int = 0) -> int:
         """Resolves a length of the schedule once: a float is a fraction of T, an int counts steps.
 
         Args:
             name: the option's name, for errors and for `schedule[name]`.
             length: 0.1 for a tenth of training, 100 for a hundred steps.
+            least: what a small fraction makes; 1 for a period, or a number of batches.
         """
         if isinstance(length, bool) or not isinstance(length, (int, float)):
             raise TypeError(f"{name}={length!r}: give steps (100) or a fraction of training (0.1)")
@@ -105,10 +135,10 @@ class TrainingHooks:
                     f"{name}={length!r}: a fraction of training is from 0.0 to 1.0; a number of "
                     f"steps is a whole number, such as {name}=100"
                 )
-            length = math.floor(length * self.total_steps + 0.5)
-        elif not 0 <= length <= self.total_steps:
+            length = max(least, math.floor(length * self.total_steps + 0.5))
+        elif not least <= length <= self.total_steps:
             raise ValueError(
-                f"{name}={length!r}: must be from 0 to total_steps={self.total_steps}, or a "
+                f"{name}={length!r}: must be from {least} to total_steps={self.total_steps}, or a "
                 "fraction of training such as 0.1"
             )
         self.schedule[name] = length

@@ -47,7 +47,8 @@ class StepDriver:
 
     Args:
         optimizer: the innermost optimiser.
-        before: called when the gradients are final (unscaled, clipped) and nothing has moved yet.
+        enter: called once per step, before the optimiser and its closure do anything.
+        before: called when the gradients are final (unscaled, clipped).
         after: called when the parameters have moved; not for skipped steps.
         rewind: returns a function that undoes a call of `before` made after it.
         watched: parameters that no other optimiser may step meanwhile.
@@ -56,6 +57,7 @@ class StepDriver:
     def __init__(
         self,
         optimizer: Optimizer,
+        enter: Action,
         before: Action,
         after: Action,
         rewind: Callable[[], Action],
@@ -63,7 +65,7 @@ class StepDriver:
     ) -> None:
         self.optimizer = optimizer
         self.watched = {id(parameter): parameter for parameter in watched}
-        self._before, self._after, self._rewind = before, after, rewind
+        self._enter, self._before, self._after, self._rewind = enter, before, after, rewind
         self._frame: FrameType | None = None  # the outermost step call under way
         self._skipped = False
         self._ready = False  # `before` has run for the step under way
@@ -90,6 +92,7 @@ class StepDriver:
         self._skipped = _skips_itself(optimizer, kwargs)
         if self._skipped:
             return None
+        self._enter()
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimiser
         if not callable(closure):
             self._before()
@@ -172,35 +175,33 @@ def _skips_itself(optimizer: Optimizer, kwargs: dict[str, Any]) -> bool:
 
 # --- no other optimiser may step what a driver watches --------------------------------------------
 _drivers: weakref.WeakSet[StepDriver] = weakref.WeakSet()
-_cleared: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # optimisers found to be harmless
 _handles: list[Any] = []  # the one hook common to all optimisers, while anything is driven
 
 
 def _watch(driver: StepDriver) -> None:
     _drivers.add(driver)
-    _cleared.clear()
     if not _handles:
         _handles.append(register_optimizer_step_pre_hook(_refuse_strangers))
 
 
 def _unwatch(driver: StepDriver) -> None:
     _drivers.discard(driver)
-    _cleared.clear()
     if not _drivers:
         while _handles:
             _handles.pop().remove()
 
 
 def _refuse_strangers(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if optimizer in _cleared:
-        return
-    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for driver in _drivers:
-        if driver.optimizer is not optimizer and not own.isdisjoint(driver.watched):
+        if driver.optimizer is optimizer:
+            continue
+        # Looked at in every step: groups and parameters may be added to an optimiser at any time.
+        if any(
+            id(p) in driver.watched for group in optimizer.param_groups for p in group["params"]
+        ):
             raise RuntimeError(
                 f"this {type(optimizer).__name__} steps adapter parameters whose hooks are "
                 "attached to another optimiser (a copy of an optimiser has no hooks): the adapter "
                 "would not adapt. Call attach(model, optimizer, …) with the optimiser you step, "
                 "or hooks.remove() first"
             )
-    _cleared.add(optimizer)

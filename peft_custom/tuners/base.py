@@ -16,18 +16,20 @@ import contextlib
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from loralib import LoRALayer
 from loralib.decay import decay_groups
 
 from ..config import CONFIG_CLASSES, PeftConfig
 from ..protocols import TargetOptions
 from . import targets
 from .modules_to_save import BASE, ModulesToSaveWrapper, Routes
-from .parameters import trained_biases
+from .parameters import check_biases, trained_biases
 from .tuner_layer import BaseTunerLayer, disable_fast_path, iter_adapters
 
 if TYPE_CHECKING:
@@ -46,6 +48,11 @@ ConfigT = TypeVar("ConfigT", bound=PeftConfig)
 TunerT = TypeVar("TunerT", bound="type[BaseTuner]")
 
 TUNERS: dict[str, type[BaseTuner]] = {}
+
+SMALL = (
+    1_000_000  # numbers that are built whatever the file holds; the load then names what differs
+)
+SIZES = ("r", "init_r", "rank_pattern", "block_size")  # options that say how large an adapter is
 
 
 def register_tuner(peft_type: str, config_class: type[PeftConfig]) -> Callable[[TunerT], TunerT]:
@@ -80,6 +87,29 @@ def iter_tuners(model: nn.Module) -> Iterator[BaseTuner]:
                 yield tuner
 
 
+def _refuse_adapted(model: nn.Module) -> None:
+    """Raises where `model` is no fresh base: adapters of an earlier tuner would go on acting."""
+    carried = [(name, layer.adapters) for name, layer in iter_adapters(model)]
+    carried += [
+        (name, list(module.modules_to_save))
+        for name, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+    ]
+    carried += [
+        (name, ["loralib's own"])
+        for name, module in model.named_modules()
+        if isinstance(module, LoRALayer) and module.adapted and not module.merged
+    ]
+    if carried:
+        adapters = dict.fromkeys(adapter for _, names in carried for adapter in names)
+        raise ValueError(
+            f"this {type(model).__name__} carries adapters already ({', '.join(adapters)}; in "
+            f"{len(carried)} modules, the first {carried[0][0]!r}), so it is no fresh base: add to "
+            "them with add_adapter or load_adapter of its PeftModel, or take them out first, with "
+            "unload() or merge_and_unload(); merge loralib's layers, or build the model without"
+        )
+
+
 class BaseTuner(nn.Module, Generic[ConfigT]):
     """Puts adapters of one type into a model and manages them; `model` is the injected model.
 
@@ -90,15 +120,24 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
     config_class: ClassVar[type[PeftConfig]]
     target_types: ClassVar[str] = "Linear"  # named in the error for a layer that cannot be adapted
 
-    def __init__(self, model: nn.Module, config: ConfigT, adapter_name: str = "default") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: ConfigT,
+        adapter_name: str = "default",
+        file: Path | None = None,
+    ) -> None:
         super().__init__()
+        _refuse_adapted(model)
         self.model = model
         self.peft_config: dict[str, ConfigT] = {}
         self.active_adapters: list[str] = []
+        self.trained_adapters: list[str] = []  # those of them that get gradients
+        self.finished_adapters: dict[str, bool] = {}  # see hooks/finished.py
         self._fast_path_flags: list[tuple[nn.Module, int]] = []  # see disable_fast_path
         self._unties = False  # whether a saved module's copy no longer shares its weight
         self.training = model.training
-        self.add_adapter(adapter_name, config)
+        self.add_adapter(adapter_name, config, file)
         model.requires_grad_(False)
         self.set_adapter(adapter_name)
 
@@ -113,6 +152,16 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
 
     def check_config(self, config: ConfigT, names: list[str]) -> None:
         """Refuses configurations that do not fit the chosen modules; nothing by default."""
+
+    def size(self, config: ConfigT, name: str, weight: Tensor) -> int:
+        """How many numbers the adapter of this configuration has on module `name`; 0: unknown.
+
+        Args:
+            config: the adapter's.
+            name: of the module.
+            weight: of the module, of any shape; its first dimension is one side of the matrix.
+        """
+        return 0
 
     def training_hooks(
         self,
@@ -158,8 +207,14 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
         return self.model(*args, **kwargs)
 
     # --- injection -----------------------------------------------------------------------------
-    def add_adapter(self, adapter: str, config: ConfigT) -> None:
-        """Injects one more adapter; it is not activated. The configuration is copied."""
+    def add_adapter(self, adapter: str, config: ConfigT, file: Path | None = None) -> None:
+        """Injects one more adapter; it is not activated. The configuration is copied.
+
+        Args:
+            adapter: its name.
+            config: its options.
+            file: the weights that it will be given; what they cannot fill is not built.
+        """
         if not isinstance(config, self.config_class) or config.peft_type != self.peft_type:
             raise TypeError(
                 f"a {self.peft_type} model takes {self.config_class.__name__}, not "
@@ -179,18 +234,53 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
         chosen = self._resolve(config)
         saved = self._modules_to_save(config)
         self.check_config(config, [name for name, _ in chosen])
+        adapted = [module for _, module in chosen]
+        check_biases(self.model, getattr(config, "bias", "none"), adapted, saved)
+        if file is not None:
+            self._check_size(config, chosen, file)
         self._wrap(adapter, config, chosen)
-        for module in saved:
-            if not isinstance(module, ModulesToSaveWrapper):
-                self._warn_of_ties(module)
-                wrapper = ModulesToSaveWrapper(module)
-                self._replace(module, wrapper)
-                module = wrapper
-            module.add_adapter(adapter)
+        try:
+            for module in saved:
+                self._save_in_full(adapter, module)
+        except Exception:
+            self._take_out(adapter)
+            raise
         self.peft_config[adapter] = config
-        # new parameters start trainable: only those of the active adapters may stay so
-        if self.active_adapters:
-            self.set_adapter(self.active_adapters)
+        self._leave_inactive(adapter)
+
+    def _save_in_full(self, adapter: str, module: nn.Module) -> None:
+        if not isinstance(module, ModulesToSaveWrapper):
+            self._warn_of_ties(module)
+            wrapper = ModulesToSaveWrapper(module)
+            self._replace(module, wrapper)
+            module = wrapper
+        module.add_adapter(adapter)
+
+    def _leave_inactive(self, adapter: str) -> None:
+        """A new adapter's parameters start trainable; here they wait, and nothing else changes."""
+        for _, layer in iter_adapters(self.model):
+            layer.active_adapters = list(self.active_adapters)
+            for parameter in layer.adapter_parameters(adapter):
+                parameter.requires_grad_(False)
+            layer.rebind()
+        for _, wrapper in self._wrappers():
+            if adapter in wrapper.modules_to_save:
+                wrapper.modules_to_save[adapter].requires_grad_(False)
+
+    def _check_size(self, config: ConfigT, chosen: list[tuple[str, nn.Module]], file: Path) -> None:
+        """Refuses to build what `file` cannot hold: every number takes a byte of it or more."""
+        numbers = sum(
+            self.size(config, name, module.weight)
+            for name, module in chosen
+            if isinstance(getattr(module, "weight", None), Tensor) and module.weight.dim() > 0
+        )
+        if numbers > file.stat().st_size + SMALL:
+            ranks = [f"{key}={getattr(config, key)}" for key in SIZES if hasattr(config, key)]
+            raise ValueError(
+                f"{file} cannot hold the adapter that its configuration describes, "
+                f"{numbers:,} numbers in {len(chosen)} modules ({', '.join(ranks)}): one of the "
+                "two files is damaged, or the adapter is another model's"
+            )
 
     def _warn_of_ties(self, module: nn.Module) -> None:
         """A copy of a module is trained without the modules it shared weights with."""
@@ -199,7 +289,7 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
             warnings.warn(
                 f"modules_to_save: {type(module).__name__} shares its weight with "
                 f"{', '.join(shared)}; what is trained and saved is a copy, not shared with them",
-                stacklevel=6,
+                stacklevel=7,
             )
 
     def _resolve(self, config: TargetOptions) -> list[tuple[str, nn.Module]]:
@@ -221,7 +311,8 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
             config.target_modules = targets.default_targets(self.model)
         elif config.target_modules == "all-linear":
             skip = targets.as_list(config.modules_to_save)
-            config.target_modules = targets.all_linear(self.model, candidates, skip)
+            inside = [(n, module) for n, module in candidates if targets.in_layers(n, config)]
+            config.target_modules = targets.all_linear(self.model, inside, skip)
         by_name = dict(modules)
         return [(name, by_name[name]) for name in targets.select_targets(candidates, config)]
 
@@ -235,11 +326,19 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
                     f"modules_to_save: no module is called {entry!r}"
                     + targets.suggestions(entry, [name for name, _ in modules])
                 )
-        return [
-            module
+        chosen = [
+            (name, module)
             for name, module in modules
             if any(targets.name_matches(name, entry) for entry in entries)
         ]
+        for name, module in chosen:
+            adapted = next(iter_adapters(module), None)
+            if adapted is not None and not isinstance(module, ModulesToSaveWrapper):
+                raise ValueError(
+                    f"modules_to_save: {name!r} is adapted by {', '.join(adapted[1].adapters)}, so "
+                    "it cannot be copied and trained in full beside; adapt it here as well"
+                )
+        return [module for _, module in chosen]
 
     def _wrap(self, adapter: str, config: ConfigT, chosen: list[tuple[str, nn.Module]]) -> None:
         """Wraps the chosen modules; nothing is replaced unless every one of them can be adapted."""
@@ -291,8 +390,11 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
         Args:
             names: the adapters to activate.
             inference_mode: freeze them as well; None leaves it to each adapter's configuration.
+
+        Raises:
+            ValueError: an unknown name, or several adapters with a head each; nothing is switched.
         """
-        names = [names] if isinstance(names, str) else list(names)
+        names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
         for name in names:
             self.adapter_config(name)
         trained = [
@@ -302,11 +404,17 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
                 self.peft_config[name].inference_mode if inference_mode is None else inference_mode
             )
         ]
-        self.active_adapters = names
+        self.switch(names, trained)
+
+    def switch(self, names: list[str], trained: list[str]) -> None:
+        """Activates `names`; gradients go to `trained` alone."""
+        for _, wrapper in self._wrappers():
+            wrapper.copy_of(names)  # refuses before anything is touched
         if any(layer.merged for _, layer in iter_adapters(self.model)):
             # a merged weight holds the adapters active until now, not those to be activated
-            warnings.warn("adapters were merged; they are unmerged before switching", stacklevel=2)
+            warnings.warn("adapters were merged; they are unmerged before switching", stacklevel=4)
             self.unmerge_adapter()
+        self.active_adapters, self.trained_adapters = names, trained
         for _, layer in iter_adapters(self.model):
             layer.set_adapter(names, trained)
         for _, wrapper in self._wrappers():
@@ -314,6 +422,15 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
         for name in self.peft_config:
             for parameter in self.bias_parameters(name).values():
                 parameter.requires_grad_(name in trained)
+
+    def trained_configs(self) -> dict[str, ConfigT]:
+        """The active adapters of which anything gets a gradient now, and their configurations."""
+        layers = [layer for _, layer in iter_adapters(self.model)]
+        return {
+            name: self.peft_config[name]
+            for name in self.active_adapters
+            if any(p.requires_grad for layer in layers for p in layer.adapter_parameters(name))
+        }
 
     def adapter_config(self, name: str) -> ConfigT:
         """The configuration of one adapter; an unknown name is an error."""
@@ -329,17 +446,41 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
             wrapper.enable_adapters(enabled)
 
     def delete_adapter(self, name: str) -> None:
-        """Removes an adapter; when it was active, the first remaining one takes its place."""
+        """Removes an adapter; when no other was active, the first remaining one takes its place."""
         self.adapter_config(name)
+        if any(name in layer.merged_adapters for _, layer in iter_adapters(self.model)):
+            warnings.warn(f"{name!r} is merged; everything is unmerged to delete it", stacklevel=2)
+            self.unmerge_adapter()
         for parameter in self.bias_parameters(name).values():
             parameter.requires_grad_(False)
-        for _, layer in iter_adapters(self.model):
-            layer.delete_adapter(name)
-        for _, wrapper in self._wrappers():
-            wrapper.delete_adapter(name)
+        self._take_out(name)
         del self.peft_config[name]
+        self.finished_adapters.pop(name, None)
+        if name not in self.active_adapters:
+            return
         left = [other for other in self.active_adapters if other != name]
-        self.set_adapter(left or list(self.peft_config)[:1])
+        if left:
+            self.switch(left, [other for other in self.trained_adapters if other != name])
+        else:
+            self.set_adapter(list(self.peft_config)[:1])
+
+    def _take_out(self, adapter: str) -> None:
+        """Removes an adapter's tensors, and wrappers that hold no adapter any more."""
+        for _, layer in list(iter_adapters(self.model)):
+            layer.delete_adapter(adapter)
+            if not layer.adapters:
+                self._replace(layer, layer.base_layer)
+        for _, wrapper in list(self._wrappers()):
+            wrapper.delete_adapter(adapter)
+            if not wrapper.modules_to_save:
+                self._replace(wrapper, wrapper.original_module)
+        if not any(iter_adapters(self.model)):
+            self._restore_fast_paths()
+
+    def _restore_fast_paths(self) -> None:
+        for module, flag in self._fast_path_flags:
+            module.activation_relu_or_gelu = flag
+        self._fast_path_flags = []
 
     @contextlib.contextmanager
     def routed(self, names: list[str], tokens: Tensor | None = None) -> Iterator[None]:
@@ -406,7 +547,8 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
             untie: give an adapted weight that other modules share a copy of its own first.
 
         Raises:
-            ValueError: an adapted weight is shared with a module the adapter does not act on.
+            ValueError: an adapted weight is shared with a module the adapter does not act on, or a
+                merged weight is not finite; nothing is merged then.
         """
         wanted = self.active_adapters if names is None else list(names)
         for name in wanted:
@@ -416,6 +558,36 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
             for n, layer in iter_adapters(self.model)
             if set(wanted) & set(layer.adapters)
         ]
+        tied = self._tied_layers(layers, untie)
+        if tied or not keep:  # no way back: look at every weight before the first is written
+            for _, layer in layers:
+                layer.finite_merged_weight(layer.merged_with(wanted))
+        for layer in tied:  # merging writes into the weight in place
+            layer.base_layer.weight = nn.Parameter(
+                layer.base_layer.weight.detach().clone(), requires_grad=False
+            )
+            self._untie_config()
+        before = [(layer, list(layer.merged_adapters)) for _, layer in layers]
+        try:
+            lost = {name: layer.merge(wanted, keep=keep) for name, layer in layers}
+        except ValueError:
+            for layer, names in before:
+                layer.unmerge()
+                layer.merge(names)
+            raise
+        worst = max(lost, key=lost.__getitem__, default=None)
+        if worst is not None and lost[worst] > 1e-2:
+            warnings.warn(
+                f"merging rounded away {100 * lost[worst]:.1f} % of the increment of {worst} (the "
+                "base is in low precision); for an exact merge load the base in float32",
+                stacklevel=3,
+            )
+
+    def _tied_layers(
+        self, layers: list[tuple[str, BaseTunerLayer]], untie: bool
+    ) -> list[BaseTunerLayer]:
+        """Those of `layers` that share their weight; an error unless they may be untied."""
+        tied = []
         for name, layer in layers:
             shared = self.tied_with(layer.base_layer)
             if shared and not untie:
@@ -424,19 +596,9 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
                     "both. Keep the adapter unmerged, or merge with untie=True, which gives "
                     f"{name!r} a weight of its own (and sets config.tie_word_embeddings=False)"
                 )
-            if shared:  # untie: merging writes into the weight in place
-                layer.base_layer.weight = nn.Parameter(
-                    layer.base_layer.weight.detach().clone(), requires_grad=False
-                )
-                self._untie_config()
-        lost = {name: layer.merge(wanted, keep=keep) for name, layer in layers}
-        worst = max(lost, key=lost.__getitem__, default=None)
-        if worst is not None and lost[worst] > 1e-2:
-            warnings.warn(
-                f"merging rounded away {100 * lost[worst]:.1f} % of the increment of {worst} (the "
-                "base is in low precision); for an exact merge load the base in float32",
-                stacklevel=3,
-            )
+            if shared:
+                tied.append(layer)
+        return tied
 
     def unmerge_adapter(self) -> None:
         """Puts the original weights back, bit for bit."""
@@ -446,20 +608,36 @@ class BaseTuner(nn.Module, Generic[ConfigT]):
     def unload(self) -> nn.Module:
         """Takes every wrapper out and returns the plain model, with the base weights as they are.
 
-        Saved modules (the task head) stay: the active adapter's copy replaces the original.
+        Saved modules (the task head) stay: the active adapter's copy replaces the original, in the
+        original's dtype, so that the plain model runs (a head is trained in fp32 on any base).
         """
         for _, layer in list(iter_adapters(self.model)):
             if not layer.merged:  # dropped adapters leave the original weight (PiSSA split it)
                 layer.restore_base()
-            self._replace(layer, layer.base_layer)
-        for _, wrapper in list(self._wrappers()):
-            self._replace(wrapper, wrapper.current_module())
+        self._unwrap()
         if self._unties:
             self._untie_config()
-        for module, flag in self._fast_path_flags:
-            module.activation_relu_or_gelu = flag
+        self._restore_fast_paths()
         self.model.__dict__.pop("_injecting_tuners", None)
         return self.model
+
+    def _unwrap(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Puts the plain modules in the wrappers' places; returns the pairs (plain, wrapper)."""
+        pairs = [(layer.base_layer, layer) for _, layer in iter_adapters(self.model)]
+        pairs += [(wrapper.plain_module(), wrapper) for _, wrapper in self._wrappers()]
+        for plain, wrapper in pairs:
+            self._replace(wrapper, plain)
+        return pairs
+
+    @contextlib.contextmanager
+    def unwrapped(self) -> Iterator[nn.Module]:
+        """Within the context the model is what `unload` would return; then it is wrapped again."""
+        pairs = self._unwrap()
+        try:
+            yield self.model
+        finally:
+            for plain, wrapper in pairs:
+                self._replace(plain, wrapper)
 
     # --- parameters ----------------------------------------------------------------------------
     def bias_parameters(self, adapter: str) -> dict[str, nn.Parameter]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from torch import nn
+from torch import Tensor, nn
 
 from .targets import is_conv1d
 from .tuner_layer import BaseTunerLayer
@@ -61,6 +61,11 @@ class LowRankLayer(BaseTunerLayer):
         super().delete_adapter(name)
         for values in (self.r, self.lora_alpha, self.lora_dropout, self._scaling):
             values.pop(name, None)
+
+
+def two_sides(weight: Tensor) -> int:
+    """Numbers in A and B for rank 1: a weight's first dimension, and all others together."""
+    return weight.shape[0] + weight[0].numel()
 
 
 def linear_geometry(base: nn.Module) -> tuple[int, int, bool]:

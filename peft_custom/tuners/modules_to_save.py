@@ -44,16 +44,20 @@ class ModulesToSaveWrapper(nn.Module):
 
     def set_adapter(self, names: list[str], trainable: list[str] | None = None) -> None:
         """Activates the copy that one of `names` has here; `trainable` ones get gradients."""
+        self.active_adapter = self.copy_of(names)
+        for name, module in self.modules_to_save.items():
+            module.requires_grad_(name in (names if trainable is None else trainable))
+        self._bind()
+
+    def copy_of(self, names: list[str]) -> str | None:
+        """The one of `names` that has a copy here; several are an error."""
         present = [name for name in names if name in self.modules_to_save]
         if len(present) > 1:
             raise ValueError(
                 f"adapters {present} each bring their own copy of this module; only one of them "
                 "can be active"
             )
-        self.active_adapter = present[0] if present else None
-        for name, module in self.modules_to_save.items():
-            module.requires_grad_(name in (names if trainable is None else trainable))
-        self._bind()
+        return present[0] if present else None
 
     def enable_adapters(self, enabled: bool) -> None:
         """Chooses between the active copy and the original module."""
@@ -63,6 +67,19 @@ class ModulesToSaveWrapper(nn.Module):
     def current_module(self) -> nn.Module:
         """The module that `forward` runs: the active copy, or the original."""
         return self._current[0]
+
+    def plain_module(self) -> nn.Module:
+        """The module in use, in the dtypes of the original: without the wrapper nothing casts."""
+        module = self.current_module()
+        wanted = {**dict(self.original_module.named_parameters()),
+                  **dict(self.original_module.named_buffers())}  # fmt: skip
+        own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        if all(tensor.dtype == wanted[name].dtype for name, tensor in own.items()):
+            return module
+        module = copy.deepcopy(module)
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            tensor.data = tensor.data.to(wanted[name].dtype)
+        return module
 
     def _bind(self) -> None:
         use = self.adapters_enabled and self.active_adapter is not None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from torch import nn
 
+from ..patterns import matches, matches_end
 from ..protocols import TargetOptions
 
 ItemT = TypeVar("ItemT")
@@ -75,7 +76,7 @@ def name_matches(name: str, entry: str) -> bool:
 def pattern_value(patterns: Mapping[str, ItemT], name: str, default: ItemT) -> ItemT:
     """Value of the first key that fits the end of `name` (a regular expression), else `default`."""
     for key, value in patterns.items():
-        if re.fullmatch(rf"(.*\.)?({key})", name):
+        if matches_end(key, name):
             return value
     return default
 
@@ -84,7 +85,7 @@ def check_patterns(option: str, patterns: Mapping[str, object], names: Iterable[
     """Raises when a key of `rank_pattern` or `alpha_pattern` fits no adapted module."""
     names = list(names)
     for key in patterns:
-        if not any(re.fullmatch(rf"(.*\.)?({key})", name) for name in names):
+        if not any(matches_end(key, name) for name in names):
             raise ValueError(
                 f"{option}: {key!r} matches none of the adapted modules" + suggestions(key, names)
             )
@@ -154,12 +155,20 @@ def under(name: str, entries: Iterable[str]) -> bool:
 
 def layer_index(name: str, layers_pattern: list[str]) -> int | None:
     """The number in `name` after `.<pattern>.`; without patterns, after any `.<word>.`."""
+    parts = name.split(".")
     for pattern in layers_pattern or [r"[^.]+"]:
-        # non-greedy: of nested lists ("layers.3.experts.7.") the outer number counts
-        found = re.match(rf".*?\.{pattern}\.(\d+)\.", f".{name}.")
-        if found:
-            return int(found.group(1))
+        # of nested lists ("layers.3.experts.7.") the outer number counts
+        for i, part in enumerate(parts):
+            if i and part.isdecimal() and matches_end(pattern, ".".join(parts[:i])):
+                return int(part)
     return None
+
+
+def in_layers(name: str, config: TargetOptions) -> bool:
+    """Whether `layers_to_transform` allows the module called `name`."""
+    layers = as_list(getattr(config, "layers_to_transform", None))
+    patterns = as_list(getattr(config, "layers_pattern", None))
+    return not layers or layer_index(name, patterns) in layers
 
 
 def as_list(value: Any) -> list[Any]:
@@ -177,6 +186,8 @@ def select_targets(candidates: list[tuple[str, nn.Module]], config: TargetOption
     `target_modules` as a string is a regular expression for the whole name; as a list, exact names
     or dotted ends. `layers_to_transform` then keeps the given layer numbers, `exclude_modules`
     takes names away, and nothing inside `modules_to_save` is adapted (it is trained in full).
+    Layer numbers, targets and exclusions without any effect are named in a warning, as PEFT's files
+    may hold them.
 
     Raises:
         ValueError: an entry, or the whole selection, matches no module.
@@ -184,7 +195,7 @@ def select_targets(candidates: list[tuple[str, nn.Module]], config: TargetOption
     names = [name for name, _ in candidates]
     targets = config.target_modules
     if isinstance(targets, str):
-        chosen = [name for name in names if re.fullmatch(targets, name)]
+        chosen = [name for name in names if matches(targets, name)]
         if not chosen:
             raise ValueError(
                 f"target_modules={targets!r} (a regular expression) matches no module"
@@ -201,26 +212,56 @@ def select_targets(candidates: list[tuple[str, nn.Module]], config: TargetOption
     # not every method has PEFT's options for LoRA: those absent restrict nothing
     saved = as_list(config.modules_to_save)
     excluded = getattr(config, "exclude_modules", None)
-    layers = set(as_list(getattr(config, "layers_to_transform", None)))
-    patterns = as_list(getattr(config, "layers_pattern", None))
     kept = [
         name
         for name in chosen
-        if not under(name, saved)
-        and not _excluded(name, excluded)
-        and (not layers or layer_index(name, patterns) in layers)
+        if not under(name, saved) and not _excluded(name, excluded) and in_layers(name, config)
     ]
     if not kept:
         raise ValueError(
             f"target_modules={targets!r} matched {len(chosen)} modules, but layers_to_transform, "
             "exclude_modules and modules_to_save leave none of them"
         )
+    _warn_of_idle(names, chosen, config)
     return kept
+
+
+def _warn_of_idle(names: list[str], chosen: list[str], config: TargetOptions) -> None:
+    """Names the entries of the options that restrict `chosen` which have no effect."""
+    patterns = as_list(getattr(config, "layers_pattern", None))
+    numbers = {layer_index(name, patterns) for name in chosen}
+    layers = as_list(getattr(config, "layers_to_transform", None))
+    if absent := [layer for layer in layers if layer not in numbers]:
+        there = ", ".join(str(n) for n in sorted(n for n in numbers if n is not None))
+        _warn(f"layers_to_transform: no target is in layer {_shown(absent)}; there are {there}")
+    entries = [] if isinstance(config.target_modules, str) else as_list(config.target_modules)
+    outside = [
+        entry
+        for entry in entries
+        if not any(in_layers(name, config) for name in chosen if name_matches(name, entry))
+    ]
+    if outside:
+        _warn(
+            f"target_modules: {_shown(outside)} adapts nothing, as no module of that name is in "
+            f"the layers {layers}; without layers_to_transform it would"
+        )
+    excluded = getattr(config, "exclude_modules", None)
+    each = [excluded] if isinstance(excluded, str) else [[e] for e in as_list(excluded)]
+    if idle := [e for e in each if not any(_excluded(name, e) for name in names)]:
+        _warn(f"exclude_modules: {_shown(idle)} names no module, so it excludes nothing")
+
+
+def _shown(entries: Iterable[Any]) -> str:
+    return ", ".join(repr(e[0] if isinstance(e, list) else e) for e in entries)
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=8)
 
 
 def _excluded(name: str, excluded: str | Iterable[str] | None) -> bool:
     if excluded is None:
         return False
     if isinstance(excluded, str):
-        return re.fullmatch(excluded, name) is not None
+        return matches(excluded, name)
     return any(name_matches(name, entry) for entry in excluded)

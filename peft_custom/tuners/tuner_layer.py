@@ -34,7 +34,7 @@ class BaseTunerLayer(nn.Module):
         self._kept: Tensor | None = None  # the unmerged base weight, while merged
         self._bound: Any = None  # what forward_one needs; None sends forward the long way
         self._linear_base = False  # whether the base's forward is x Wᵀ + b, hooks aside
-        self._live: tuple[str, ...] = ()  # active adapters that this layer has
+        self._live: tuple[str, ...] = ()  # active adapters of this layer, not merged
         self.register_state_dict_post_hook(_store_unmerged_weight)
         self.register_load_state_dict_pre_hook(_unmerge_before_loading)
 
@@ -128,9 +128,10 @@ class BaseTunerLayer(nn.Module):
 
     def rebind(self) -> None:
         """Recomputes the forward path; called after every change of what is active."""
-        present = self.adapters
-        on = self.adapters_enabled and not self.merged
-        self._live = tuple(name for name in self.active_adapters if on and name in present)
+        # what is merged acts through the weight
+        apart = [name for name in self.adapters if name not in self.merged_adapters]
+        on = self.adapters_enabled
+        self._live = tuple(name for name in self.active_adapters if on and name in apart)
         base = self.base_layer
         linear = type(base).forward is nn.Linear.forward or is_conv1d(base)
         self._linear_base = linear and "forward" not in base.__dict__
@@ -144,8 +145,6 @@ class BaseTunerLayer(nn.Module):
             return self.forward_one(x, bound, *args, **kwargs)
         if self._routes is not None:
             return self._forward_routed(x, *args, **kwargs)
-        if self.merged:
-            return self.base_layer(x, *args, **kwargs)
         return self.forward_several(x, self._live, *args, **kwargs)
 
     def forward_several(
@@ -203,6 +202,19 @@ class BaseTunerLayer(nn.Module):
             total += self.get_delta_weight(name).to(total)
         return total
 
+    def merged_with(self, names: list[str]) -> list[str]:
+        """The adapters that the weight contains once `names` are merged as well."""
+        fresh = [n for n in names if n in self.adapters and n not in self.merged_adapters]
+        return [*self.merged_adapters, *fresh]
+
+    @torch.no_grad()
+    def finite_merged_weight(self, names: list[str]) -> Tensor:
+        """As `merged_weight`; one that is not finite is an error."""
+        merged = self.merged_weight(names)
+        if not torch.isfinite(merged).all():
+            raise ValueError(f"merging {names}: the merged weight is not finite")
+        return merged
+
     @torch.no_grad()
     def merge(self, names: list[str] | None = None, keep: bool = True) -> float:
         """Folds adapters (default: the active ones) into the base weight.
@@ -214,15 +226,11 @@ class BaseTunerLayer(nn.Module):
         Returns:
             The part of the increment lost to rounding, ‖round(W + Δ) − (W + Δ)‖ / ‖Δ‖.
         """
-        wanted = self.active_adapters if names is None else names
-        fresh = [n for n in wanted if n in self.adapters and n not in self.merged_adapters]
-        if not fresh:
+        everything = self.merged_with(self.active_adapters if names is None else names)
+        if everything == self.merged_adapters:
             return 0.0
-        everything = [*self.merged_adapters, *fresh]
         weight = self.base_layer.weight
-        merged = self.merged_weight(everything)
-        if not torch.isfinite(merged).all():
-            raise ValueError(f"merging {everything}: the merged weight is not finite")
+        merged = self.finite_merged_weight(everything)
         before = weight.detach().to(merged.dtype)
         change = torch.linalg.vector_norm(merged - before)
         if keep and self._kept is None:

@@ -9,8 +9,8 @@ environment() {
   stamp="$VENV/.rankwise-$extras-$(printf %s "$torch $root" | cat - "$root/pyproject.toml" | cksum | tr -d ' ')"
   if [ ! -e "$stamp" ]; then
     local python=${PYTHON:-python3}
-    "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || {
-      echo "Python 3.10 to 3.12 is needed, $python is $("$python" --version 2>&1): set PYTHON=/path/to/python3.11" >&2
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
+      echo "Python 3.10 or newer is needed, $python is $("$python" --version 2>&1): set PYTHON=/path/to/python3" >&2
       return 1
     }
     echo "== installing into $VENV ($torch, then this project with [$extras])"

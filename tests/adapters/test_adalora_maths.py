@@ -14,7 +14,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from peft_custom import CRITERIA, AdaLoraConfig, criterion, get_peft_model
-from peft_custom.tuners.adalora.allocator import Schedule, top
+from peft_custom.tuners.adalora.allocator import RankAllocator, Schedule, top
 from peft_custom.tuners.adalora.criteria import inputs
 from peft_custom.tuners.adalora.functional import svd_linear, svd_update
 from peft_custom.tuners.adalora.orthogonality import add_gradient, penalty
@@ -212,6 +212,57 @@ def test_top_of_the_worked_examples() -> None:
     assert top(torch.ones(3), 5).all() and not top(torch.ones(3), 0).any()
 
 
+def test_what_is_no_number_comes_last() -> None:
+    scores = torch.tensor([torch.nan, 1.0, torch.nan, torch.inf, 0.0])
+    assert top(scores, 3).tolist() == [False, True, False, True, True]
+    assert top(scores, 4).tolist() == [True, True, False, True, True]
+
+
+def allocator_of(criterion: str, rescore: bool) -> Any:
+    """An allocator of two components, its budget one, cut after steps 6 and (finally) 7."""
+    _, triplets = adapter((3, 2), r=2)
+    config = AdaLoraConfig(criterion=criterion, rescore_at_end=rescore)
+    made = RankAllocator(triplets, config, Schedule(2, 1, 9, 0, 2, 1))
+    assert made.schedule.last == 7
+    return made, triplets
+
+
+def take(allocator: Any, triplets: Triplets, t: int, large: int, size: float = 9.0) -> None:
+    """Step t, in which E of component `large` has the larger value and gradient."""
+    for p in triplets.parameters():
+        p.data.fill_(1.0)
+        p.grad = torch.zeros_like(p)
+    [E] = triplets.E.parameters
+    E.data[large] = E.grad[large] = size
+    if allocator.sees(t):
+        for stack in triplets.stacks:
+            allocator.observe(stack, *allocator.read(stack))
+    allocator.allocate(t)
+
+
+@pytest.mark.parametrize("kind", ["sensitivity", "mean"])
+@pytest.mark.parametrize("rescore", [True, False])
+def test_rescore_at_end_says_whether_the_last_step_counts(kind: str, rescore: bool) -> None:
+    """Component 0 leads until the last step, which is 1's: its averages, or its values, are new."""
+    allocator, triplets = allocator_of(kind, rescore)
+    for t in range(7):
+        take(allocator, triplets, t, large=0)
+    take(allocator, triplets, 7, large=1, size=1e4)
+    [mask] = allocator._masks()
+    assert allocator.finalised and mask[:, 0].tolist() == [not rescore, rescore]
+
+
+def test_final_ranks_do_not_rest_on_nan() -> None:
+    """Cuts before go on without a wait; the last one says what happened, and cuts nothing."""
+    allocator, triplets = allocator_of("mean", True)
+    take(allocator, triplets, 6, large=0)
+    triplets.E.parameters[0].data[1] = torch.nan
+    allocator.allocate(6)
+    with pytest.raises(ValueError, match=r"step 7 makes the ranks final, but 1 of 2 .* NaN.* 0"):
+        allocator.allocate(7)
+    assert not allocator.finalised and all(m.all() for m in allocator._masks())
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=40), st.integers(0, 45))
 def test_top_keeps_exactly_b_and_the_first_among_equals(scores: list[int], b: int) -> None:
@@ -222,8 +273,6 @@ def test_top_keeps_exactly_b_and_the_first_among_equals(scores: list[int], b: in
 
 # --- scores ---------------------------------------------------------------------------------------
 def test_moving_averages_of_the_worked_example() -> None:
-    from peft_custom.tuners.adalora.allocator import RankAllocator
-
     model, triplets = adapter((3, 2), r=2)
     model.double()
     allocator = RankAllocator(triplets, AdaLoraConfig(), Schedule(2, 1, 9, 0, 0, 1))
@@ -242,6 +291,25 @@ def test_moving_averages_of_the_worked_example() -> None:
         assert float(allocator.variation.mean()) == pytest.approx(variation, rel=1e-9)
         # S adds the score of E and the two means
         assert float(allocator.rescored()[0]) == pytest.approx(3 * score, rel=1e-7)
+
+
+def test_each_moving_average_has_its_own_beta() -> None:
+    """Ī ← β₁Ī + (1 − β₁)I, then Ū ← β₂Ū + (1 − β₂)|I − Ī|."""
+    _, triplets = adapter((3, 2), r=2)
+    config = AdaLoraConfig(beta1=0.9, beta2=0.6)
+    allocator = RankAllocator(triplets, config, Schedule(2, 1, 9, 0, 0, 1))
+    smoothed = variation = 0.0
+    for gradient in (0.2, -0.4, 0.1):
+        for p in triplets.parameters():
+            p.data.fill_(0.5)
+            p.grad = torch.full_like(p, gradient)
+        for stack in triplets.stacks:
+            allocator.observe(stack, *allocator.read(stack))
+        product = abs(0.5 * gradient)
+        smoothed = 0.9 * smoothed + 0.1 * product
+        variation = 0.6 * variation + 0.4 * abs(product - smoothed)
+        assert allocator.smoothed.tolist() == pytest.approx([smoothed] * triplets.numel)
+        assert allocator.variation.tolist() == pytest.approx([variation] * triplets.numel)
 
 
 RATIOS = {

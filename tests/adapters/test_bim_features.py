@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import statistics
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.bim_tiny import base, batches, loss_of, tiny
+from support.bim_tiny import SIZES, adamw, base, batches, loss_of, tiny
 from torch import Tensor, nn
 
-from peft_custom import BimLoraConfig, inject_adapter_in_model
-from peft_custom.hooks import TrainingHooks
+import transformers_patched
+from peft_custom import BimLoraConfig, attach, inject_adapter_in_model
+from peft_custom.hooks import MicroBatch, TrainingHooks
 from peft_custom.tuners.bim_lora import (
     BIMLoRALinear,
     FeatureCollector,
@@ -500,3 +502,161 @@ def test_a_layer_without_gradient_is_named() -> None:
     with pytest.raises(ValueError, match="no gradient reached"):
         collector.collected()
     loss_of(model)
+
+
+# --- how the rows of a step are cut ---------------------------------------------------------------
+def our_model(kind: str) -> nn.Module:
+    """A classifier of this project's, whose last layer may be computed for first tokens alone."""
+    torch.manual_seed(0)
+    options = {**SIZES, "vocab_size": 50}
+    if kind == "DebertaV2":
+        options |= {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
+        options |= {"share_att_key": True, "position_buckets": 4, "type_vocab_size": 0}
+    config = getattr(transformers_patched, f"{kind}Config")(**options)
+    return getattr(transformers_patched, f"{kind}ForSequenceClassification")(config).train()
+
+
+def packed(batch: dict[str, Tensor]) -> dict[str, Any]:
+    real = batch["attention_mask"].bool()
+    ends = real.sum(1).cumsum(0)
+    bounds = torch.cat([torch.zeros(1), ends]).to(torch.int32)
+    where = {"cu_seqlens": bounds, "max_seqlen": int(real.sum(1).max())}
+    return {"input_ids": batch["input_ids"][real], "labels": batch["labels"], **where}
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Roberta", "DebertaV2"])
+def test_all_tokens_count_in_every_layer_and_nothing_else(kind: str) -> None:
+    """Not first tokens alone in the last layer, no padding, no filler, no relative positions."""
+    model = our_model(kind)
+    inject_adapter_in_model(BimLoraConfig(r=1, block_size=4, target_modules="all-linear"), model)
+    [batch] = batches(1)
+    real = int(batch["attention_mask"].sum())
+    inputs = {}
+    for name, words in (("padded", batch), ("packed", packed(batch))):
+        collector = FeatureCollector(model, BimLoraConfig(block_size=4))
+        collector.register_hooks()
+        model(**words).loss.backward()
+        collector.update()
+        found = {n: s.inputs for n, s in collector.statistics.items()}
+        assert {s.count for n, s in found.items() if "encoder" in n} == {real}
+        collector.remove_hooks()
+        inputs[name] = found
+    for name, padded_inputs in inputs["padded"].items():
+        other = inputs["packed"][name]
+        assert padded_inputs.count == other.count
+        torch.testing.assert_close(padded_inputs.squares, other.squares, rtol=1e-5, atol=1e-9)
+
+
+class WithTable(nn.Module):
+    """Its layer also gets a table of as many rows as there are packed tokens."""
+
+    shared_row_layers = ("key",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.key = nn.Embedding(9, 4), nn.Linear(4, 4)
+
+    def forward(self, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+        table = torch.ones(len(input_ids), 4)
+        return (self.key(self.words(input_ids)) * self.key(table)).square().sum()
+
+
+def test_rows_of_the_model_do_not_count_though_their_shape_is_the_tokens() -> None:
+    model = WithTable()
+    inject_adapter_in_model(BimLoraConfig(r=1, block_size=2, target_modules=["key"]), model)
+    collector = FeatureCollector(model, BimLoraConfig(block_size=2))
+    collector.register_hooks()
+    ids = torch.tensor([1, 2, 3, 4, 5])
+    model(ids, cu_seqlens=torch.tensor([0, 3, 5])).backward()
+    collector.update()
+    [found] = collector.statistics.values()
+    wanted = model.words(ids).double().var(0, correction=0)
+    assert found.inputs.count == 5
+    torch.testing.assert_close(found.inputs.squares, 5 * wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_pass_in_training_is_not_asked_for_all_tokens() -> None:
+    """Only while features are collected: afterwards the last layer is short again."""
+    model = our_model("Bert")
+    inject_adapter_in_model(BimLoraConfig(r=1, block_size=4, target_modules="all-linear"), model)
+    last, shapes = model.bert.encoder.layer[-1].output.dense, []
+    last.register_forward_hook(lambda module, args, y: shapes.append(args[0].shape[:-1]))
+    [batch] = batches(1)
+    collector = FeatureCollector(model, BimLoraConfig(block_size=4))
+    collector.register_hooks()
+    model(**batch)
+    collector.remove_hooks()
+    model(**batch)
+    assert shapes == [(4, 8), (4,)]
+
+
+def rows_of(batch: dict[str, Tensor], *rows: int) -> dict[str, Tensor]:
+    return {name: tensor[list(rows)] for name, tensor in batch.items()}
+
+
+def prepared(data: list, spoilt: int | None = None, **options: Any) -> Tensor:
+    """Features of a model; the loss of batch number `spoilt` is NaN."""
+    model = tiny(**options)
+    hooks = attach(model, adamw(model), total_steps=9, seed=7)
+    calls = iter(range(99))
+
+    def loss(batch: dict) -> Tensor:
+        return model.train()(**batch).loss * (torch.nan if next(calls) == spoilt else 1.0)
+
+    hooks.prepare(data, loss)
+    return hooks.parts[0].features.values
+
+
+def micro(batch: dict[str, Tensor], *pieces: tuple[int, ...], filler: bool = False) -> list:
+    total = sum(map(len, pieces))
+    found = [
+        MicroBatch(rows_of(batch, *rows), weight=len(rows) / total, last=False) for rows in pieces
+    ]
+    if filler:
+        found.append(MicroBatch(rows_of(batch, 0), weight=0.0, last=False))
+    found[-1].last = True
+    return found
+
+
+@pytest.mark.parametrize("update", ["none", "adapter+head"])
+def test_features_do_not_depend_on_how_a_step_is_cut(update: str) -> None:
+    """One gradient a step, each micro-batch by its weight; a filler batch leaves no trace."""
+    given = {"collect_update": update, "collection_steps": 4}
+    whole = prepared(batches(2), **given)
+    first, second = batches(2)
+    cuts = [
+        [*micro(first, (0, 1), (2, 3)), *micro(second, (3, 2, 1, 0))],
+        [*micro(first, (0, 1, 2), (3,)), *micro(second, (1,), (0, 2), (3,))],
+        [*micro(first, (0, 1, 2, 3), filler=True), *micro(second, (0,), (1, 2, 3), filler=True)],
+    ]
+    for cut in cuts:
+        torch.testing.assert_close(prepared(cut, **given), whole, rtol=5e-6, atol=1e-9)
+    twice = prepared(cuts[0], **{**given, "collection_accumulation": 2, "collection_steps": 2})
+    plain = prepared(batches(2), **{**given, "collection_accumulation": 2, "collection_steps": 2})
+    torch.testing.assert_close(twice, plain, rtol=5e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("spoilt", [0, 1])
+def test_a_step_whose_loss_is_not_finite_leaves_no_trace(spoilt: int) -> None:
+    """Neither its other micro-batches' gradients nor the inputs of any of them."""
+    first, second = batches(2)
+    cut = [*micro(first, (0, 1), (2, 3)), *micro(second, (0, 1), (2, 3))]
+    found = prepared(cut, spoilt=spoilt, collection_steps=2)
+    other = [*micro(second, (0, 1), (2, 3)), *micro(first, (0, 1), (2, 3))]
+    torch.testing.assert_close(found, prepared(other, collection_steps=2), rtol=5e-6, atol=1e-9)
+
+
+def test_a_layer_that_the_last_micro_batch_does_not_reach_is_folded_in_its_step() -> None:
+    layer = nn.Linear(4, 4)
+    model = Named("x", layer, layers=1)
+    inject_adapter_in_model(BimLoraConfig(r=1, block_size=2, target_modules=["x"]), model)
+    collector = FeatureCollector(model, BimLoraConfig(block_size=2))
+    collector.register_hooks()
+    collector.pending = 2
+    model(torch.ones(1, 4)).sum().backward()
+    collector.update()
+    torch.zeros((), requires_grad=True).backward()
+    collector.update()
+    [found] = collector.statistics.values()
+    assert found.steps == collector.steps == 1 and found.slot.grad is None
+    torch.testing.assert_close(found.absolute, torch.full((4, 4), 0.5))

@@ -321,3 +321,47 @@ def test_plain_linear_models_and_wrong_data_loaders() -> None:
     data = [torch.randn(4, 6) for _ in range(3)]
     hooks.prepare(data, lambda x: model(x).square().mean())
     assert hooks.finished
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_hugging_face_accumulation_makes_the_same_features(
+    tmp_path: Path, accumulation: int
+) -> None:
+    """A step of several small batches is the step of one large batch, the last short one too."""
+    from peft_custom.integrations import TunerCallback
+
+    rows = [{k: v[i] for k, v in b.items()} for b in batches(3, rows=6) for i in range(6)]
+    found = []
+    for pieces in (1, accumulation):
+        model = tiny(collection_steps=3)
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path / str(pieces)), max_steps=1, use_cpu=True, report_to=[],
+            per_device_train_batch_size=8 // pieces, gradient_accumulation_steps=pieces,
+            disable_tqdm=True, save_strategy="no", seed=7,
+        )  # fmt: skip
+        transformers.Trainer(
+            model=model, args=arguments, train_dataset=rows, callbacks=[TunerCallback()],
+        ).train()  # fmt: skip
+        found.append(model.base_model.features["default"].values)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-9)
+
+
+def test_first_masks_are_exactly_what_the_scores_stand_for() -> None:
+    """σ(Z/τ₀) = P at the table's first τ₀ = 1.4 and at one of one's own; not σ(Z) = P."""
+    from peft_custom.tuners.bim_lora import masks
+
+    for options in ({}, {"temperature_schedule": "constant", "mask_temperature": 0.3}):
+        model = tiny(mask_init="features", **options)
+        hooks = attach(model, adamw(model), total_steps=STEPS, seed=7)
+        hooks.prepare(batches(4), loss_of(model.train()))
+        part = hooks.parts[0]
+        importance = masks.relative_importance(
+            {p.name: float(part.features.values[p.rows, 0].mean()) for p in part.features.table}
+        )
+        for where in part.features.table:
+            scores = where.view(part.scores)
+            P = masks.initial_probabilities(where.name, scores, importance[where.name])
+            factors = part.factors[where.name]
+            torch.testing.assert_close(factors.mask(), P, rtol=1e-5, atol=1e-6)
+            tau = options.get("mask_temperature", 1.4)
+            assert float(factors.temperature) == pytest.approx(tau)

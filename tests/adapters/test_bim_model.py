@@ -317,3 +317,44 @@ def test_our_own_models_take_it() -> None:
     }
     with torch.no_grad():
         torch.testing.assert_close(model(**packed).logits, logits(model), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("between", [False, True], ids=["after", "also before the step"])
+@pytest.mark.parametrize("kind", ["fused", "data"])
+def test_evaluation_in_turn_with_steps_is_never_stale(kind: str, between: bool) -> None:
+    """No call of `train` or `eval`; neither way of writing raises the parameters' versions."""
+    model = scramble(tiny()).eval()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    fused = torch.optim.AdamW(trained, lr=0.05, fused=True)
+    [batch] = batches(1)
+    for _ in range(3):
+        if between and kind == "fused":
+            logits(model)
+        with torch.enable_grad():
+            model(**batch).loss.backward()
+        if between and kind == "fused":
+            logits(model)
+        if kind == "fused":
+            fused.step()
+        else:
+            for p in trained:
+                p.data -= 0.5 * p.grad
+        model.zero_grad()
+        found = logits(model)
+        with torch.enable_grad():
+            exact = model(**batch).logits.detach()
+        torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-5)
+
+
+def test_a_move_there_and_back_drops_the_formed_weight() -> None:
+    """The factors may get their old address again, with other values in it."""
+    model = scramble(tiny()).eval()
+    logits(model)
+    layer = next(m for m in model.modules() if isinstance(m, BIMLoRALinear))
+    assert layer._effective is not None
+    model.double().float()
+    assert layer._effective is None
+    with torch.inference_mode():
+        inner = scramble(tiny()).eval()  # its tensors have no versions
+        [batch] = batches(1)
+        inner(**batch)

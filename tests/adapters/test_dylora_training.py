@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -192,6 +193,50 @@ def test_sampled_weights_leave_them_too() -> None:
         for name, value in snapshot(model, optimizer).items():
             moved = (value != before[name]).any(dim=1).tolist()
             assert moved == [j == b for j in range(1, R + 1)], name
+
+
+@pytest.mark.parametrize("mode", ["normal", "frozen"])
+@pytest.mark.parametrize("make", [net, injected], ids=["loralib", "peft_custom"])
+def test_an_optimizer_that_moves_between_evaluations_leaves_them_too(make: Any, mode: str) -> None:
+    """L-BFGS moves everything along directions of earlier ranks, several times in a step."""
+    model = make(dylora_mode=mode)
+    optimizer = torch.optim.LBFGS(trainable(model), lr=0.1, max_iter=4)
+    attach(model, optimizer, STEPS, seed=SEED)
+    held = 0
+    for step in range(STEPS):
+
+        def closure(step: int = step) -> Tensor:
+            optimizer.zero_grad()
+            loss = loss_of(model, step)
+            loss.backward()
+            return loss
+
+        b, before = loralib.get_rank(model), snapshot(model, optimizer)
+        optimizer.step(closure)
+        for name, value in snapshot(model, optimizer).items():
+            moved = (value != before[name]).any(dim=1).tolist()
+            trained = [j <= b if mode == "normal" else j == b for j in range(1, R + 1)]
+            assert not any(m and not t for m, t in zip(moved, trained, strict=True)), (step, name)
+            held += trained.count(False)
+    assert held > 0
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("make", [net, injected], ids=["loralib", "peft_custom"])
+def test_a_copy_of_an_attached_model_is_not_driven(make: Any, how: str) -> None:
+    """It trains at the rank that is set, as an unattached model does; the original goes on."""
+    model = make(r_min=2)
+    hooks = attach(model, torch.optim.SGD(trainable(model), 0.1), STEPS, seed=SEED)
+    while loralib.get_rank(model) == R:
+        hooks.after_step()
+    sampled = loralib.get_rank(model)
+    twin = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
+    assert loralib.get_rank(twin) == R and loralib.get_rank(model) == sampled
+    loss_of(twin, 0).backward()
+    factors = [p for n, p in twin.named_parameters() if "lora_B" in n]
+    assert factors and all(p.grad[:, R - 1].any() for p in factors)
+    loralib.set_rank(twin, 1)
+    assert loralib.get_rank(twin) == 1 and loralib.get_rank(model) == sampled
 
 
 def test_a_row_that_no_step_trains_never_moves() -> None:
@@ -444,7 +489,7 @@ def test_a_copied_optimizer_is_refused() -> None:
 def test_full_rank_steps_hold_nothing() -> None:
     model = injected(r_min=R)
     hooks = attach(model, torch.optim.SGD(trainable(model), 0.1), STEPS)
-    hooks.parts[0].before_step()
+    hooks.parts[0].enter_step()
     assert not hooks.parts[0].frozen_rows._saved
 
 

@@ -200,6 +200,8 @@ def test_fractions_become_steps_once() -> None:
         hooks.steps("warm", "x")
     hooks.t = 15
     assert hooks.fraction == 0.5
+    hooks.t = 31
+    assert hooks.fraction == 1.0
 
 
 def test_past_the_end() -> None:

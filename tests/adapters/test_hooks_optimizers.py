@@ -219,6 +219,48 @@ def test_stepping_without_hooks_is_an_error(how: str) -> None:
     other.step()
 
 
+@pytest.mark.parametrize("how", ["group", "list", "element"])
+def test_parameters_that_another_optimizer_gets_later_are_seen(how: str) -> None:
+    from toy_tuner import ToyConfig
+
+    from peft_custom import get_peft_model
+
+    model = get_peft_model(nn.Sequential(nn.Linear(3, 2)), ToyConfig(target_modules=["0"]))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    hooks = attach(model, torch.optim.SGD(parameters, lr=0.1), total_steps=5)
+    other = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
+    other.step()  # harmless so far
+    if how == "group":
+        other.add_param_group({"params": parameters})
+    elif how == "list":
+        other.param_groups[0]["params"].append(parameters[0])
+    else:
+        other.param_groups[0]["params"][0] = parameters[0]
+    with pytest.raises(RuntimeError, match="attached to another optimiser"):
+        other.step()
+    hooks.remove()
+    other.step()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.LBFGS])
+def test_a_step_is_entered_once_before_anything_moves(kind: type[torch.optim.Optimizer]) -> None:
+    model, optimizer, hooks = built(kind, lr=0.1)
+    entered = []
+    hooks.parts[0].enter_step = lambda: entered.append(model.weight.detach().clone())
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (model(X) - 1.0).square().sum()
+        loss.backward()
+        return loss
+
+    for step in range(3):
+        now = model.weight.detach().clone()
+        optimizer.step(closure)
+        assert len(entered) == step + 1 and torch.equal(entered[-1], now)
+        assert not torch.equal(model.weight, now)
+
+
 def test_deep_copy_of_model_and_optimizer_is_not_driven() -> None:
     model, optimizer, hooks = built(torch.optim.SGD, lr=0.1)
     twin, other = copy.deepcopy((model, optimizer))

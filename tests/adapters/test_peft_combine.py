@@ -87,6 +87,8 @@ def test_rules_on_worked_values() -> None:
     # sums of the columns: -4, 2, 0.2, -3; the entries that agree, weighted, over their number
     assert vote(x, w, "total").tolist() == pytest.approx([-18.0, 2.0, 1.45, -2.5])
     assert vote(x, w, "frequency").tolist() == pytest.approx([2.5, 2.0, 1.45, -2.5])
+    tied = torch.tensor([[1.0], [-1.0]])  # a tie goes to the positive ones, as in PEFT
+    assert vote(tied, torch.tensor([2.0, 3.0]), "total").tolist() == [2.0]
     merged = combine(list(x), [1.0, 1.0, 2.0], "magnitude_prune", 0.5, "total")
     assert merged.tolist() == pytest.approx([3 + 2 - 18, 2.0, 0.0, -4 + 4])
     torch.manual_seed(0)

@@ -125,6 +125,8 @@ def test_files(tmp_path) -> None:
     again.set_adapter("y")
     model.set_adapter("default")
     assert torch.equal(again(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    for file in tmp_path.glob("*.*"):  # tensors as readable as the rest
+        assert file.stat().st_mode == (tmp_path / "adapter_config.json").stat().st_mode
     (tmp_path / "README.md").write_text("mine")
     model.save_pretrained(tmp_path, safe_serialization=False, selected_adapters=["default"])
     assert (tmp_path / "README.md").read_text() == "mine"

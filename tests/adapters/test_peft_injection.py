@@ -1,11 +1,16 @@
 """Which modules an adapter goes into, what it refuses, and what is trained."""
 
+import copy
+import warnings
+
 import pytest
 import torch
 from support.peft_tiny import IDS, QV, adapted, bert, names, transformers
 from torch import nn
 
 from peft_custom import (
+    AdaLoraConfig,
+    BimLoraConfig,
     LoraConfig,
     get_peft_model,
     iter_adapters,
@@ -18,6 +23,50 @@ def test_layers_to_transform() -> None:
     for pattern in ("layer", None):
         model = get_peft_model(bert(4), LoraConfig(**options, layers_pattern=pattern))
         assert names(model) == [f"bert.encoder.layer.{i}.attention.self.query" for i in (1, 3)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layers_to_transform": [0, 7]}, r"layers_to_transform: no target is in layer 7; .* 0, 1"),
+        ({"layers_to_transform": [0, -1, 2]}, "no target is in layer -1, 2;"),
+        ({"layers_to_transform": [0], "target_modules": ["query", "pooler.dense"]},
+         r"target_modules: 'pooler.dense' adapts nothing.*layers \[0\]"),
+        ({"layers_to_transform": 1, "target_modules": ["bert.encoder.layer.0.output.dense", "key"]},
+         "'bert.encoder.layer.0.output.dense' adapts nothing"),
+        ({"exclude_modules": ["pooler", "layer.9"]}, "exclude_modules: 'layer.9' names no module"),
+        ({"exclude_modules": r".*layer\.9.*"}, "names no module"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("config", [LoraConfig, AdaLoraConfig, BimLoraConfig])
+def test_entries_without_effect_are_named(config, options, message) -> None:
+    with pytest.warns(UserWarning, match=message) as caught:
+        get_peft_model(bert(), config(**{"target_modules": ["query"], **options}))
+    assert len(caught) == 1
+
+
+def test_entries_with_an_effect_are_not_named() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        some = {"layers_to_transform": [1], "layers_pattern": ["h", "layer"]}
+        model = get_peft_model(bert(), LoraConfig(target_modules=["query", "dense"], **some))
+        assert all(".layer.1." in name for name in names(model)) and len(names(model)) == 4
+        without = LoraConfig(target_modules="all-linear", exclude_modules=["pooler.dense"])
+        assert len(names(get_peft_model(bert(), without))) == 2 * 6
+        config = BimLoraConfig(layers_to_transform=[0])  # of all linear maps
+        model = get_peft_model(bert(), config)
+        assert len(names(model)) == 6
+        again = get_peft_model(bert(), model.peft_config["default"])  # as a file has it
+        assert names(again) == names(model)
+
+
+def test_of_nested_lists_the_outer_number_counts() -> None:
+    experts = nn.ModuleList([nn.ModuleDict({"gate": nn.Linear(4, 4)}) for _ in range(2)])
+    block = nn.ModuleDict({"experts": experts})
+    net = nn.ModuleDict({"layers": nn.ModuleList([block, copy.deepcopy(block)])})
+    options = {"target_modules": ["gate"], "layers_to_transform": [1]}
+    model = get_peft_model(net, LoraConfig(**options))
+    assert names(model) == ["layers.1.experts.0.gate", "layers.1.experts.1.gate"]
 
 
 def test_regular_expression() -> None:

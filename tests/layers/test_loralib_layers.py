@@ -481,3 +481,44 @@ def test_compiles_whole() -> None:
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         torch.testing.assert_close(compiled.eval()(ids), model(ids))
+
+
+FUSED = [(torch.optim.AdamW, True), (torch.optim.SGD, True), (torch.optim.AdamW, False)]
+
+
+@pytest.mark.parametrize(("kind", "fused"), FUSED)
+@pytest.mark.parametrize("between", [False, True], ids=["after", "also before the step"])
+def test_evaluation_in_turn_with_steps_is_never_stale(
+    trained: nn.Module, kind: type, fused: bool, between: bool
+) -> None:
+    """No call of `train` or `eval`; a fused step does not raise the factors' versions."""
+    x = example(trained)
+    trained.eval()
+    optimizer = kind([trained.lora_A, trained.lora_B], lr=0.1, fused=fused)
+    for _ in range(3):
+        trained(x).square().mean().backward()
+        with torch.no_grad():
+            before = trained(x) if between else None
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            found = trained(x)
+        torch.testing.assert_close(found, trained(x).detach(), rtol=1e-4, atol=1e-4)
+        with torch.no_grad():
+            assert torch.equal(trained(x), found)
+        assert before is None or (found - before).abs().max() > 1e-3
+
+
+def test_a_pass_that_records_gradients_drops_the_cached_weight(trained: nn.Module) -> None:
+    """So writes through `.data`, which leave no trace, are seen by the next evaluation."""
+    x = example(trained)
+    trained.eval()
+    with torch.no_grad():
+        trained(x)
+    trained(x).square().mean().backward()
+    assert trained._cached is None
+    for factor in (trained.lora_A, trained.lora_B):
+        factor.data -= 0.1 * factor.grad
+    with torch.no_grad():
+        found = trained(x)
+    torch.testing.assert_close(found, trained(x).detach(), rtol=1e-4, atol=1e-4)

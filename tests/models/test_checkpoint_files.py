@@ -25,6 +25,7 @@ from transformers_patched.checkpoint import (
     read_weights,
     write_atomically,
 )
+from transformers_patched.configuration import model_type
 
 IDS = torch.tensor([[5, 9, 11, 4, 30], [7, 8, 3, 2, 6]])
 
@@ -225,6 +226,105 @@ def test_dtypes(folder) -> None:
         tp.BertForMaskedLM.from_pretrained(folder, dtype="float31")
 
 
+def test_saved_lora_factors_stay_in_the_dtype_of_what_is_trained(model, folder) -> None:
+    tp.BertForMaskedLM.from_pretrained(folder, apply_lora=True).save_pretrained(folder / "lora")
+    loaded = tp.BertForMaskedLM.from_pretrained(folder / "lora", base_dtype="bfloat16")
+    query = loaded.bert.encoder.layer[0].attention.self.query
+    assert (query.weight.dtype, query.lora_A.dtype) == (torch.bfloat16, torch.float32)
+
+
+# ---------------------------------------------------------------------- prefixes and model types
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "_orig_mod.module.", "net."])
+def test_a_prefix_before_all_keys_is_left_out(model, folder, prefix: str) -> None:
+    """DataParallel, torch.compile and training loops leave one; in every kind of weights file."""
+    rewrite(folder, lambda state: {prefix + key: value for key, value in state.items()})
+    same_logits(model, folder)
+    to_shards(folder, torch.save, "pytorch_model.bin")
+    same_logits(model, folder)
+
+
+def test_a_prefix_before_the_keys_of_a_bare_model(model, folder) -> None:
+    bare = tp.BertModel(model.config).eval()
+    bare.save_pretrained(folder)
+    rewrite(folder, lambda state: {f"model.{key}": value for key, value in state.items()})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = tp.BertModel.from_pretrained(folder)
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS)[0], bare(IDS)[0])
+    with pytest.warns(UserWarning, match="newly initialised, train before use: classifier"):
+        head = tp.BertForSequenceClassification.from_pretrained(folder)
+    assert head.newly_initialised == ("classifier.weight", "classifier.bias")
+
+
+def test_weights_that_do_not_fit_are_no_random_model(model, folder) -> None:
+    """Renamed, two models in one file, or another model that shares a few names."""
+    original = load_file(folder / "model.safetensors")
+    layers = "bert.encoder.layer."
+    for state in (
+        {f"x{i}.weight": value for i, value in enumerate(original.values())},
+        {f"{n}.{k}": v.clone() for k, v in original.items() for n in ("student", "teacher")},
+        {k.replace(layers, "bert.transformer.layer."): v for k, v in original.items()},
+        {k.replace("bert.", "bert._orig_mod."): v for k, v in original.items()},
+        {k: v for k, v in original.items() if k.startswith("cls.")},
+        {},
+    ):
+        save_file(state, folder / "model.safetensors")
+        with pytest.raises(CheckpointError) as caught:
+            tp.BertForMaskedLM.from_pretrained(folder)
+        message = str(caught.value)
+        assert f"of the {len(state)} keys fit BertForMaskedLM" in message
+        assert "bert.embeddings" in message and "\n" not in message
+
+
+def test_more_or_fewer_layers_than_the_checkpoint_has(folder) -> None:
+    for layers, words in ((1, "not in the model"), (9, "newly initialised")):
+        with pytest.warns(UserWarning, match=words):
+            loaded = tp.BertForMaskedLM.from_pretrained(folder, num_hidden_layers=layers)
+        assert len(loaded.bert.encoder.layer) == layers
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind"),
+    [
+        ("BertForMaskedLM", "bert"),
+        ("BertModel", "bert"),
+        ("RobertaForSequenceClassification", "roberta"),
+        ("DebertaV2Model", "deberta-v2"),
+        ("GPT2LMHeadModel", "gpt2"),
+        ("BertGenerationEncoder", None),
+        (3, None),
+    ],
+)
+def test_the_architecture_says_the_model_type(architecture: object, kind: str | None) -> None:
+    for stated in ({}, {"model_type": None}, {"model_type": ""}):
+        assert model_type({**stated, "architectures": [architecture]}) == kind
+    assert model_type({"model_type": "t5", "architectures": [architecture]}) == "t5"
+    assert model_type({"architectures": architecture}) is model_type({}) is None
+
+
+def test_a_config_without_model_type(model, folder) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    del config["model_type"]
+    (folder / "config.json").write_text(json.dumps(config))
+    loaded = tp.AutoModelForMaskedLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    same_logits(model, folder)
+    with pytest.raises(tp.ConfigError, match="model_type 'bert', which is no RobertaConfig"):
+        tp.RobertaModel.from_pretrained(folder)
+    loaded.save_pretrained(folder / "again")
+    assert json.loads((folder / "again" / "config.json").read_text())["model_type"] == "bert"
+    del config["architectures"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        CheckpointError, match=r"config\.json: neither model_type nor architectures"
+    ):
+        tp.AutoModel.from_pretrained(folder)
+
+
 # ---------------------------------------------------------------------- what does not
 
 
@@ -342,6 +442,10 @@ def test_missing_and_broken_files(folder) -> None:
     config.write_text('{"model_type": "t5"}')
     with pytest.raises(CheckpointError, match="model_type is 't5'; there are models for bert, rob"):
         tp.AutoModel.from_pretrained(folder)
+    config.write_text('{"model_type": ["bert"]}')
+    with pytest.raises(CheckpointError, match=r"model_type is \['bert'\]; there are models"):
+        tp.AutoModel.from_pretrained(folder)
+    config.write_text('{"model_type": "t5"}')
     with pytest.raises(tp.ConfigError, match="model_type 't5', which is no BertConfig"):
         tp.BertModel.from_pretrained(folder)
     config.unlink()

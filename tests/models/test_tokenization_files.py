@@ -81,6 +81,50 @@ def test_windows_line_ends_make_no_other_vocabulary(bert: Path) -> None:
     assert AutoTokenizer.from_pretrained(bert).get_vocab() == unix
 
 
+def test_the_tokenizers_config_wins_over_the_map_of_special_tokens(bert: Path) -> None:
+    (bert / "special_tokens_map.json").write_text('{"mask_token": ".", "unk_token": "the"}')
+    assert AutoTokenizer.from_pretrained(bert).mask_token == "."
+    (bert / "tokenizer_config.json").write_text('{"mask_token": "cat", "unk_token": null}')
+    tokenizer = AutoTokenizer.from_pretrained(bert)
+    assert (tokenizer.mask_token, tokenizer.unk_token) == ("cat", "the")
+
+
+def test_the_mask_of_vocabulary_files_swallows_the_blank_before_it(roberta: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(roberta)
+    assert tokenizer("ab <mask> ab").input_ids == [0, 8, 10, 9, 2]  # no lone blank, which is 7
+
+
+@pytest.mark.parametrize("name", ["BertTokenizer", "BertTokenizerFast"])
+def test_both_names_of_a_saved_class(bert: Path, name: str) -> None:
+    (bert / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name}))
+    assert type(AutoTokenizer.from_pretrained(bert)) is BertTokenizer
+    AutoTokenizer.from_pretrained(bert).backend_tokenizer.save(str(bert / "tokenizer.json"))
+    (bert / "vocab.txt").unlink()
+    assert type(AutoTokenizer.from_pretrained(bert)) is BertTokenizer
+
+
+def test_the_config_decides_over_a_tokenizer_json(bert: Path) -> None:
+    """Lower-casing and accents, as Transformers lets it."""
+    AutoTokenizer.from_pretrained(bert).save_pretrained(bert)
+    path = bert / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    for name, text, kept in (
+        ("do_lower_case", "The", ["[UNK]"]),
+        ("strip_accents", "é", ["é"]),
+    ):
+        assert AutoTokenizer.from_pretrained(bert).tokenize(text) != kept
+        path.write_text(json.dumps({**config, name: False}))
+        assert AutoTokenizer.from_pretrained(bert).tokenize(text) == kept
+        path.write_text(json.dumps(config))
+
+
+def test_only_the_first_line_of_merges_is_a_version(roberta: Path) -> None:
+    with (roberta / "merges.txt").open("a") as file:
+        file.write("#version b\n")
+    with pytest.raises(ValueError, match=r"merges\.txt does not belong to the vocab\.json"):
+        AutoTokenizer.from_pretrained(roberta)
+
+
 def test_vocab_json_and_merges(roberta: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(roberta)
     assert isinstance(tokenizer, RobertaTokenizer)
@@ -135,6 +179,14 @@ def test_config_json_names_the_class(roberta: Path) -> None:
     assert isinstance(AutoTokenizer.from_pretrained(roberta), RobertaTokenizer)
     (roberta / "config.json").write_text('{"model_type": "bert"}')
     assert isinstance(AutoTokenizer.from_pretrained(roberta), BertTokenizer)
+
+
+def test_architectures_name_the_class_where_model_type_is_missing(bert: Path) -> None:
+    (bert / "config.json").write_text('{"architectures": ["RobertaForMaskedLM"]}')
+    with pytest.raises(FileNotFoundError, match=r"vocab\.json and merges\.txt"):
+        AutoTokenizer.from_pretrained(bert)
+    (bert / "config.json").write_text('{"architectures": ["BertForMaskedLM"]}')
+    assert isinstance(AutoTokenizer.from_pretrained(bert), BertTokenizer)
 
 
 @pytest.mark.parametrize(

@@ -542,3 +542,28 @@ def test_operators_do_not_depend_on_the_number_of_parameters() -> None:
     few, many = operators(2), operators(40)
     assert few == many and 10 < sum(few.values()) <= 32
     assert not any("item" in name or "scalar_dense" in name for name in many)  # no host sync
+
+
+@pytest.mark.parametrize("approx", ["price", "gradsq"])
+@pytest.mark.parametrize("used_in", [0, 1])
+def test_a_sample_without_a_parameters_gradient_counts_as_zero(approx: str, used_in: int) -> None:
+    """Of two samples one uses `part`: the other's noise must not stand for noise·gradient."""
+    torch.manual_seed(0)
+    always, part = nn.Parameter(torch.ones(2)), nn.Parameter(torch.full((3,), 2.0))
+    given = {"lr": 0.1, "ess": 10.0, "beta2": 0.9, "weight_decay": 0.01, "hess_init": 0.5}
+    optimizer = IVON([always, part], mc_samples=2, hess_approx=approx, **given)
+    found = {}
+    for k in range(2):
+        with optimizer.sampled_params(train=True):
+            noise = part.detach() - 2.0
+            loss = always.sum()
+            if k == used_in:
+                loss = loss + 3.0 * part.sum()
+                found[k] = 3.0 * noise if approx == "price" else torch.full((3,), 9.0)
+            loss.backward()
+    optimizer.step()
+    h, d, b = 0.5, 0.01, 0.1
+    mean = found[used_in] / 2.0  # the other sample's product is 0
+    f = 10.0 * (h + d) * mean if approx == "price" else 10.0 * mean
+    wanted = h + b * (f - h) + 0.5 * b * b * (h - f).square() / (h + d)
+    torch.testing.assert_close(optimizer.state[part]["hess"], wanted, rtol=1e-5, atol=1e-6)

@@ -87,6 +87,27 @@ def test_an_epoch_over_all_processes(n: int, plan: dict, epoch: int) -> None:
     assert sorted(np.concatenate(seen)) == list(range(n))
 
 
+@pytest.mark.parametrize("order", ["bucket", "random"])
+@pytest.mark.parametrize("n", [3, 10, 403])  # 403: three chunks of buckets
+def test_the_short_global_batch_is_the_last(order: str, n: int) -> None:
+    """And it holds the rows that are left, so that the others hold whole buckets."""
+    split = fake(n)
+    for epoch in range(3):
+        batches = list(TrainingBatches(split, 4, order=order).global_batches(epoch))
+        rows = [batch.micro_batches[0].rows for batch in batches]
+        assert [len(own) for own in rows] == [batch.rows for batch in batches]
+        assert [batch.rows for batch in batches] == [4] * (n // 4) + [n % 4]
+        assert [batch.index for batch in batches] == list(range(len(batches)))
+        full = n // 4 * 4
+        shuffled = permutation(n, 0, epoch)
+        assert set(rows[-1]) == set(shuffled[full:])
+        if order == "bucket":
+            chunks = [shuffled[i : min(i + 200, full)] for i in range(0, full, 200)]
+            by_length = [chunk[np.argsort(split.lengths[chunk], kind="stable")] for chunk in chunks]
+            buckets = {tuple(b) for chunk in by_length for b in chunk.reshape(-1, 4).tolist()}
+            assert {tuple(own.tolist()) for own in rows[:-1]} == buckets
+
+
 @given(n=st.integers(1, 300), plan=plans, epoch=st.integers(0, 9), start=st.integers(0, 40))
 @QUICK
 def test_entering_in_the_middle(n: int, plan: dict, epoch: int, start: int) -> None:
@@ -141,6 +162,14 @@ def test_epochs_and_seeds_differ_and_repeat() -> None:
 def test_the_order_is_fixed_for_ever() -> None:
     """A run resumed with another version of numpy must find the same order."""
     assert permutation(12, seed=42, epoch=3).tolist() == [9, 7, 6, 8, 1, 0, 4, 11, 5, 10, 2, 3]
+    for order, rows in (
+        ("bucket", [[8, 4, 1], [7, 5, 6], [10, 9, 0], [3, 2]]),
+        ("random", [[9, 7, 6], [8, 1, 0], [4, 5, 10], [2, 3]]),
+    ):
+        batches = TrainingBatches(fake(11), 3, seed=42, order=order).global_batches(3)
+        assert [batch.micro_batches[0].rows.tolist() for batch in batches] == rows
+    ones = TrainingBatches(fake(7), 1, seed=42).global_batches(3)
+    assert [int(batch.micro_batches[0].rows[0]) for batch in ones] == [0, 6, 5, 3, 2, 4, 1]
 
 
 def test_permutations_are_uniform() -> None:

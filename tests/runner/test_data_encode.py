@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from examples.data import encode as module
 from examples.data.encode import default_cache_dir, encode
@@ -122,6 +124,30 @@ def test_whatever_the_tokens_depend_on_changes_the_key(
     cased = AutoTokenizer.from_pretrained(tokenizer.name_or_path, do_lower_case=False)
     encode(rows, cased, 64, cache_dir=tmp_path)
     assert keys() == 7
+
+
+def test_arrays_of_another_version_are_not_read(
+    tokenizer: PreTrainedTokenizer, rows: RawSplit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode(rows, tokenizer, 64, cache_dir=tmp_path)
+    monkeypatch.setattr(module, "VERSION", module.VERSION + "x")
+    encode(rows, tokenizer, 64, cache_dir=tmp_path)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 2
+
+
+@pytest.mark.parametrize("name", ["tokens", "offsets", "first"])
+def test_a_changed_number_is_noticed_in_every_array(
+    tokenizer: PreTrainedTokenizer, rows: RawSplit, tmp_path: Path, name: str
+) -> None:
+    first = encode(rows, tokenizer, 64, cache_dir=tmp_path)
+    (path,) = tmp_path.rglob("*.safetensors")
+    with safe_open(path, framework="numpy") as file:
+        arrays = {key: file.get_tensor(key).copy() for key in ("tokens", "offsets", "first")}
+        metadata = file.metadata()
+    arrays[name][0] += 1
+    save_file(arrays, path, metadata=metadata)
+    with pytest.warns(UserWarning, match="the checksum does not match"):
+        assert same(first, encode(rows, tokenizer, 64, cache_dir=tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,16 @@
 """Readers: every layout read right, every broken file refused by file, line and reason."""
 
+import csv
 import json
+import math
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from examples.data.custom import Columns
 from examples.data.readers import RawSplit, find_split, read_file, read_hub, read_split
 from examples.data.tables import DataError, read_table, write_table
 from examples.data.tasks import CUSTOM, GLUE_TASKS, TASKS, get_task
@@ -154,6 +158,9 @@ def test_qqp_drops_rows_broken_by_line_ends_and_says_so(tmp_path: Path) -> None:
     path = write(tmp_path / "x.tsv", head + "1\t2\t3\ta\tb\t1\n4\t5\t6\tcut\nhere\td\t0\n")
     with pytest.warns(UserWarning, match="2 rows broken .*lines 3, 4"):
         assert read_file(get_task("qqp"), path).labels == [1]
+    write(path, head + "1\t2\t3\ta\tb\t1\n4\t5\t6\ta\tstray tab\td\t0\n")
+    with pytest.raises(DataError, match="line 3: 7 columns where 6 are expected"):
+        read_file(get_task("qqp"), path)
 
 
 # -- folders --------------------------------------------------------------------------------------
@@ -330,7 +337,7 @@ def test_the_hidden_scores_of_the_hub(tmp_path: Path) -> None:
             [0, 2, 1],
         ),
         ("id,label,text", ["1", "0", "0"], ("text",), ("0", "1"), [1, 0, 0]),
-        ("a,b,c,label", ["True", "False", "True"], ("a", "b"), ("False", "True"), [1, 0, 1]),
+        ("a,b,label", ["True", "False", "True"], ("a", "b"), ("False", "True"), [1, 0, 1]),
         ("text,label", ["1.5", "-2", "1e3"], ("text",), (), [1.5, -2.0, 1000.0]),
     ],
 )
@@ -347,6 +354,135 @@ def test_custom_files(
     # The validation file is read with what the training file decided.
     write_table(tmp_path / "validation.csv", {k: v[1:] for k, v in columns.items()})
     assert read_file(rows.task, tmp_path / "validation.csv", "validation").labels == numbers[1:]
+
+
+# Rows of two sentences and of what stands beside them in files of one's own.
+TEXTS = ["a fine film", "not good", "so so", "a fine cast"]
+BESIDE = {
+    "": ["0", "1", "2", "3"],
+    "Unnamed: 0.1": ["a b", "c d", "e f", "g h"],
+    "date": ["2 May 2024", "3 May 2024", "4 May 2024", "5 May 2024"],
+    "day": ["2024-05-02", "2024-05-03", "2024-05-04", "2024-05-05"],
+    "user_id": ["ann b", "bob c", "cy d", "dee e"],
+    "userId": ["ann b", "bob c", "cy d", "dee e"],
+    "stars": ["3", "1", "2", "3"],
+    "source": ["imdb", "yelp", "imdb", "imdb"],
+    "label_text": ["very good", "bad", "bad", "very good"],
+    "feeling": ["very good", "bad", "bad", "very good"],
+}
+
+
+@pytest.mark.parametrize("text", ["text", "Text", "sentence", "review"])
+@pytest.mark.parametrize("beside", [[name] for name in BESIDE] + [[*BESIDE]])
+def test_custom_columns_that_are_no_text(tmp_path: Path, text: str, beside: list[str]) -> None:
+    """Indices, dates, numbers, categories, and the label once more in words, which would leak."""
+    labels = ["pos", "neg", "neg", "pos"]
+    columns = {name: BESIDE[name] for name in beside} | {text: TEXTS, "label": labels}
+    write_table(tmp_path / "x.csv", columns)
+    rows = read_file(CUSTOM, tmp_path / "x.csv")
+    assert (rows.task.text, rows.text) == ((text,), (TEXTS,))
+    unused = ", ".join(map(repr, beside))
+    assert rows.found == (
+        f"{tmp_path / 'x.csv'}: text in {text!r}; label in 'label', 2 classes: neg, pos; not used: "
+        f"{unused}"
+    )
+
+
+def test_the_user_names_columns(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    columns = {"a": TEXTS, "text": ["x"] * 4, "b": TEXTS[::-1], "label": ["0"] * 4}
+    write_table(path, columns | {"verdict": ["no", "yes", "yes", "no"]})
+    rows = read_file(CUSTOM, path, columns=Columns(("b", "a"), "verdict"))
+    assert (rows.text, rows.labels) == ((TEXTS[::-1], TEXTS), [0, 1, 1, 0])
+    again = read_file(rows.task, path, "validation")
+    assert (again.text, again.labels) == (rows.text, rows.labels)
+    assert read_file(CUSTOM, path, columns=Columns(label="verdict")).text == (["x"] * 4,)
+    write_table(tmp_path / "test.csv", {name: columns[name] for name in ("a", "b")})
+    assert read_file(rows.task, tmp_path / "test.csv", "test").labels is None
+    for wrong, words in (
+        (Columns(("c",)), "no column 'c', which --text_column names; found 'a', 'text', 'b'"),
+        (Columns(label="c"), "no column 'c'; found 'a', 'text', 'b'"),
+        (Columns(("label",)), "'label' cannot be both text and label"),
+    ):
+        with pytest.raises(DataError, match=words) as error:
+            read_file(CUSTOM, path, columns=wrong)
+        assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("names", [["a", "b", "c"], ["text", "sentence"], ["title", "body", "url"]])
+def test_custom_columns_that_could_all_be_the_text(tmp_path: Path, names: list[str]) -> None:
+    write_table(tmp_path / "x.csv", dict.fromkeys(names, TEXTS) | {"label": ["0", "1", "0", "1"]})
+    with pytest.raises(DataError) as error:
+        read_file(CUSTOM, tmp_path / "x.csv")
+    message = str(error.value)
+    assert message.startswith(str(tmp_path / "x.csv")) and f"--text_column {names[0]}" in message
+    assert all(repr(name) in message for name in names)
+
+
+@pytest.mark.parametrize(
+    ("values", "classes", "numbers"),
+    [
+        ([10**400, 5, 5, 5], ("5", str(10**400)), [1, 0, 0, 0]),
+        (["1", "3", "2", "3"], ("1", "2", "3"), [0, 2, 1, 2]),
+        (["1234567890", "123", "98765432109876543210", "123"], None, [1, 0, 2, 0]),
+        (["1.0", "0.0", "1.0", "0.0"], ("0.0", "1.0"), [1, 0, 1, 0]),
+        (["1", "1.0", "0", "0.0"], ("0", "1"), [1, 1, 0, 0]),
+        (["+1", "-1", "-1", "+1"], ("-1", "+1"), [1, 0, 0, 1]),
+        (["pos ", "pos", " neg", "neg"], ("neg", "pos"), [1, 1, 0, 0]),
+        (["01", "02", "10", "01"], ("01", "02", "10"), [0, 1, 2, 0]),
+        (["1_0", "1_1", "1_0", "1_1"], ("1_0", "1_1"), [0, 1, 0, 1]),
+        ([1234567890, 5, 5, 5], ("5", "1234567890"), [1, 0, 0, 0]),
+        ([1.0, 0.0, 0.0, 1.0], ("0.0", "1.0"), [1, 0, 0, 1]),
+        ([True, False, True, True], ("False", "True"), [1, 0, 1, 1]),
+        ([1, 0.5, 2, 0], (), [1.0, 0.5, 2.0, 0.0]),
+        (["1", ".5", "2.", "1e1"], (), [1.0, 0.5, 2.0, 10.0]),
+    ],
+)
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "json", "parquet"])
+def test_the_kind_of_custom_labels(
+    tmp_path: Path, kind: str, values: list, classes: tuple[str, ...] | None, numbers: list
+) -> None:
+    path = tmp_path / f"x.{kind}"
+    if kind == "parquet" and 10**400 in values:
+        pytest.skip("parquet has no such numbers")
+    if kind == "parquet" and any(isinstance(v, float) for v in values):
+        values = [float(v) for v in values]  # a column has one type
+    write_table(path, {"text": TEXTS, "label": values})
+    rows = read_file(CUSTOM, path)
+    if classes is not None:
+        assert rows.task.labels == classes
+    assert (rows.labels, rows.task.regression) == (numbers, classes == ())
+    # Another file of the same data may write them otherwise.
+    other = [float(v) if type(v) is int and v < 2**53 else v for v in values]
+    write_table(tmp_path / "v.jsonl", {"text": TEXTS, "label": other})
+    assert read_file(rows.task, tmp_path / "v.jsonl", "validation").labels == numbers
+
+
+@pytest.mark.parametrize("gap", ["", "  ", None, math.nan])
+def test_custom_rows_without_a_label(tmp_path: Path, gap: object) -> None:
+    write_table(tmp_path / "x.jsonl", {"text": TEXTS[:3], "label": ["a", gap, "b"]})
+    with pytest.raises(DataError, match="line 2: no label"):
+        read_file(CUSTOM, tmp_path / "x.jsonl")
+    task = replace(CUSTOM, text=("text",), labels=("a", "b"))
+    assert read_file(task, tmp_path / "x.jsonl", "test").labels is None
+
+
+def test_scores_among_which_one_is_no_number(tmp_path: Path) -> None:
+    for odd in ("n/a", 10**400):
+        path = tmp_path / "x.jsonl"
+        write_table(path, {"text": TEXTS, "label": [1.5, 2, odd, 2.5]})
+        with pytest.raises(DataError, match="line 3: 'label' is .*, but other rows have numbers"):
+            read_file(CUSTOM, path)
+
+
+def test_what_was_found_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    write_table(path, {"text": TEXTS, "label": [0.5, -1, 3, 2]})
+    assert read_file(CUSTOM, path).found.endswith("label in 'label', a regression from -1 to 3")
+    write_table(path, {"text": ["x"] * 30, "label": [f"l{i:02}\nx" for i in range(30)]})
+    found = read_file(CUSTOM, path).found
+    assert "30 classes: l00 x, l01 x, " in found and found.endswith("l19 x and 10 more")
+    assert read_file(MRPC, write(tmp_path / "m.tsv", HEADER + "1\t1\t2\ta\tb\n")).found == ""
 
 
 def test_custom_labels_are_names_in_every_format(tmp_path: Path) -> None:
@@ -398,6 +534,26 @@ def test_a_dataset_folder_reads_as_a_hub_id_would(
         read_hub(MRPC, str(tmp_path / "data"), None, "test")
 
 
+def test_the_class_names_that_a_dataset_states(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the dataset's order, which is no alphabet's; GLUE's datasets keep their numbers."""
+    datasets = pytest.importorskip("datasets")
+    names = datasets.ClassLabel(names=["sport", "arts", "business"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": names})
+    data = {"text": TEXTS, "label": [1, 0, -1, 1]}
+    made = datasets.Dataset.from_dict(data, features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, split: made.select([0, 1, 3]))
+    rows = read_hub(CUSTOM, "news", None, "train")
+    assert (rows.task.labels, rows.labels) == (("sport", "arts", "business"), [1, 0, 1])
+    assert "3 classes: sport, arts, business" in rows.found
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, split: made)
+    assert read_hub(rows.task, "news", None, "test").labels is None  # one is hidden
+    sst2 = replace(get_task("sst2"), text=("text",))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, split: made.select([0, 1]))
+    assert read_hub(sst2, "sst2", None, "train").labels == [1, 0]
+
+
 def test_tasks_are_complete_and_light() -> None:
     assert GLUE_TASKS == ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
     for task in TASKS.values():
@@ -429,8 +585,13 @@ def test_what_a_format_cannot_hold_is_not_written(tmp_path: Path, name: str, val
 
 
 def test_a_field_may_be_long(tmp_path: Path) -> None:
+    """Longer than the csv module's own limit, which is put back: it is the whole process's."""
+    before = csv.field_size_limit(1000)
     long = "word " * 50_000
     write_table(tmp_path / "x.csv", {"text": [long]})
     assert read_table(tmp_path / "x.csv").columns["text"] == [long]
+    with pytest.raises(DataError):
+        read_table(write(tmp_path / "y.csv", 'text\n"x'))
+    assert csv.field_size_limit(before) == 1000
     write_table(tmp_path / "x.json", {"text": [long]})
     assert json.loads((tmp_path / "x.json").read_text())[0]["text"] == long

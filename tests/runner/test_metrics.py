@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from examples.data.tasks import get_task
+from examples.evaluation import calibration
 from examples.evaluation import glue as metrics
 
 sklearn = pytest.importorskip("sklearn.metrics")
@@ -94,6 +96,39 @@ def test_logits_that_are_not_finite_are_an_error(bad):
         metrics.compute(get_task("mrpc"), logits, np.array([1, 0]))
     with pytest.raises(ValueError, match="no row"):
         metrics.compute(get_task("mrpc"), logits[:0], np.array([], np.int64))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 2**32 - 1), st.integers(2, 4), st.sampled_from([1, 7, 50]))
+def test_calibration_is_the_formulas_row_by_row(seed, classes, n):
+    """Bins are open below and closed above; the gaps are weighted by their share of rows."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 2, (n, classes)).astype(np.float32)
+    true = rng.integers(0, classes, n)
+    p = [[math.exp(x - math.log(sum(map(math.exp, row)))) for x in row] for row in logits.tolist()]
+    bins = {}
+    for row, label in zip(p, true, strict=True):
+        which = next(b for b in range(15) if max(row) <= (b + 1) / 15 + 1e-15)
+        bins.setdefault(which, []).append((row.index(max(row)) == label, max(row)))
+    gaps = [
+        len(rows) / n * abs(np.mean([right for right, _ in rows]) - np.mean([c for _, c in rows]))
+        for rows in bins.values()
+    ]
+    found = calibration.calibration(logits, true)
+    nll = -sum(math.log(row[label]) for row, label in zip(p, true, strict=True)) / n
+    entropy = -sum(x * math.log(x) for row in p for x in row) / n
+    assert found == pytest.approx({"nll": nll, "ece": sum(gaps), "entropy": entropy}, abs=1e-6)
+
+
+def test_a_confidence_on_the_border_belongs_to_the_lower_bin():
+    p = np.array([[0.75, 0.25], [0.7, 0.3]])  # of four bins both are in (0.5, 0.75]
+    right = np.array([1, 0])
+    assert calibration.calibration_error(p, right, bins=4) == pytest.approx(0.225)
+
+
+def test_certain_predictions_have_finite_calibration():
+    found = calibration.calibration(np.array([[1e4, -1e4], [-1e4, 1e4]]), np.array([0, 1]))
+    assert found == {"nll": 0.0, "ece": 0.0, "entropy": 0.0}
 
 
 def test_metrics_import_no_torch():

@@ -164,6 +164,22 @@ def test_regression(home, tmp_path):
     assert all(0 <= float(line.split("\t")[1]) <= 5 for line in text[1:])
 
 
+@pytest.mark.parametrize(("logit", "shown"), [(7.0, "5.000"), (-0.5, "0.000"), (2.25, "2.250")])
+def test_scores_of_a_submission_stay_in_their_range(tmp_path, logit, shown):
+    """STS-B's scores go from 0 to 5; those of one's own files have no range."""
+    from types import SimpleNamespace
+
+    from examples.data.tasks import CUSTOM, get_task
+    from examples.run_glue import write_submission
+
+    found = SimpleNamespace(logits=np.array([[logit]], np.float32))
+    rows = SimpleNamespace(ids=[4])
+    path = write_submission(get_task("stsb"), tmp_path, "test", rows, found)
+    assert path.read_text() == f"index\tprediction\n4\t{shown}\n"
+    path = write_submission(CUSTOM, tmp_path, "test", rows, found)
+    assert path.read_text() == f"index\tprediction\n4\t{logit:.3f}\n"
+
+
 def test_files_of_ones_own(home, tmp_path, monkeypatch):
     """Each of them is read once, the training file too, though it says the columns and labels."""
     from examples.data import tables
@@ -171,7 +187,7 @@ def test_files_of_ones_own(home, tmp_path, monkeypatch):
 
     read, reader = [], tables.read_table
     monkeypatch.setattr(
-        tables, "read_table", lambda path, layout: [read.append(path.name), reader(path, layout)][1]
+        tables, "read_table", lambda path, task: [read.append(path.name), reader(path, task)][1]
     )
 
     for split, rows in (("train", 20), ("dev", 8)):
@@ -183,6 +199,88 @@ def test_files_of_ones_own(home, tmp_path, monkeypatch):
     assert program.run_main(main, [*base, *words]) == 0
     assert "eval_accuracy" in results(tmp_path / "run")
     assert sorted(read) == ["dev.tsv", "train.tsv"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [("csv", ["1", "2", "3"]), ("jsonl", [30, 4, 1234567890]), ("tsv", ["so", "no", "yes"])],
+)
+def test_predictions_are_the_labels_of_ones_own_files(home, tmp_path, capsys, kind, values):
+    """As the training file writes them; the saved model's config has the same names."""
+    from examples.data.tables import write_table
+
+    names = [str(value) for value in values]
+    texts = {"so": ["bado eno", "bado"] * 4, "no": ["fado", "fiba"] * 4, "yes": ["gado"] * 8}
+    columns = {
+        "row_id": list(range(24)),
+        "opinion": sum(texts.values(), []),
+        "verdict": [value for value in values for _ in range(8)],
+    }
+    if kind == "tsv":
+        columns = {name: list(map(str, column)) for name, column in columns.items()}
+    for split in ("train", "dev"):
+        write_table(tmp_path / f"{split}.{kind}", columns)
+    write_table(tmp_path / f"test.{kind}", {"id": list(range(24)), "opinion": columns["opinion"]})
+    files = {"train_file": "train", "validation_file": "dev", "test_file": "test"}
+    words = [w for o, stem in files.items() for w in (f"--{o}", str(tmp_path / f"{stem}.{kind}"))]
+    words += ["--text_column_names", "opinion", "--label_column_name", "verdict", "--do_predict"]
+    words += ["--model_name_or_path", str(home / "bert"), "--output_dir", str(tmp_path / "run")]
+    words += [*FAST, "--no_cache", "--method", "full", "--base_dtype", "auto"]
+    words += ["--num_train_epochs", "12"]
+    assert program.run_main(main, words) == 0
+    said = capsys.readouterr().out
+    shown = sorted(names, key=int) if kind != "tsv" else sorted(names)
+    line = f"text in 'opinion'; label in 'verdict', 3 classes: {', '.join(shown)}; not used: "
+    assert line in said and said.index(line) < said.index("training rows")
+    written = (tmp_path / "run" / "submission" / "test.tsv").read_text().splitlines()
+    predicted = dict(text.split("\t") for text in written[1:])
+    saved = tmp_path / "run" / "model"
+    model = AutoModelForSequenceClassification.from_pretrained(saved)
+    batch = AutoTokenizer.from_pretrained(saved)(
+        columns["opinion"], padding=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        classes = model(**batch).logits.argmax(1).tolist()
+    assert predicted == {str(i): shown[k] for i, k in enumerate(classes)}
+    assert len(set(classes)) > 1 and sum(k == shown.index(names[0]) for k in classes[:8]) > 4
+    config = json.loads((saved / "config.json").read_text())
+    assert config["id2label"] == {str(i): name for i, name in enumerate(shown)}
+    assert config["label2id"] == {name: i for i, name in enumerate(shown)}
+
+
+def test_columns_that_cannot_be_told_apart_stop_the_run(home, tmp_path, capsys):
+    from examples.data.tables import write_table
+
+    columns = dict.fromkeys(["a", "b", "c"], ["bado eno", "fado"]) | {"label": ["no", "yes"]}
+    write_table(tmp_path / "train.csv", columns)
+    words = ["--train_file", str(tmp_path / "train.csv"), "--model_name_or_path", str(home)]
+    words += ["--output_dir", str(tmp_path / "run")]
+    assert program.run_main(main, words) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "train.csv" in error and "--text_column a,b" in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_checkpoint_with_a_prefix_trains_as_without(home, tmp_path, capsys, method):
+    """And one of other keys ends in one line, not in a random model or another error."""
+    weights = load_file(home / "bert" / "model.safetensors")
+    auto = ["--method", method, "--base_dtype", "auto" if method == "full" else "float32"]
+    for name, rename in (
+        ("plain", lambda key: key),
+        ("prefixed", lambda key: f"_orig_mod.module.bert.{key}"),
+        ("other", lambda key: f"x.{key.replace('.', '_')}.weight"),
+    ):
+        tiny_bert(tmp_path / name)
+        path = tmp_path / name / "model.safetensors"
+        save_file({rename(key): weight for key, weight in weights.items()}, path)
+        words = ["--model_name_or_path", str(tmp_path / name), *auto, "--num_train_epochs", "1"]
+        status = run(home, tmp_path / f"run-{name}", *words)
+        assert status == (2 if name == "other" else 0)
+    error = capsys.readouterr().err
+    assert f"{path}: none of the {len(weights)} keys fit BertForSequenceClassification" in error
+    one, two = (lines(tmp_path / f"run-{n}" / "metrics.jsonl") for n in ("plain", "prefixed"))
+    assert one[0]["train_loss"] == two[0]["train_loss"] and one[0]["eval_f1"] == two[0]["eval_f1"]
 
 
 def test_label_smoothing_and_early_stopping(home, tmp_path):

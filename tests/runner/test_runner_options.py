@@ -116,6 +116,8 @@ def test_rows_of_like_length_meet_where_padding_would_cost(words: list[str], ord
         (["--report_to", "tensorbord"], "did you mean tensorboard"),
         (["--eval_strategy", "steps"], "--eval_steps, such as 500"),
         (["--train_file", "x.csv"], "only one of these"),
+        (["--text_column", "a"], "--text_column goes with --train_file or --dataset_name"),
+        (["--label_column_name", "a"], "--label_column goes with --train_file or --dataset_name"),
         (["stray"], "'stray' belongs to no option"),
         (["--wiring", "loralib", "--use_rslora"], "options of --wiring peft_custom"),
     ],
@@ -124,6 +126,19 @@ def test_mistakes_are_named(words, message):
     with pytest.raises(OptionError) as found:
         parse(*words)
     assert message in str(found.value)
+
+
+@pytest.mark.parametrize("columns", ["a,b,c", "a,a"])
+def test_one_or_two_text_columns(columns):
+    words = ["--train_file", "x.csv", "--model_name_or_path", "m", "--output_dir", "o"]
+    with pytest.raises(OptionError, match=f"--text_column {columns}: name one or two columns"):
+        program.parse(
+            [*words, "--text_column_names", columns],
+            "examples.run_glue",
+            SUMMARY,
+            OPTION_CLASSES,
+            "task_name",
+        )
 
 
 def test_needed_options():

@@ -68,3 +68,34 @@ def _goes_on(home: Path, tmp_path: Path, small: list[str]) -> None:
     name = Path("adapter") / "adapter_model.safetensors"
     assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
     assert lines(tmp_path / "two" / "metrics.jsonl") == lines(tmp_path / "again" / "metrics.jsonl")
+
+
+def test_bim_features_do_not_depend_on_how_steps_are_cut(home, tmp_path):
+    """57 rows: of an epoch's last global batch, of one row, the second process has a filler."""
+    common = "--method bim_lora --lora_r 2 --block_size 5 --max_train_samples 57 --max_steps 2"
+    common = [*common.split(), "--collection_steps", "8", "--group_by_length", "false"]
+    small, eight = (["--per_device_train_batch_size", size] for size in ("4", "8"))
+    cuts = {
+        "1x8": eight,
+        "2x4": [*small, "--gradient_accumulation_steps", "2"],
+        "tokens": [*eight, "--packing", "--max_tokens", "70"],
+        "two": small,
+    }
+    found, masks = {}, {}
+    for name, more in cuts.items():
+        path = tmp_path / f"{name}.safetensors"
+        more = [*common, *more, "--features_path", str(path)]
+        if name == "two":
+            two_processes(home, tmp_path / name, *more)
+        else:
+            assert program.run_main(main, words(home, tmp_path / name, *more)) == 0
+        found[name] = load_file(path)
+        adapter = load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
+        masks[name] = {key: t for key, t in adapter.items() if key.endswith("block_scores")}
+    for name in ("2x4", "tokens", "two"):
+        for key, values in found["1x8"].items():
+            # (p, q, 6): each feature to within a part of its largest value
+            scale = values.amax((0, 1)).clamp(min=1e-30)
+            torch.testing.assert_close(found[name][key] / scale, values / scale, atol=4e-6, rtol=0)
+        for key, Z in masks["1x8"].items():
+            torch.testing.assert_close(masks[name][key], Z, atol=1e-5, rtol=1e-5)

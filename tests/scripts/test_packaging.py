@@ -25,8 +25,8 @@ def pip_part() -> list[str]:
 
 
 def test_the_conda_environment_has_the_python_that_the_project_admits() -> None:
-    assert "python=3.11" in CONDA["dependencies"] and "pip" in CONDA["dependencies"]
-    assert PROJECT["requires-python"] == ">=3.10,<3.13"
+    assert "python>=3.12" in CONDA["dependencies"] and "pip" in CONDA["dependencies"]
+    assert PROJECT["requires-python"] == ">=3.10"  # no upper bound: machines come with newer ones
     assert any(entry.startswith("-e .") for entry in pip_part())
 
 
@@ -52,7 +52,7 @@ def test_the_pip_part_of_the_conda_environment_installs(nested_venv: Path, tmp_p
     assert done.stdout.strip() == PROJECT["version"], done.stderr
 
 
-def test_scripts_refuse_a_python_that_is_too_new_or_too_old(tmp_path: Path) -> None:
+def test_scripts_refuse_a_python_that_is_too_old(tmp_path: Path) -> None:
     fake = tmp_path / "python"
     fake.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.1 && exit 0\nexit 1\n')
     fake.chmod(0o755)
@@ -60,7 +60,7 @@ def test_scripts_refuse_a_python_that_is_too_new_or_too_old(tmp_path: Path) -> N
     done = subprocess.run(
         ["bash", ROOT / "scripts" / "test.sh"], env=environment, capture_output=True, text=True
     )
-    assert done.returncode != 0 and "Python 3.10 to 3.12 is needed" in done.stderr
+    assert done.returncode != 0 and "Python 3.10 or newer is needed" in done.stderr
     assert not (tmp_path / "venv").exists()
 
 

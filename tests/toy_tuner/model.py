@@ -25,7 +25,7 @@ class ToyHooks(TrainingHooks):
         config = tuner.peft_config[tuner.active_adapters[0]]
         self.requires_prepare = config.look_first
         self.penalty = config.penalty
-        self.steps("every", config.every)
+        self.steps("every", config.every, least=1)
         self.steps("until", config.until)
         self.factors: list[Factors] = [
             factors

@@ -4,9 +4,9 @@
     batch = tokenizer(["a sentence"], ["its pair"], truncation=True, max_length=128, padding=True)
 
 A folder holds either `tokenizer.json`, or `vocab.txt` (BERT: WordPiece), or `vocab.json` and
-`merges.txt` (RoBERTa, GPT-2: byte-level BPE), or `spm.model` (DeBERTa-v2 and v3: SentencePiece
-unigram); `tokenizer_config.json` in it states lower-casing, the special tokens and
-`model_max_length`. Calls, fields and numbers are those of Hugging Face's tokenizers, and
+`merges.txt` (RoBERTa, GPT-2: byte-level BPE), or `spm.model` (DeBERTa-v2, v3: SentencePiece's);
+`tokenizer_config.json` in it states lower-casing, the special tokens and `model_max_length`.
+Calls, fields and numbers are those of Hugging Face's tokenizers, and
 `save_pretrained` writes what Transformers loads. Truncation and padding settings baked into a
 `tokenizer.json` are ignored, as Transformers ignores them: each call states its own.
 """
@@ -18,6 +18,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
+from ..configuration import model_type
 from . import files
 from .base import PreTrainedTokenizer
 from .encoding import BatchEncoding
@@ -204,7 +205,7 @@ def _class_for(folder: Path, config: dict[str, Any]) -> type[PreTrainedTokenizer
             f"one only {known} are supported"
         )
     if (folder / "config.json").exists():
-        kind = CLASSES.get(str(files.read_json(folder / "config.json").get("model_type")))
+        kind = CLASSES.get(str(model_type(files.read_json(folder / "config.json"))))
         if kind is not None:
             return kind
     if own.exists():

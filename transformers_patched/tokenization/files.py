@@ -86,7 +86,7 @@ def read_text(path: Path) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: damaged, not JSON ({error})") from error
     if not isinstance(data, dict):
         raise ValueError(f"{path}: a JSON object is expected, found a {type(data).__name__}")

@@ -16,8 +16,9 @@ WORDING = Task("wording", PAIR, ("not_same", "same"), bundled=True)
 TASKS: dict[str, Task] = {task.name: task for task in (*GLUE, WORDING)}
 GLUE_TASKS = tuple(task.name for task in GLUE)
 
-# Files of one's own: columns and labels are found in the training file (readers.read_file).
-CUSTOM = Task("custom", (), (), labels_by_index=False)
+# Files of one's own: columns and labels are found in the training file (examples.data.custom), and
+# predictions are its own labels.
+CUSTOM = Task("custom", (), (), submit_names=True, labels_by_index=False)
 
 
 def get_task(name: str) -> Task:

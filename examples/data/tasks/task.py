@@ -29,6 +29,7 @@ class Task:
         submit_names: predictions are written as label names rather than numbers.
         hub: dataset id and configuration on the hub.
         bundled: the files come with the project.
+        label_column: the label's column, "label" unless a file of one's own has it elsewhere.
         labels_by_index: files may give labels as indices into `labels`; in files of one's own
             a number is a name.
         skip_short_rows: the official file is known to hold rows broken by stray line ends, which
@@ -48,6 +49,7 @@ class Task:
     submit_names: bool = False
     hub: tuple[str, str | None] | None = None
     bundled: bool = False
+    label_column: str = "label"
     labels_by_index: bool = True
     skip_short_rows: bool = False
 

@@ -63,7 +63,11 @@ class Schedule:
 
 
 def top(scores: Tensor, b: int) -> Tensor:
-    """The mask (bool, like `scores` (N,)) of the b largest; among equals the first ones count."""
+    """The mask (bool, like `scores` (N,)) of the b largest; among equals the first ones count.
+
+    A NaN is no score: it comes after all that are.
+    """
+    scores = torch.where(scores.isnan(), -torch.inf, scores)
     order = torch.sort(scores, descending=True, stable=True).indices
     keep = torch.zeros_like(scores, dtype=torch.bool)
     return keep.index_fill_(0, order[:b], True)
@@ -165,12 +169,25 @@ class RankAllocator:
         # A criterion without moving averages is scored at cuts alone: the fork's last one is stale.
         stale = final and not self.rescore and not self.smooths and len(self._history) > 0
         keep = top(self.scores if stale else self.rescored(), self.budget)
+        if final:
+            self._refuse_nan(t)
         masks = self.triplets.split(keep.to(self.scores.dtype))
         torch._foreach_mul_(self.triplets.E.parameters, masks)
         if final:
             torch._foreach_copy_(self._masks(), masks)
             self.finalised = True
         self._note(t, keep)
+
+    def _refuse_nan(self, t: int) -> None:
+        """Final ranks must not rest on what is no number; before that, waiting would cost time."""
+        bad = self.scores.isnan()
+        if bool(bad.any()):
+            name = self.triplets.names[int(self.matrix[bad][0])]
+            raise ValueError(
+                f"step {t} makes the ranks final, but {int(bad.sum())} of {len(bad)} scores are "
+                f"NaN, the first in {name}: a weight or a gradient was infinite or NaN on the "
+                "way. Train with a lower learning rate, with clipped gradients or in bfloat16"
+            )
 
     def _masks(self) -> list[Tensor]:
         """The layers' masks, shaped as E (r, 1)."""

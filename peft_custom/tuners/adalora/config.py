@@ -146,6 +146,7 @@ class AdaLoraConfig(LoraConfig):
         values["rank_pattern"] = values.get("rank_pattern") or None
         init_r = values.get("init_r", cls.init_r)
         values["target_r"] = min(values.get("target_r", cls.target_r), init_r)
+        values["deltaT"] = values.get("deltaT") or cls.deltaT
         lengths = [values.get(name) or 0 for name in ("tinit", "tfinal")]
         if not sum(lengths) < (values.get("total_step") or 0):
             values["total_step"] = None

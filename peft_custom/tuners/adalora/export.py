@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
+from ...hooks import TrainingHooks
+from ...patterns import matches
 from ..lora import LoraConfig
 from ..modules_to_save import ModulesToSaveWrapper
 from ..targets import as_list, name_matches
@@ -93,7 +94,7 @@ def name_targets(model: nn.Module, config: AdaLoraConfig, names: list[str]) -> N
         name
         for name, _ in inside
         if (
-            re.fullmatch(config.target_modules, name)
+            matches(config.target_modules, name)
             if isinstance(config.target_modules, str)
             else any(name_matches(name, entry) for entry in as_list(config.target_modules))
         )
@@ -109,4 +110,8 @@ def stock(config: AdaLoraConfig) -> AdaLoraConfig:
     values = {name: getattr(config, name) for name in names}
     if config.total_step is None:  # today's PEFT reads no file without, and has its own idea of T
         values.update(tinit=0, tfinal=0, deltaT=1, total_step=1)
+    else:  # it counts steps, and knows no fractions
+        resolved = TrainingHooks(config.total_step)
+        for name, least in (("tinit", 0), ("tfinal", 0), ("deltaT", 1)):
+            values[name] = resolved.steps(name, min(values[name], config.total_step), least)
     return AdaLoraConfig(**{**values, "peft_type": "ADALORA"})

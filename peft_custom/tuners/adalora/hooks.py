@@ -39,7 +39,7 @@ class AdaLoraHooks(TrainingHooks):
             total=self.total_steps,
             tinit=self.steps("tinit", config.tinit),
             tfinal=self.steps("tfinal", config.tfinal),
-            deltaT=max(1, self.steps("deltaT", min(config.deltaT, self.total_steps))),
+            deltaT=self.steps("deltaT", min(config.deltaT, self.total_steps), least=1),
         )
         self.triplets = triplets
         self.weight = config.orth_reg_weight

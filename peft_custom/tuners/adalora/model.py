@@ -6,6 +6,7 @@ import copy
 import warnings
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ...protocols import AnyOptimizer
 from .. import targets
 from ..base import BaseTuner, BaseTunerLayer, iter_adapters, register_tuner
 from ..lora import LoraConfig
+from ..low_rank import two_sides
 from .config import AdaLoraConfig, VILoraConfig
 from .export import FORMATS, as_plain_lora, cut_tensors, name_targets, rank_pattern, stock
 from .hooks import AdaLoraHooks
@@ -51,9 +53,16 @@ class AdaLoraModel(BaseTuner[AdaLoraConfig]):
 
     target_types = "Linear and Conv1D layers"
 
-    def __init__(self, model: nn.Module, config: AdaLoraConfig, adapter_name: str = "default"):
-        super().__init__(model, config, adapter_name)
+    def __init__(
+        self,
+        model: nn.Module,
+        config: AdaLoraConfig,
+        adapter_name: str = "default",
+        file: Path | None = None,
+    ) -> None:
+        super().__init__(model, config, adapter_name, file)
         self._manual: AdaLoraHooks | None = None  # what update_and_allocate drives
+        self._by_hand: dict[str, AdaLoraHooks] = {}  # and has driven, by adapter
         self._optimizer: AnyOptimizer | None = None
         self._penalised = False  # whether the loop adds the regulariser, or was told to
 
@@ -94,6 +103,11 @@ class AdaLoraModel(BaseTuner[AdaLoraConfig]):
                     + targets.suggestions(key, names)
                 )
 
+    def size(self, config: AdaLoraConfig, name: str, weight: Tensor) -> int:
+        """Numbers in A and B; E is small beside them."""
+        kept = (config.rank_pattern or {}).get(f"{name}.lora_E")
+        return (config.init_r if kept is None else sum(kept)) * two_sides(weight)
+
     def _resolve(self, config: AdaLoraConfig) -> list[tuple[str, nn.Module]]:
         """The chosen modules; a pooler among them goes to `modules_to_save` (`train_pooler`)."""
         if config.target_modules is None:
@@ -132,6 +146,12 @@ class AdaLoraModel(BaseTuner[AdaLoraConfig]):
             )
         return trained[0] if trained else None
 
+    def delete_adapter(self, name: str) -> None:
+        """Removes an adapter, and what drove it."""
+        super().delete_adapter(name)
+        self._by_hand.pop(name, None)
+        _drivers.get(self, {}).pop(name, None)
+
     def _hooks(
         self, optimizer: AnyOptimizer | None, total_steps: int | None, seed: int = 0
     ) -> AdaLoraHooks | None:
@@ -155,7 +175,7 @@ class AdaLoraModel(BaseTuner[AdaLoraConfig]):
         seed: int = 0,
     ) -> AdaLoraHooks | None:
         """The hooks of the one trainable adapter."""
-        self._manual = None
+        self._by_hand.clear()
         return self._hooks(optimizer, total_steps, seed)
 
     def set_optimizer(self, optimizer: AnyOptimizer) -> None:
@@ -173,11 +193,12 @@ class AdaLoraModel(BaseTuner[AdaLoraConfig]):
             ValueError: `total_step` is not set.
         """
         refuse_if_attached(self)
-        if self._manual is None:
-            self._manual = self._hooks(self._optimizer, None)
-            if self._manual is None:
-                raise RuntimeError("update_and_allocate: no adapter is trainable")
-        hooks = self._manual
+        adapter = self.trained_adapter()
+        if adapter is None:
+            raise RuntimeError("update_and_allocate: no adapter is trainable")
+        hooks = self._by_hand.get(adapter) or self._hooks(self._optimizer, None)
+        assert hooks is not None  # there is something to train
+        self._manual = self._by_hand[adapter] = hooks
         if hooks.weight > 0 and not self._penalised:
             self._penalised = True
             warnings.warn(
@@ -196,7 +217,7 @@ class AdaLoraModel(BaseTuner[AdaLoraConfig]):
             for stack in hooks.triplets.stacks:
                 allocator.observe(stack, *allocator.read(stack))
         allocator.allocate(global_step)
-        set_finished(self, hooks.finished)
+        set_finished(self, hooks.finished, [adapter])
 
     def orthogonality_loss(self) -> Tensor:
         """γ times the regulariser, a scalar with a graph; only for loops without `attach`."""
@@ -239,7 +260,7 @@ class AdaLoraModel(BaseTuner[AdaLoraConfig]):
             raise ValueError(f"format={format!r}: use one of {', '.join(FORMATS)}")
         if rank is not None and format != "lora":
             raise ValueError("rank=… is for format='lora': elsewhere every module has its own")
-        layers, finished = self._having(adapter), schedule_finished(self)
+        layers, finished = self._having(adapter), schedule_finished(self, adapter)
         if format is not None and not finished and not force:
             raise ValueError(
                 f"adapter {adapter!r} has not its final ranks: train to the schedule's end, or "
@@ -268,13 +289,13 @@ class AdaLoraModel(BaseTuner[AdaLoraConfig]):
         refuse_if_attached(self, "compact")
         adapter = self.active_adapters[0] if adapter is None else adapter
         layers = self._having(adapter)
-        if not schedule_finished(self):
+        if not schedule_finished(self, adapter):
             raise ValueError(f"adapter {adapter!r} has not its final ranks: nothing to remove yet")
         if any(adapter in layer.merged_adapters for _, layer in layers):
             raise ValueError(f"adapter {adapter!r} is merged; unmerge it first")
         for _, layer in layers:
             layer.cut(adapter)
-        self._manual = None
+        self._by_hand.pop(adapter, None)
 
     def add_weighted_adapter(self, *args: object, **options: object) -> None:
         """Not for AdaLoRA: components of different adapters have no common singular vectors."""

@@ -1,7 +1,7 @@
 """BIM-LoRA: a low-rank increment, gated block by block by a learned mask of falling temperature."""
 
+from .collector import FeatureCollector
 from .config import BimLoraConfig
-from .features import FeatureCollector
 from .importance import ImplicitMLP
 from .layer import BIMLoRALinear
 from .model import BimLoraModel

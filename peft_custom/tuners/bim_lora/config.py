@@ -43,9 +43,10 @@ class BimLoraConfig(PeftConfig):
             (`initial_block_score` everywhere; needs no data).
         train_mask: False keeps Z as initialised.
         initial_block_score: Z/τ₀ for `"constant"`, and of every block before `prepare`.
-        collection_steps: batches from which the features come: a number, or a fraction of the
+        collection_steps: gradients from which the features come: a number, or a fraction of the
             run's steps; None is 5 % of them, at most 300.
-        collection_accumulation: batches that make one gradient; |∇W| and (∇W)² are taken of it.
+        collection_accumulation: optimiser steps that make one gradient; |∇W| and (∇W)² are taken
+            of it. A step is a batch, or all its `MicroBatch`es.
         collect_update: `"none"`, or `"adapter+head"`: A, B and the head are trained meanwhile, with
             AdamW at `collection_lr`. The base never moves.
         collection_lr: that rate.
@@ -69,7 +70,7 @@ class BimLoraConfig(PeftConfig):
             maxima, absolute floors, a LayerNorm on the network's inputs, 50 more batches for the
             layers' importance, logits that meet the mask at τ = 1 only. The base stays fixed.
         features_file: features are read from this safetensors file where it exists, and
-            written to it where it does not.
+            written to it where it does not. It is not saved with the adapter.
         finished: the mask has been initialised.
     """
 
@@ -121,7 +122,8 @@ class BimLoraConfig(PeftConfig):
     features_file: str | None = None
     finished: bool = True
 
-    omit_at_default: ClassVar[frozenset[str]] = frozenset({"finished", "features_file"})
+    omit_at_default: ClassVar[frozenset[str]] = frozenset({"finished"})
+    never_in_files: ClassVar[frozenset[str]] = frozenset({"features_file"})
 
     def __post_init__(self) -> None:
         super().__post_init__()

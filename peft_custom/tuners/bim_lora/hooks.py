@@ -31,11 +31,14 @@ class MaskRecords:
         initialised: adapters whose mask has been set.
         mask_history: the mask's histogram over training, see `BimLoraHooks.history`.
         features: what was collected in this process.
+        read: what the caller has read -> a key of its content; kept in the file of features, which
+            is refused where it is of something else.
     """
 
     initialised: set[str] = field(default_factory=set)
     mask_history: dict[str, dict[str, Any]] = field(default_factory=dict)
     features: dict[str, Features] = field(default_factory=dict)
+    read: dict[str, str] = field(default_factory=dict)
 
 
 class BimLoraHooks(TrainingHooks):
@@ -77,6 +80,8 @@ class BimLoraHooks(TrainingHooks):
         uses_table = config.enable_masking and config.temperature_schedule == "table"
         self.table = masks.resolve_table(config, self) if uses_table else []
         self.requires_prepare = config.looks_at_data
+        if self.requires_prepare:
+            self.collection_steps()  # a fraction becomes a number once, and is saved
         self.features: Features | None = None
         self.mlp: ImplicitMLP | None = None
         self.scores: Tensor | None = None
@@ -98,7 +103,8 @@ class BimLoraHooks(TrainingHooks):
         self, dataloader: Iterable[BatchT], forward_loss: Callable[[BatchT], Tensor]
     ) -> None:
         """Collects features (or reads them), scores the blocks, sets Z."""
-        preparation = Preparation(self.model, self.layers, self.factors, self.config, self.seed)
+        what = self.model, self.layers, self.factors, self.config, self.seed
+        preparation = Preparation(*what, self.records.read)
         found = preparation.run(dataloader, forward_loss, self.collection_steps())
         self.features, self.mlp = found.features, found.mlp
         self.records.features[self.adapter] = found.features
@@ -111,7 +117,7 @@ class BimLoraHooks(TrainingHooks):
         if asked is None:
             return max(1, min(MOST_STEPS, math.ceil(SHARE * self.total_steps)))
         if isinstance(asked, float):
-            return max(1, self.steps("collection_steps", asked))
+            return self.steps("collection_steps", asked, least=1)
         return asked
 
     def _initialise(self, scores: Tensor, gradients: Mapping[str, float] | None) -> None:

@@ -9,6 +9,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from loralib.weight_cache import Kept, kept_weight
+
 from ..low_rank import linear_geometry
 from ..tuner_layer import BaseTunerLayer
 from . import functional as bim
@@ -148,7 +150,7 @@ class BIMLoRALinear(BaseTunerLayer):
         self.bim = nn.ModuleDict()
         self.watch: Watch | None = None  # while features are collected: (x, y) -> y
         self.bypass = False  # meanwhile, leave the adapters out
-        self._effective: tuple[tuple, Tensor] | None = None  # evaluation's W + ΔW and what it is of
+        self._effective: Kept | None = None  # evaluation's W + ΔW
 
     def add_adapter(self, adapter: str, config: BimLoraConfig) -> None:
         """Creates adapter `adapter`: A uniform, B = 0, Z constant."""
@@ -169,42 +171,53 @@ class BIMLoRALinear(BaseTunerLayer):
 
     def forward_one(self, x: Tensor, bound: Bound, *args: object, **kwargs: object) -> Tensor:
         """Base and increment in one map, where the base layer is a plain one."""
+        recording = torch.is_grad_enabled()
+        if recording and self._effective is not None:
+            self._effective = None
         if not self.base_is_plain():
             return self.forward_several(x, self._live, *args, **kwargs)
         f, base, training = bound.factors, self._modules["base_layer"], self.training
         weight = base.weight
-        if not training and not torch.is_grad_enabled() and weight.dtype == x.dtype:
-            if x.dtype in (torch.float32, torch.float64) and _no_autocast(x):
-                W = self._cached(f, weight)
+        if (
+            not recording
+            and not training
+            and weight.dtype == x.dtype in (torch.float32, torch.float64)
+        ):
+            W = self._cached(f, weight) if _no_autocast(x) else None
+            if W is not None:
                 return nn.functional.linear(x, W.T if self.fan_in_fan_out else W, base.bias)
         return bim.block_masked_linear(
             x, weight, base.bias, f.lora_A, f.lora_B, f.scores(training), f.temperature,
             f.scaling, f.block, f.dropout if training else 0.0, self.fan_in_fan_out,
         )  # fmt: skip
 
-    def _cached(self, f: BlockFactors, weight: Tensor) -> Tensor:
-        """W + ΔW for evaluation, formed once per state of its parts and dropped by `train()`."""
-        parts = (weight, f.lora_A, f.lora_B, f.block_scores, f.temperature)
-        state = (
-            f.hard_threshold, f.enabled, f.scaling,
-            *((t.data_ptr(), t._version, t.dtype) for t in parts),
-        )  # fmt: skip
-        if self._effective is None or self._effective[0] != state:
-            W = bim.effective_weight(
+    def _cached(self, f: BlockFactors, weight: Tensor) -> Tensor | None:
+        """W + ΔW for evaluation, kept while it is what its parts make."""
+        self._effective = kept_weight(
+            self._effective,
+            (weight, f.lora_A, f.lora_B, f.block_scores, f.temperature),
+            (f.hard_threshold, f.enabled, f.scaling),
+            lambda: bim.effective_weight(
                 weight, f.lora_A, f.lora_B, f.mask(), f.scaling, f.block, self.fan_in_fan_out
-            )
-            self._effective = (state, W)
-        return self._effective[1]
+            ),
+        )
+        return None if self._effective is None else self._effective[1]
 
     def rebind(self) -> None:
         self._effective = None
         super().rebind()
 
     def train(self, mode: bool = True) -> BIMLoRALinear:
-        """Evaluation's formed weight is dropped; nothing else changes."""
-        if mode:
-            self._effective = None
+        """Sets the mode; evaluation's weight is dropped, and nothing else changes."""
+        self._effective = None
         return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BIMLoRALinear:
+        self._effective = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_effective": None}  # copies and pickles make their own
 
     def increment(self, x: Tensor, adapter: str) -> Tensor:
         f, training = self.bim[adapter], self.training

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from ..base import BaseTuner, BaseTunerLayer, iter_adapters, register_tuner
 from ..lora import LoraConfig
+from ..low_rank import two_sides
 from ..targets import is_conv1d
 from .config import BimLoraConfig
 from .features import Features
@@ -24,11 +26,15 @@ class BimLoraModel(BaseTuner[BimLoraConfig]):
     target_types = "Linear and Conv1D layers"
 
     def __init__(
-        self, model: nn.Module, config: BimLoraConfig, adapter_name: str = "default"
+        self,
+        model: nn.Module,
+        config: BimLoraConfig,
+        adapter_name: str = "default",
+        file: Path | None = None,
     ) -> None:
         # Before nn.Module's constructor, which add_adapter runs within.
         self.__dict__["records"] = MaskRecords()
-        super().__init__(model, config, adapter_name)
+        super().__init__(model, config, adapter_name, file)
 
     @property
     def initialised(self) -> set[str]:
@@ -65,6 +71,11 @@ class BimLoraModel(BaseTuner[BimLoraConfig]):
         assert isinstance(layer, BIMLoRALinear)
         layer.add_adapter(adapter, config)
 
+    def size(self, config: BimLoraConfig, name: str, weight: Tensor) -> int:
+        """Numbers in A, B and Z, one a block."""
+        b = config.block_size
+        return config.r * two_sides(weight) + weight.numel() // b**2
+
     def bim_layers(self) -> Iterator[tuple[str, BIMLoRALinear]]:
         """Names and adapted layers."""
         for name, layer in iter_adapters(self.model):
@@ -78,9 +89,17 @@ class BimLoraModel(BaseTuner[BimLoraConfig]):
         total_steps: int | None,
         *,
         seed: int = 0,
-    ) -> BimLoraHooks:
-        """The hooks of the first active adapter."""
-        adapter = self.active_adapters[0]
+    ) -> BimLoraHooks | None:
+        """The hooks of the one trainable adapter."""
+        trained = list(self.trained_configs())
+        if len(trained) > 1:
+            raise ValueError(
+                f"adapters {trained} are all trainable: a mask's features are of one adapter; "
+                "freeze the others with inference_mode=True"
+            )
+        if not trained:
+            return None
+        [adapter] = trained
         layers = {name: layer for name, layer in self.bim_layers() if adapter in layer.bim}
         config = self.peft_config[adapter]
         return BimLoraHooks(self.model, layers, config, adapter, self.records, total_steps, seed)

@@ -13,11 +13,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from ...digest import digest
 from ...distributed import reduce_mean, world_size
+from ...hooks import MicroBatch
 from ...rng import bits, generator
 from . import masks, reference
+from .collector import FeatureCollector
 from .config import BimLoraConfig
-from .features import FeatureCollector, Features, block_table, normalised
+from .features import Features, block_table, normalised
 from .importance import ImplicitMLP, network_inputs, soft_labels, train_mlp
 from .layer import BIMLoRALinear, BlockFactors
 
@@ -50,6 +53,7 @@ class Preparation:
         factors: the adapter in each of them.
         config: its options.
         seed: of all random numbers here.
+        read: what the caller has read -> a key of its content, for the file of features.
     """
 
     def __init__(
@@ -59,9 +63,10 @@ class Preparation:
         factors: Mapping[str, BlockFactors],
         config: BimLoraConfig,
         seed: int,
+        read: Mapping[str, str] | None = None,
     ) -> None:
         self.model, self.layers, self.factors = model, layers, factors
-        self.config, self.seed = config, seed
+        self.config, self.seed, self.read = config, seed, read or {}
 
     def run(
         self, dataloader: Iterable[BatchT], forward_loss: Callable[[BatchT], Tensor], steps: int
@@ -72,10 +77,10 @@ class Preparation:
         """
         gradients = None
         with _modes_kept(self.model):
-            features = self._read() or self._collect(dataloader, forward_loss, steps)
+            features = self._read(steps) or self._collect(dataloader, forward_loss, steps)
             if self.config.reference_compat:
                 gradients = self._analyse(dataloader, forward_loss)
-        self._write(features)
+        self._write(features, steps)
         values = features.values  # (n, 6)
         devices = [values.device] if values.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
@@ -85,7 +90,21 @@ class Preparation:
         return Scores(features, scores, mlp, gradients)
 
     # --- features -------------------------------------------------------------------------------
-    def _read(self) -> Features | None:
+    def _keys(self, steps: int) -> dict[str, str]:
+        """What features of this model, data and configuration are of."""
+        c = self.config
+        weights = {name: layer.weight for name, layer in self.layers.items()}
+        update = f"{c.collect_update} at {c.collection_lr}" if c.collect_update != "none" else ""
+        pads = "pads" if c.collect_pads else ""
+        compat = "reference_compat" if c.reference_compat else ""
+        how = (f"{steps} of {c.collection_accumulation} batches", update, pads, compat)
+        return {
+            **self.read,
+            "adapted weights": digest(weights),
+            "collection_steps": ", ".join(word for word in how if word),
+        }
+
+    def _read(self, steps: int) -> Features | None:
         path = self.config.features_file
         if path is None or not Path(path).is_file():
             return None
@@ -96,14 +115,24 @@ class Preparation:
                 f"features_file: {path} is of other matrices or another block size than this "
                 "model with this configuration; remove it, or name another"
             )
+        keys = self._keys(steps)  # what only one of them has counts for nothing
+        changed = [n for n in keys if found.keys.get(n, keys[n]) != keys[n]]
+        if changed:
+            shown = "; ".join(
+                f"{n}: {found.keys[n]:.16} there, {keys[n]:.16} here" for n in changed
+            )
+            raise ValueError(
+                f"features_file: {path} was collected from something else ({shown}); remove it, or "
+                "name another"
+            )
         device = next(iter(self.factors.values())).block_scores.device
         return found._replace(values=found.values.to(device))
 
-    def _write(self, features: Features) -> None:
+    def _write(self, features: Features, steps: int) -> None:
         path = self.config.features_file
         main = world_size() == 1 or dist.get_rank() == 0
         if path is not None and main and not Path(path).is_file():
-            features.save(path)
+            features._replace(keys=self._keys(steps)).save(path)
 
     def _collect(
         self, dataloader: Iterable[BatchT], forward_loss: Callable[[BatchT], Tensor], steps: int
@@ -142,42 +171,66 @@ class Preparation:
         bypass: bool = False,
         update: Callable[[], None] | None = None,
     ) -> None:
-        """Backward passes over `steps` × accumulation batches, going round the data if need be.
+        """The gradients of `steps` optimiser steps, going round the data if need be.
 
         The random numbers drawn in pass `number` are a function of the seed, step and process.
         """
         model, skipped = self.model, 0
-        rank = dist.get_rank() if world_size() > 1 else 0
         devices = list({p.device for p in model.parameters() if p.device.type == "cuda"})
         model.train()
-        collector.pending = self.config.collection_accumulation
         collector.register_hooks(bypass)
-        batches = _endless(dataloader)
+        gradients = _gradients(dataloader, self.config.collection_accumulation)
         try:
             with torch.enable_grad(), torch.random.fork_rng(devices):
                 while collector.steps < steps:
-                    count = (collector.steps, collector.passes, skipped)
-                    torch.manual_seed(bits(self.seed, 0xB1, number, *count, rank) % 2**63)
-                    loss = forward_loss(next(batches))
-                    # All processes skip a batch, or none: their gradients are reduced together.
-                    [agreed] = reduce_mean([loss.detach().float().reshape(1)])
-                    if not math.isfinite(float(agreed)):
+                    counters = (number, collector.steps, skipped)
+                    if self._gradient(collector, next(gradients), forward_loss, counters):
+                        if update is not None:
+                            update()
+                    else:
                         skipped += 1
                         if skipped > MOST_SKIPPED:
                             raise ValueError(
                                 f"prepare: the loss of {skipped} batches is not finite before "
                                 "training; look at the data and the precision"
                             )
-                        continue
-                    loss.backward()
-                    collector.update()
-                    if collector.passes == 0:
-                        if update is not None:
-                            update()
-                        model.zero_grad(set_to_none=True)
+                    model.zero_grad(set_to_none=True)
         finally:
             collector.remove_hooks()
             model.zero_grad(set_to_none=True)
+
+    def _gradient(
+        self,
+        collector: FeatureCollector,
+        batches: list[tuple[BatchT, float]],
+        forward_loss: Callable[[BatchT], Tensor],
+        counters: tuple[int, int, int],
+    ) -> bool:
+        """One gradient, of batches and their weights; False, and no trace, if a loss is NaN or ∞.
+
+        Args:
+            collector: takes it.
+            batches: this process's; of all processes, the weights add up to 1.
+            forward_loss: batch → loss.
+            counters: pass over the data, step, steps skipped: what random numbers depend on.
+        """
+        world = world_size()
+        rank = dist.get_rank() if world > 1 else 0
+        number, step, skipped = counters
+        collector.begin(len(batches), weighted=True)
+        for i, (batch, weight) in enumerate(batches):
+            torch.manual_seed(bits(self.seed, 0xB1, number, step, i, skipped, rank) % 2**63)
+            collector.counts_inputs = weight > 0
+            loss = forward_loss(batch)
+            # All processes skip a step, or none: their gradients are reduced together.
+            [agreed] = reduce_mean([loss.detach().float().reshape(1)])
+            if not math.isfinite(float(agreed)):
+                collector.drop()
+                return False
+            # Gradients are averaged over processes, not summed.
+            (loss * (weight * world)).backward()
+            collector.update()
+        return True
 
     def _adam(self) -> Callable[[], None]:
         """Adam on A, B and the head at `collection_lr`, gradients clipped to norm 1.
@@ -276,6 +329,25 @@ def set_first_masks(
     if world_size() > 1:
         for Z in everything:
             dist.broadcast(Z, 0)
+
+
+def _gradients(
+    dataloader: Iterable[BatchT], accumulation: int
+) -> Iterator[list[tuple[BatchT, float]]]:
+    """The batches of one gradient after the other, with their weights; endless.
+
+    A gradient is that of `accumulation` optimiser steps: of so many plain batches, or of the
+    `MicroBatch`es of so many steps.
+    """
+    found, ends = [], 0
+    for batch in _endless(dataloader):
+        part = isinstance(batch, MicroBatch)
+        weight = batch.weight if part else 1.0 / world_size()
+        found.append((batch, weight / accumulation))
+        ends += not part or batch.last
+        if ends == accumulation:
+            yield found
+            found, ends = [], 0
 
 
 def _endless(dataloader: Iterable[BatchT]) -> Iterator[BatchT]:

@@ -66,7 +66,7 @@ class FrozenRows:
         self._saved: dict[Kind, tuple[Names, Tensor]] = {}
 
     def save(self) -> None:
-        """Before the step: copies the tensors."""
+        """Before the optimiser moves anything: copies the tensors."""
         self._saved = {
             kind: (names, torch.stack(tensors)) for kind, (names, tensors) in self._groups().items()
         }

@@ -58,7 +58,7 @@ class DyLoraHooks(TrainingHooks):
             for nested, _, _ in layers:
                 nested.sampled = nested.active_rank(rank, sampling.frozen)
 
-    def before_step(self) -> None:
+    def enter_step(self) -> None:
         self.frozen_rows.save()
 
     def after_step(self) -> None:

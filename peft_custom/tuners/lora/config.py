@@ -74,12 +74,6 @@ class LoraConfig(PeftConfig):
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f"bias={self.bias!r}: use 'none', 'all' or 'lora_only'")
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
-            try:
-                re.compile(self.target_modules)
-            except re.error as error:
-                raise ValueError(
-                    f"target_modules={self.target_modules!r} is not a regular expression ({error})"
-                ) from error
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
                     raise ValueError(

@@ -127,8 +127,8 @@ class Linear(LoraLayer):
         self.lora_B[adapter] = Factor((self.out_features, r), device)
 
     def bind(self, adapter: str) -> Bound | None:
-        if any(other != adapter for other in self.pissa_initial):
-            return None  # another adapter's PiSSA part has to be added back
+        if self.pissa_initial and (self.merged or adapter not in self.pissa_initial):
+            return None  # a PiSSA adapter's first part has to be added back, or taken away
         A, B = self.lora_A[adapter], self.lora_B[adapter]
         return Bound(A, B, self._scaling[adapter], self.lora_dropout[adapter])
 
@@ -151,8 +151,11 @@ class Linear(LoraLayer):
     ) -> Tensor:
         out = super().forward_several(x, adapters, *args, **kwargs)
         for adapter, (A, B, scaling) in self.pissa_initial.items():
-            if adapter not in adapters:  # without its PiSSA adapter the layer is the original one
-                out = out + lora.lora_update(x, A, B, scaling).to(out.dtype)
+            # Without its PiSSA adapter the layer is the original one: its first part is added back,
+            # in a merged weight as well, and there taken away again where the adapter acts.
+            if self.merged == (adapter in adapters):
+                sign = -1.0 if self.merged else 1.0
+                out = out + lora.lora_update(x, A, B, sign * scaling).to(out.dtype)
         return out
 
     def get_delta_weight(self, adapter: str) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor, nn
 
 from ..base import BaseTuner, BaseTunerLayer, iter_adapters, register_tuner
+from ..low_rank import two_sides
 from ..modules_to_save import ModulesToSaveWrapper
 from ..targets import check_patterns, is_conv1d, pattern_value
 from .combine import Combination, combined_adapter
@@ -61,6 +62,11 @@ class LoraModel(BaseTuner[LoraConfig]):
         """Every key of `rank_pattern` and `alpha_pattern` must fit a chosen module."""
         check_patterns("rank_pattern", config.rank_pattern, names)
         check_patterns("alpha_pattern", config.alpha_pattern, names)
+
+    def size(self, config: LoraConfig, name: str, weight: Tensor) -> int:
+        """Numbers in A and B of the rank that this module gets."""
+        rank = pattern_value(config.rank_pattern, name, config.r)
+        return rank * two_sides(weight)
 
     def lora_layers(self) -> Iterator[tuple[str, LoraLayer]]:
         """Names and adapted layers."""

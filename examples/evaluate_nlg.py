@@ -21,7 +21,9 @@ from transformers_patched.files import write_atomically
 FORMATS = ("e2e", "webnlg", "xsum", "boolq")
 
 
-def evaluate(predictions: Path, references: Path, format: str) -> tuple[dict, list[str]]:
+def evaluate(
+    predictions: Path, references: Path, format: str
+) -> tuple[dict[str, float], list[str]]:
     """The metrics, and a line for each that could not be had.
 
     Raises:

@@ -92,6 +92,19 @@ def test_ten_thousand_sentences(both: tuple[Any, Any], sentences: list[str]) -> 
     assert_equal(ours, theirs)
 
 
+def test_gpt2_on_ten_thousand_sentences(
+    real_data: Callable[[str], Path], sentences: list[str]
+) -> None:
+    """Without padding, for which GPT-2 has no token."""
+    folder = real_data("tokenizers/gpt2/vocab.json").parent
+    ours = AutoTokenizer.from_pretrained(folder)
+    theirs = transformers.GPT2Tokenizer.from_pretrained(folder)
+    texts = [*sentences, "a<|endoftext|>b", " é £20-25\n\n "]
+    assert_equal(ours(texts, **FIELDS), theirs(texts, **FIELDS))
+    ids = [tokenizer(texts[-1])["input_ids"] for tokenizer in (ours, theirs)]
+    assert ours.decode(ids[0]) == theirs.decode(ids[1]) == texts[-1]
+
+
 def test_all_pairs_cut_and_padded(both: tuple[Any, Any], pairs: tuple[list, list]) -> None:
     options = {"truncation": True, "max_length": 48, "padding": True}
     ours, theirs = (tokenizer(*pairs, **options, **FIELDS) for tokenizer in both)

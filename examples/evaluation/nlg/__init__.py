@@ -27,8 +27,10 @@ from examples.evaluation.nlg.words import Words, nltk_words, ptb_words
 
 __all__ = ["FORMATS", "score"]
 
+Scores = tuple[dict[str, float], list[str]]  # metrics, and lines on those that are left out
 
-def score(format: str, predictions: Texts, references: References) -> tuple[dict, list[str]]:
+
+def score(format: str, predictions: Texts, references: References) -> Scores:
     """All metrics of a format, and a line for each that could not be had.
 
     Args:
@@ -53,7 +55,7 @@ def score(format: str, predictions: Texts, references: References) -> tuple[dict
         ) from error
 
 
-def _e2e(predictions: Texts, references: References) -> tuple[dict, list[str]]:
+def _e2e(predictions: Texts, references: References) -> Scores:
     words, targets = _split(ptb_words, predictions, references)
     first = {
         "BLEU": bleu(predictions, references, lowercase=True),
@@ -66,7 +68,7 @@ def _e2e(predictions: Texts, references: References) -> tuple[dict, list[str]]:
     }, notes
 
 
-def _webnlg(predictions: Texts, references: References) -> tuple[dict, list[str]]:
+def _webnlg(predictions: Texts, references: References) -> Scores:
     words, targets = _split(nltk_words, predictions, references)
     first = {"BLEU": bleu(predictions, references, lowercase=False)}
     found, notes = _meteor(words, targets)
@@ -74,11 +76,11 @@ def _webnlg(predictions: Texts, references: References) -> tuple[dict, list[str]
     return first | found | last, notes
 
 
-def _xsum(predictions: Texts, references: References) -> tuple[dict, list[str]]:
+def _xsum(predictions: Texts, references: References) -> Scores:
     return rouge(predictions, references), []
 
 
-def _boolq(predictions: Texts, references: References) -> tuple[dict, list[str]]:
+def _boolq(predictions: Texts, references: References) -> Scores:
     """Case, blanks and full stops aside, a prediction must be the answer."""
 
     def plain(text: str) -> str:
@@ -91,7 +93,7 @@ def _boolq(predictions: Texts, references: References) -> tuple[dict, list[str]]
     return {"accuracy": sum(right) / len(right)}, []
 
 
-FORMATS: dict[str, Callable[[Texts, References], tuple[dict, list[str]]]] = {
+FORMATS: dict[str, Callable[[Texts, References], Scores]] = {
     "e2e": _e2e,
     "webnlg": _webnlg,
     "xsum": _xsum,

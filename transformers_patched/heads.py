@@ -134,9 +134,9 @@ def first_tokens(hidden: Tensor, layout: SequenceLayout) -> Tensor:
 
 
 def last_tokens(hidden: Tensor, layout: SequenceLayout, real: Tensor | None) -> Tensor:
-    """(B, H): the hidden state of every sequence's last token, among `real` (B, L) if given.
+    """(B, H): the hidden state of the last token of every sequence.
 
-    Padded sequences without any real token give their first.
+    Of padded tokens the last one marked `real` (B, L), if that is given; the first where none is.
     """
     if layout.is_packed:
         return hidden.index_select(0, layout.cu_seqlens[1:].long() - 1)

@@ -1,4 +1,4 @@
-"""GPT-2 is Hugging Face's in logits, losses, files; its fused layer takes Microsoft's factors."""
+"""GPT-2 is Hugging Face's in logits, losses and files; its fused layer is Microsoft's."""
 
 from pathlib import Path
 

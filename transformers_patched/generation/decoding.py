@@ -171,7 +171,8 @@ class Decoding:
         count, beams = options.num_candidates, options.num_beams
         values, tokens = scores.best(count)  # (R, c) each
         so_far = torch.tensor([item.score for _, item in rows], device=self.device)
-        values = (values - log_sums) + so_far[:, None]
+        # where a row forbids every token its normaliser is no number
+        values = torch.where(values == -torch.inf, values, values - log_sums + so_far[:, None])
         # from rows to (context, place among its live hypotheses), where a context may have fewer
         places = self._tensor([
             lane * beams + place

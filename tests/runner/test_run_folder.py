@@ -169,6 +169,8 @@ def test_a_checkpoint_from_elsewhere_goes_on_in_no_other_runs_folder(
     assert run(home, finished, *more) == 2
     assert "seed was 5, now 0" in capsys.readouterr().err
     assert files(finished) == before
+    assert run(home, finished.parent / "new", *more, "--seed", "5") == 2
+    assert "seed was 0, now 5" in capsys.readouterr().err
     assert run(home, finished.parent / "new", *more) == 0  # the best weights may be of before
 
 

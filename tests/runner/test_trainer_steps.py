@@ -212,6 +212,21 @@ def test_label_smoothing_of_a_run(tmp_path: Path) -> None:
         assert loss(share) == pytest.approx(expected, abs=1e-6)
 
 
+def test_scores_are_not_smoothed(tmp_path: Path) -> None:
+    bert = tiny_bert(tmp_path / "bert")
+    for split in ("train", "validation"):
+        columns = {"sentence1": ["bado"] * 4, "sentence2": ["eno"] * 4, "label": [0.0, 1.25, 2, 5]}
+        write_table(tmp_path / "data" / "STS-B" / f"{split}.csv", columns)
+    words = f"--task_name stsb --model_name_or_path {bert} --data_dir {tmp_path / 'data'} "
+    words += "--max_length 40 --base_dtype float32 --no_cache --max_train_steps 1"
+    losses = []
+    for share in ("0", "0.3"):
+        more = ["--label_smoothing_factor", share, "--output_dir", str(tmp_path / share)]
+        assert program.run_main(main, [*words.split(), *more]) == 0
+        losses.append(lines(tmp_path / share / "metrics.jsonl")[-1]["train_loss"])
+    assert losses[0] == losses[1]
+
+
 # --- between steps -------------------------------------------------------------------------------
 
 
@@ -270,6 +285,17 @@ def test_patience_and_the_better_of_two(tmp_path: Path) -> None:
     assert made._is_better(0.3) and not made._is_better(0.4) and not made._is_better(0.5)
     made.main_metric = "eval_x"
     assert made._is_better(0.5) and not made._is_better(0.4) and not made._is_better(0.3)
+
+
+def test_before_its_final_form_an_adapter_is_neither_best_nor_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every = {"eval_strategy": "steps", "eval_steps": 1, "early_stopping_patience": 2}
+    made = trainer(tmp_path, scores=[0.9, 0.8, 0.7, 0.6, 0.3, 0.2, 0.1], **every)
+    final = property(lambda hooks: made.progress.step > 4)
+    monkeypatch.setattr(type(made.hooks), "finished", final)
+    made.train()
+    assert (made.progress.best_step, made.progress.best, made.progress.step) == (5, 0.3, 7)
 
 
 def test_the_log_has_means_of_the_steps_since_its_last_line(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib/environment.sh"
 environment plots
 
 defaults=(--task_name wording --method lora --lora_r 8 --lora_alpha 16 --lora_modules query,key,value
-  --learning_rate 1.5e-3 --per_device_train_batch_size 32 --num_train_epochs 8 --warmup_ratio 0.06
+  --learning_rate 1.5e-3 --per_device_train_batch_size 48 --num_train_epochs 12 --warmup_ratio 0.06
   --packing --seed 0)
 [[ " $* " == *" --model_name_or_path"* ]] ||
   defaults+=(--model_name_or_path "$(python -m examples.backbone)")

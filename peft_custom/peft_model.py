@@ -415,7 +415,7 @@ class PeftModel(nn.Module):
         try:
             peft_model._take_weights(state, str(model_id), adapter_name, config)
         except Exception:  # the base stays what it was
-            peft_model.unload()
+            peft_model.delete_adapter(adapter_name)
             for parameter, needs_gradient in trained.items():
                 parameter.requires_grad_(needs_gradient)
             raise

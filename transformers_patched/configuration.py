@@ -228,8 +228,6 @@ def fits(value: object, hint: Any) -> bool:
         return number and math.isfinite(value)
     if kind is list and isinstance(value, list):
         return all(fits(item, inner[0]) for item in value)
-    if kind is dict and isinstance(value, dict):
-        return all(fits(item, inner[1]) for item in value.values())
     return isinstance(value, (list, tuple) if kind is tuple else kind)
 
 

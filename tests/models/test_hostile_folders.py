@@ -54,7 +54,6 @@ def refused(folder: Path, *words: str) -> None:
         {"hidden_act": 3},
         {"id2label": ["a", "b", "c"]},
         {"id2label": {"first": "a"}},
-        {"id2label": {"0": 7}},
         {"id2label": None, "label2id": None, "num_labels": 300_000_000},
         {"tie_word_embeddings": "no"},
     ],
@@ -103,7 +102,13 @@ def test_a_cut_checkpoint_is_named(folder: Path) -> None:
 
 
 def test_overrides_and_unusual_but_sound_files_load(folder: Path) -> None:
-    change(folder, hidden_dropout_prob=0, classifier_dropout=None, somebody_elses={"a": [1]})
+    change(
+        folder,
+        id2label={"0": 7, "1": 8, "2": 9},
+        hidden_dropout_prob=0,
+        classifier_dropout=None,
+        somebody_elses={"a": [1]},
+    )
     model = tp.BertForSequenceClassification.from_pretrained(folder, num_labels=3)
     assert model.config.somebody_elses == {"a": [1]}
     with pytest.warns(UserWarning, match="newly initialised"):

@@ -90,7 +90,7 @@ def typed_values(target: type, values: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def fits(value: object, hint: Any) -> bool:
+def fits(value: object, hint: object) -> bool:
     """Whether a JSON value is of an annotated type; whole numbers are floats, lists tuples."""
     kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
     if kind in (typing.Union, types.UnionType):

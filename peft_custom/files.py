@@ -46,7 +46,7 @@ def read_json(path: Path) -> dict[str, Any]:
     raise ValueError(f"{path}: nested more than {MOST_NESTED} levels deep")
 
 
-def _items(value: Any) -> list[Any]:
+def _items(value: object) -> list[Any]:
     if isinstance(value, dict):
         return list(value.values())
     return value if isinstance(value, list) else []

@@ -422,7 +422,7 @@ def save_adapter(
     _write_card(folder, config)
 
 
-def _write_card(folder: Path, config: Any) -> None:
+def _write_card(folder: Path, config: PeftConfig) -> None:
     card = folder / "README.md"
     if card.exists():
         return

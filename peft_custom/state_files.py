@@ -88,7 +88,7 @@ def _pack(value: Tree, path: str, tensors: dict[str, Tensor]) -> Any:
     )
 
 
-def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
+def _unpack(value: object, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, list):
         return [_unpack(item, tensors) for item in value]
     if not isinstance(value, dict):

@@ -171,7 +171,7 @@ def in_layers(name: str, config: TargetOptions) -> bool:
     return not layers or layer_index(name, patterns) in layers
 
 
-def as_list(value: Any) -> list[Any]:
+def as_list(value: object) -> list[Any]:
     """None → [], a scalar → [scalar], any collection → a list."""
     if value is None:
         return []

@@ -71,11 +71,10 @@ class PretrainedConfig:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "num_labels":
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            if not whole or not 1 <= value <= MOST_LABELS:
-                raise ConfigError(
-                    f"num_labels must be an integer from 1 to {MOST_LABELS:,}, not {value!r}"
-                )
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"num_labels must be a positive integer, not {value!r}")
+            if value > MOST_LABELS:
+                raise ConfigError(f"num_labels is {value:,}; at most {MOST_LABELS:,} are possible")
             if len(self.__dict__.get("id2label") or ()) != value:
                 self.__dict__["id2label"] = {i: f"LABEL_{i}" for i in range(value)}
                 self.__dict__["label2id"] = {f"LABEL_{i}": i for i in range(value)}

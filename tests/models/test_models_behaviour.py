@@ -324,7 +324,7 @@ def test_initialisation() -> None:
         ({"vocab_size": 0}, "vocab_size must be a positive integer, not 0"),
         ({"is_decoder": True}, "encoders only"),
         ({"problem_type": "ranking"}, "problem_type is 'ranking'"),
-        ({"num_labels": 0}, "num_labels must be an integer from 1 to 1,000,000, not 0"),
+        ({"num_labels": 0}, "num_labels must be a positive integer, not 0"),
     ],
 )
 def test_impossible_configurations(options: dict, message: str) -> None:

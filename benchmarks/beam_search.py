@@ -49,7 +49,7 @@ def make_model(folder: Path, layers: int) -> None:
         body.wte.weight.mul_(6.0)
         direction = body.wte.weight[EOS] / body.wte.weight[EOS].norm()
         positions = torch.arange(1024)[:, None]
-        body.wpe.weight += (positions - 45).clamp(min=0) * 0.35 * direction
+        body.wpe.weight += (positions - 40).clamp(min=0) * 0.7 * direction
     model.save_pretrained(folder)
 
 

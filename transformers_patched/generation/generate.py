@@ -68,20 +68,12 @@ def generate(
         TypeError: There is no GPT2LMHeadModel in the model.
     """
     options = SearchOptions(
-        max_new_tokens=max_new_tokens,
-        num_beams=num_beams,
-        length_penalty=float(length_penalty),
-        no_repeat_ngram_size=no_repeat_ngram_size,
-        repetition_penalty=float(repetition_penalty),
-        min_new_tokens=min_new_tokens,
-        eos=eos_ids(eos_token_id),
-        early_stopping=early_stopping,
-        rules=rules,
-        do_sample=do_sample,
-        temperature=float(temperature),
-        top_k=top_k,
-        top_p=float(top_p),
-    )
+        max_new_tokens=max_new_tokens, num_beams=num_beams, length_penalty=float(length_penalty),
+        no_repeat_ngram_size=no_repeat_ngram_size, min_new_tokens=min_new_tokens,
+        repetition_penalty=float(repetition_penalty), eos=eos_ids(eos_token_id), rules=rules,
+        early_stopping=early_stopping, do_sample=do_sample, temperature=float(temperature),
+        top_k=top_k, top_p=float(top_p),
+    )  # fmt: skip
     return _decode(model, contexts, options, batch_size, generator)
 
 

@@ -44,8 +44,7 @@ def generate(
     is decoded once (sampled ones are not). The result does not depend on `batch_size`.
 
     Args:
-        model: A GPT-2 with its language-model head, plain, with `loralib` layers, or adapted by
-            `peft_custom`; adapters are merged meanwhile where the weights are fp32.
+        model: A GPT-2 with its language-model head. Adapters of `peft_custom` are merged meanwhile.
         contexts: Lists of ids, none empty.
         max_new_tokens: Longest continuation, EOS included.
         num_beams: 1 decodes greedily, or samples.
@@ -54,51 +53,51 @@ def generate(
         repetition_penalty: ρ, for tokens that occurred: s to ρ·s below 0 and s/ρ above.
         min_new_tokens: EOS cannot come before so many tokens.
         eos_token_id: One or several ids that end a text; None lets all run to the end.
-        early_stopping: Of rules="transformers": True stops with `num_beams` ended hypotheses,
-            "never" when none can improve, False by a guess.
-        rules: "lora", those of Hu et al.'s `gpt2_beam.py`, or "transformers", those of
-            Transformers' `generate` given one context at a time. See `rules`.
+        early_stopping: True, "never" or False, as in Transformers, of whose rules it is.
+        rules: "lora", of Hu et al.'s `gpt2_beam.py`, or "transformers", of Transformers' `generate`
+            given one context at a time. See `rules`.
         batch_size: Contexts alive at once; None chooses.
-        do_sample: Sample at `temperature` from the `top_k` likeliest tokens and the fewest that
-            hold the mass `top_p`.
-        generator: Of sampling; the default one otherwise. A context's draws do not depend on the
-            others.
+        do_sample: From the `top_k` likeliest tokens and the fewest that hold the mass `top_p`.
+        generator: Of sampling; None takes the default one.
 
     Returns:
-        New tokens of every context, EOS included, without padding, in the order of the contexts.
+        New tokens of every context in order, EOS included, without padding.
 
     Raises:
-        ValueError: An option or a context that cannot be decoded; it is named.
-        TypeError: The model is no causal language model of this package.
+        ValueError: An option or a context is wrong; it is named.
+        TypeError: There is no GPT2LMHeadModel in the model.
     """
-    language_model = _language_model(model)
     options = SearchOptions(
-        max_new_tokens=max_new_tokens,
-        num_beams=num_beams,
-        length_penalty=float(length_penalty),
-        no_repeat_ngram_size=no_repeat_ngram_size,
-        repetition_penalty=float(repetition_penalty),
-        min_new_tokens=min_new_tokens,
-        eos=eos_ids(eos_token_id),
-        early_stopping=early_stopping,
-        rules=rules,
-        do_sample=do_sample,
-        temperature=float(temperature),
-        top_k=top_k,
-        top_p=float(top_p),
-    )
+        max_new_tokens=max_new_tokens, num_beams=num_beams, length_penalty=float(length_penalty),
+        no_repeat_ngram_size=no_repeat_ngram_size, min_new_tokens=min_new_tokens,
+        repetition_penalty=float(repetition_penalty), eos=eos_ids(eos_token_id), rules=rules,
+        early_stopping=early_stopping, do_sample=do_sample, temperature=float(temperature),
+        top_k=top_k, top_p=float(top_p),
+    )  # fmt: skip
+    return _decode(model, contexts, options, batch_size, generator)
+
+
+def _decode(
+    model: nn.Module,
+    contexts: Sequence[Sequence[int]],
+    options: SearchOptions,
+    batch_size: int | None,
+    generator: torch.Generator | None,
+) -> list[list[int]]:
+    language_model = _language_model(model)
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size={batch_size!r}: must be at least 1, or None")
-    config = language_model.config
-    checked = checked_contexts(contexts, config.vocab_size, config.n_positions, max_new_tokens)
+    config, new = language_model.config, options.max_new_tokens
+    checked = checked_contexts(contexts, config.vocab_size, config.n_positions, new)
     if not checked:
         return []
-    distinct = checked if do_sample else list(dict.fromkeys(checked))
-    draws = torch.rand(len(distinct), max_new_tokens, generator=generator) if do_sample else None
-    lanes = batch_size or min(MOST_LANES, max(1, ROWS_AT_ONCE // num_beams))
+    samples = options.do_sample
+    distinct = checked if samples else list(dict.fromkeys(checked))
+    draws = torch.rand(len(distinct), new, generator=generator) if samples else None
+    lanes = batch_size or min(MOST_LANES, max(1, ROWS_AT_ONCE // options.num_beams))
     with _ready_to_decode(model):
         found = Decoding(language_model, options, lanes, distinct, draws).run()
-    if do_sample:
+    if samples:
         return found
     by_context = dict(zip(distinct, found, strict=True))
     return [list(by_context[context]) for context in checked]

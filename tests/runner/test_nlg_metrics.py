@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from examples.evaluation.nlg.words import mteval_words, nltk_words, ptb_words
 
 pytest.importorskip("sacrebleu")
 METEOR = sys.modules["examples.evaluation.nlg.meteor"]  # the package has a function of that name
+METEOR_RUNS = jar_path() is not None and shutil.which("java") is not None
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "nlg.json").read_text())
 # A published system's outputs for the first five contexts of the E2E test set, and what the
 # official script prints for each alone (CIDEr: with the whole set's document frequencies).
@@ -95,7 +97,7 @@ def test_five_published_segments(groups: list[nlg.Instance]) -> None:
         assert [round(value, 4) for value in found] == [wanted[k] for k in (0, 1, 3, 4)]
 
 
-@pytest.mark.skipif(jar_path() is None, reason="METEOR's jar is not installed")
+@pytest.mark.skipif(not METEOR_RUNS, reason="METEOR needs Java and its jar")
 def test_five_published_segments_of_meteor(groups: list[nlg.Instance]) -> None:
     for text, group, wanted in zip(FIVE, groups, FIVE_SCORES, strict=False):
         found = meteor([ptb_words(text)], [[ptb_words(r) for r in group.references]])

@@ -6,6 +6,7 @@ import math
 import statistics
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -660,3 +661,22 @@ def test_a_layer_that_the_last_micro_batch_does_not_reach_is_folded_in_its_step(
     [found] = collector.statistics.values()
     assert found.steps == collector.steps == 1 and found.slot.grad is None
     torch.testing.assert_close(found.absolute, torch.full((4, 4), 0.5))
+
+
+def test_labels_equal_an_independent_statement() -> None:
+    """Percentiles of all four features, F1's own ones included, by numpy."""
+    hats = normalised(random_features(400, seed=3))
+    F = hats.double().numpy()
+    g = [np.sqrt(F[:, 0] + 1e-8), np.cbrt(F[:, 1] + 1e-8)]
+    g += [np.log(F[:, 2] + 1e-8), np.log(F[:, 3] + 1e-8)]
+    n = []
+    for values, low, high in zip(g, (2, 5, 5, 5), (98, 95, 95, 95), strict=True):
+        start, end = np.percentile(values, [low, high])
+        n.append(np.clip((values - start) / (end - start), 0, 1))
+    weights = {0.0: 1.1, 0.167: 1.2, 0.333: 1.4, 0.5: 1.8, 0.667: 1.6, 0.833: 1.5}
+    by_type = np.array([weights[round(float(code), 3)] for code in F[:, 5]])
+    by_layer = 1 + np.exp(-((F[:, 4] - 0.5) ** 2) / 0.03)
+    f = (0.6 * n[0] + 0.2 * n[1] + 0.15 * n[2] + 0.05 * n[3]) * by_layer * by_type
+    place = f.argsort().argsort() / (len(f) - 1)
+    wanted = 0.05 + 0.9 / (1 + np.exp(-8 * (place - 0.5)))
+    torch.testing.assert_close(soft_labels(hats).double(), torch.tensor(wanted), rtol=0, atol=1e-6)

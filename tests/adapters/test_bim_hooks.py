@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -365,3 +366,35 @@ def test_first_masks_are_exactly_what_the_scores_stand_for() -> None:
             torch.testing.assert_close(factors.mask(), P, rtol=1e-5, atol=1e-6)
             tau = options.get("mask_temperature", 1.4)
             assert float(factors.temperature) == pytest.approx(tau)
+
+
+def test_a_mask_that_is_not_trained_comes_back_with_the_hooks_state() -> None:
+    """A checkpoint of trainable parameters and buffers does not hold it."""
+    options = {"mask_init": "random", "train_mask": False}
+    first, second = tiny(**options), tiny(**options)
+    state = attach(first, adamw(first), total_steps=STEPS, seed=1).state_dict()
+    hooks = attach(second, adamw(second), total_steps=STEPS, seed=2)
+    wanted, other = trained(first), trained(second)
+    names = [n for n in wanted if n.endswith("block_scores")]
+    assert names and not any(torch.equal(wanted[n], other[n]) for n in names)
+    hooks.load_state_dict(state)
+    found = trained(second)
+    assert all(torch.equal(wanted[n], found[n]) for n in names)
+
+
+def test_the_last_temperature_stays_past_the_schedules_end() -> None:
+    model = tiny(
+        mask_init="constant", temperature_schedule="exponential", temperature_decay_steps=1
+    )
+    optimizer = adamw(model)
+    attach(model, optimizer, total_steps=3)
+    layer = model.get_base_model().bert.encoder.layer[0].output.dense
+    found = []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="training goes on past")
+        for batch in batches(6):
+            found.append(layer.mask_temperature)
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert found == pytest.approx([1.0, 0.95, 0.95**2, *[0.95**2] * 3])

@@ -522,3 +522,14 @@ def test_a_pass_that_records_gradients_drops_the_cached_weight(trained: nn.Modul
     with torch.no_grad():
         found = trained(x)
     torch.testing.assert_close(found, trained(x).detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_new_scale_is_seen_without_a_pass_that_records_gradients(trained: nn.Module) -> None:
+    x = example(trained)
+    trained.eval()
+    with torch.no_grad():
+        before = trained(x)
+        base = plain(trained, x, trained.weight)
+        trained.scaling *= 2
+        torch.testing.assert_close(trained(x) - base, 2 * (before - base), rtol=1e-3, atol=1e-4)
+        assert not torch.equal(trained(x), before)

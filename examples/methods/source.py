@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 import transformers_patched
+from examples.methods.bf16 import cpu_multiplies_bf16, multiply_bf16_in_fp32
 from peft_custom.digest import digest
 from peft_custom.save_and_load import adapter_tensors
 from transformers_patched import PreTrainedModel
@@ -41,6 +42,8 @@ class ModelSource:
     def load(self, *, frozen: bool, **overrides: Any) -> PreTrainedModel:
         """Loads the model; `frozen` freezes its base and keeps it in the base dtype."""
         dtype = resolved_dtype(self.base_dtype) if frozen else None
+        if dtype is torch.bfloat16 and not cpu_multiplies_bf16():
+            multiply_bf16_in_fp32()
         loader = getattr(transformers_patched, self.auto_class)
         with warnings.catch_warnings():  # printed below, in one line and without the LoRA factors
             warnings.simplefilter("ignore", UserWarning)
@@ -99,6 +102,5 @@ def resolved_dtype(name: str) -> torch.dtype:
     if torch.cuda.is_available():
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        asks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-        fast = any(getattr(torch.cpu, ask, lambda: False)() for ask in asks)
+        fast = cpu_multiplies_bf16()
     return torch.bfloat16 if fast else torch.float32

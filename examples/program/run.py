@@ -29,6 +29,7 @@ from examples.evaluation.prediction import (
     predict,
     summary_metrics,
 )
+from examples.methods.bf16 import cpu_multiplies_bf16, multiply_bf16_in_fp32
 from examples.methods.registry import METHODS, BuiltOptimizer, RunInfo
 from examples.methods.source import ModelSource
 from examples.plots.curves import learning_curve
@@ -75,6 +76,8 @@ def make_accelerator(options: TrainingOptions) -> Accelerator:
         )
     if options.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise OptionError("--mixed_precision fp16 needs a GPU; use bf16 on a CPU")
+    if options.mixed_precision == "bf16" and not cpu_multiplies_bf16():
+        multiply_bf16_in_fp32()
     return accelerator
 
 

@@ -108,14 +108,17 @@ def encode(
     if raw.labels is not None:
         labels = np.asarray(raw.labels, np.float32 if raw.task.regression else np.int64)
         keys["labels"] = _hash(labels.tobytes())
-    if tokenizer.pad_token_id is None:
-        raise ValueError("this tokenizer has no pad_token: set one before encoding")
+    pad = tokenizer.pad_token_id
+    if pad is None:  # GPT-2 has none; the attention mask says what is padding, so any token will do
+        pad = tokenizer.eos_token_id
+    if pad is None:
+        raise ValueError("this tokenizer has no pad_token and no eos_token: set one of them")
     return EncodedSplit(
         arrays["tokens"],
         arrays["offsets"],
         arrays["first"],
         labels,
-        tokenizer.pad_token_id,
+        pad,
         "token_type_ids" in tokenizer.model_input_names,
         keys,
     )

@@ -11,6 +11,7 @@ from support.gpt2_tiny import tiny_gpt2
 from support.runner_cases import lines, results
 
 from examples import program
+from examples.data.tables import write_table
 from examples.methods import METHODS
 from examples.methods.lora import LoraOptions, build
 from examples.methods.source import ModelSource
@@ -123,6 +124,17 @@ def test_an_adapter_of_the_other_wiring_is_refused(gpt2: Path, tmp_path: Path) -
     again[1] = "peft_custom"
     whole = [*RUN, "--model_name_or_path", str(gpt2), "--output_dir", str(tmp_path / "no")]
     assert program.run_main(main, [*whole, *words, *again]) == 2
+
+
+def test_an_empty_text_has_no_token_to_read(gpt2: Path, tmp_path: Path, capsys) -> None:
+    rows = {"sentence": ["a text", "", "another"], "label": [0, 1, 0]}
+    for split in ("train", "dev"):
+        write_table(tmp_path / "cola" / f"{split}.jsonl", rows)
+    words = ["--data_dir", str(tmp_path), "--output_dir", str(tmp_path / "out"), "--no_cache"]
+    words += ["--task_name", "cola", "--model_name_or_path", str(gpt2), "--max_steps", "1"]
+    assert program.run_main(main, words) == 2
+    told = capsys.readouterr().err
+    assert ".jsonl, line 2: the text is empty, and this tokenizer puts no tokens" in told
 
 
 CASES = [(method, "peft_custom") for method in METHODS] + [

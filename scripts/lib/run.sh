@@ -23,7 +23,7 @@ sheet() {
 }
 
 # packages EXTRAS MODULE ...: installs the project with EXTRAS into $VENV, as scripts/quickstart.sh
-# does it, unless python has all the modules. The programs are run from here, wherever they came from.
+# does it, unless python has all the modules. What is run is this copy of the project.
 packages() {
   python -c 'import importlib.util as u, sys; sys.exit(None in map(u.find_spec, sys.argv[1:]))' \
     "${@:2}" 2>/dev/null || environment "$1"
@@ -50,4 +50,5 @@ launch() {
 show() { printf '+%s\n' "$(printf ' %q' "$@")" >&2; }
 note() { echo "${0##*/}: $*" >&2; }
 fail() { note "$@" && exit 2; }
-[[ ${NUM_GPUS:-1} =~ ^[1-9][0-9]*$ ]] || fail "NUM_GPUS=$NUM_GPUS: a whole number from 1 on is needed"
+[[ ${NUM_GPUS:-1} =~ ^[1-9][0-9]*$ ]] ||
+  fail "NUM_GPUS=$NUM_GPUS: a whole number from 1 on is needed"

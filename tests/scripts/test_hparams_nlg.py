@@ -21,6 +21,9 @@ RECIPE = {
     "per_device_train_batch_size": 8, "per_device_eval_batch_size": 4,
     "label_smoothing_factor": 0.1, "max_length": 512, "seed": 110,
     "method": "lora", "wiring": "loralib", "lora_r": 4, "lora_alpha": 32, "lora_dropout": 0.1,
+    "obj": "clm", "num_beams": 10, "max_new_tokens": 64, "length_penalty": 0.8,
+    "no_repeat_ngram_size": 4, "repetition_penalty": 1.0, "eos_token_id": ["628"],
+    "decoding_rules": "lora",
 }  # fmt: skip
 OTHERWISE: dict[str, dict[str, object]] = {
     "e2e": {},

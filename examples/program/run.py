@@ -45,7 +45,7 @@ from examples.training.run_folder import (
     SUBMISSION,
     RunFolder,
 )
-from examples.training.schedules import clr, schedule
+from examples.training.schedules import clr, cycle, schedule
 from examples.training.trainer import Trainer
 from transformers_patched import AutoTokenizer
 
@@ -255,6 +255,8 @@ class Run:
                 end=o.lr_schedule_end_lr,
             )  # fmt: skip
             return steps, rate, 1.0
+        if o.lr_scheduler_type == "cycle":
+            return o.max_train_steps or o.knots[0][-1], cycle(*o.knots), 1.0
         factor = schedule(
             o.lr_scheduler_type, steps, warmup, peak=o.learning_rate, cycles=o.lr_num_cycles
         )

@@ -20,6 +20,7 @@ RECIPE = {
     "num_warmup_steps": 500, "num_train_epochs": 5, "global_batch_size": 8,
     "per_device_train_batch_size": 8, "per_device_eval_batch_size": 4,
     "label_smoothing_factor": 0.1, "max_length": 512, "seed": 110,
+    "packing": True, "eval_steps": 2000, "save_steps": 1000, "load_best_model_at_end": False,
     "method": "lora", "wiring": "loralib", "lora_r": 4, "lora_alpha": 32, "lora_dropout": 0.1,
     "obj": "clm", "num_beams": 10, "max_new_tokens": 64, "length_penalty": 0.8,
     "no_repeat_ngram_size": 4, "repetition_penalty": 1.0, "eos_token_id": ["628"],

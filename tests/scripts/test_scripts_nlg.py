@@ -64,6 +64,8 @@ def test_lora_is_the_published_recipe(dry: Dry, size: str, task: str) -> None:
     assert training.label_smoothing_factor == (0 if dart else 0.1)
     assert program.rows_at_once(training, 1) == training.global_batch_size == (6 if boolq else 8)
     assert (training.per_device_eval_batch_size, training.do_predict) == (4, True)
+    assert (training.eval_steps, training.save_steps, training.logging_steps) == (2000, 1000, 100)
+    assert not training.load_best_model_at_end and data.order == "random"
     assert (data.task_name, data.obj) == (task, "clm")
     assert data.max_length == (1024 if task == "xsum" else 512)
     assert data.data_dir == str(dry.folder / "prepared")

@@ -73,7 +73,7 @@ def parsed_nlg(command: Sequence[str]) -> program.Options:
     """What run_nlg makes of a recorded command."""
     words = list(command[command.index("examples.run_nlg") + 1 :])
     options = program.parse(
-        words, "examples.run_nlg", run_nlg.SUMMARY, run_nlg.OPTION_CLASSES, "task_name"
+        words, "examples.run_nlg", run_nlg.SUMMARY, run_nlg.CLASSES, "task_name"
     )
     assert options is not None
     return options

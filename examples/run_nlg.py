@@ -39,11 +39,11 @@ def main(argv: Sequence[str]) -> int:
     run = program.Run(
         options,
         accelerator,
-        program.language_model(model),
+        program.language_model(model, data.options.dropout),
         f"{data.task.name} with {'/'.join(Path(model.model_name_or_path).parts[-2:])}",
         data.main_metric,
     )
-    program.train_and_evaluate(run, data, predict=data.predict)
+    program.train_and_evaluate(run, data, predict_split=data.predict)
     return 0
 
 

@@ -31,6 +31,13 @@ class NlgOptions(DataOptions):
         "completion",
         choices=OBJECTIVES,
     )
+    dropout: float = option(
+        0.0,
+        "of the pretrained model's own layers, whatever its config.json says; the original recipe "
+        "has dropout before the increments alone (--lora_dropout)",
+        low=0,
+        high=0.999,
+    )
     metrics: str | None = option(
         None, "whose metrics generated texts get; none: the task's own, e2e's", choices=METRICS
     )

@@ -32,7 +32,7 @@ nlg() {
 
 # prepare TASK TOKENIZER FOLDER: writes the prepared files; FOLDER is there once all of them are.
 prepare() {
-  local task=$1 tokenizer=$2 folder=$3 raw=${DATA_DIR:-} run
+  local task=$1 tokenizer=$2 folder=$3 raw=${DATA_DIR:-} run end
   [ -n "$raw" ] || [ ! -d "$root/data/$task" ] || raw=$root/data/$task
   [ -n "$raw" ] || [[ $task =~ ^(boolq|xsum)$ ]] ||
     fail "no data of $task here: run scripts/download.sh $task, or set DATA_DIR"
@@ -40,5 +40,9 @@ prepare() {
     --tokenizer "$tokenizer" --output_dir "$folder.partial" ${SPLIT_DEV:+--split_dev})
   show "${run[@]}"
   "${run[@]}"
+  if [ "$task" = boolq ] && [ ! -e "$folder.partial/test.jsonl" ]; then
+    note "BoolQ's test set has no answers: the dev set is decoded and scored in its place"
+    for end in .jsonl _formatted.jsonl; do cp "$folder.partial/"{valid,test}"$end"; done
+  fi
   mv "$folder.partial" "$folder"
 }

@@ -11,8 +11,9 @@
 #   SPLIT_DEV   1: cut BoolQ's dev.jsonl into train, valid and test (not the official split)
 #   OUTPUT_DIR  the run's folder; unset: runs/MODEL_TASK_METHOD beside scripts/
 #   NUM_GPUS    processes, 1 unless given: the global batch stays, accumulation follows from it
-# What scripts/download.sh brought to checkpoints/ is used where MODEL is unset. Without a train
-# split (XSum's test set alone, say) `--do_train false --lora_path RUN` decodes and scores.
+# What scripts/download.sh brought to checkpoints/ is used where MODEL is unset. Where there is no
+# test set, `--do_predict false` trains alone; where there is no other (of XSum 1,000 test rows are
+# easily had), `--do_train false --do_eval false --lora_path RUN` decodes and scores.
 source "$(dirname "${BASH_SOURCE[0]}")/run.sh"
 
 # nlg MODEL TASK [ARGUMENT ...]

@@ -114,6 +114,20 @@ def test_data_is_prepared_once(dry: Dry, tmp_path: Path) -> None:
     assert parsed_nlg(dry.commands[1])[NlgOptions].data_dir.endswith("boolq_dev")
 
 
+def test_boolqs_dev_set_stands_in_for_its_test_set(dry: Dry, tmp_path: Path) -> None:
+    """Its official test set has no answers; other tasks without a test set are left as they are."""
+    for task in ("boolq", "xsum"):
+        folder = tmp_path / task
+        _, done = dry(f"gpt2_medium_{task}.sh", PREPARED=str(folder))
+        assert done.returncode == 0, done.stderr
+        assert ("the dev set is decoded and scored in its place" in done.stderr) == (
+            task == "boolq"
+        )
+        names = {"valid.jsonl", "valid_formatted.jsonl"}
+        names |= {"test.jsonl", "test_formatted.jsonl"} if task == "boolq" else set()
+        assert {path.name for path in folder.iterdir()} == names
+
+
 @pytest.mark.parametrize(
     ("words", "environment", "message"),
     [

@@ -12,13 +12,13 @@ from examples.run_glue import OPTION_CLASSES, SUMMARY
 from support.paths import ROOT
 
 # Writes what it was called as, where, and with which words, one per line; preparing data makes its
-# folder.
+# folder, with a valid split and no test split.
 RECORDER = """#!/bin/sh
 case "$1" in -c) exit 0;; esac
 { basename "$0"; pwd; echo "$PYTHONPATH"; printf '%s\\n' "$@"; echo "$END"; } >>"$RECORD"
 case "$2" in examples.data.prepare_nlg) ;; *) exit 0;; esac
 while [ "$1" != --output_dir ]; do shift; done
-mkdir -p "$2"
+mkdir -p "$2" && touch "$2/valid.jsonl" "$2/valid_formatted.jsonl"
 """
 END = "== end of a command =="
 

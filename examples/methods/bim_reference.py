@@ -110,7 +110,7 @@ def get_default_config(task_name: str = "sst2") -> BIMLoRAConfig:
     if task_name in _GENERATION:
         return BIMLoRAConfig(task_name=task_name, **{**_GPT2, **_GENERATION[task_name]})
     if task_name not in _TABLE:
-        known = ", ".join(sorted({**_TABLE, **_GENERATION}))
+        known = ", ".join((*sorted(_TABLE), *_GENERATION))
         raise OptionError(f"get_default_config({task_name!r}): one of {known}")
     epochs, rate, dropout, steps, mlp_epochs, every = _TABLE[task_name]
     return BIMLoRAConfig(

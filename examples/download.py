@@ -1,12 +1,14 @@
-"""Fetches models and GLUE tasks into plain folders.
+"""Fetches models, adapters and the data of tasks into plain folders.
 
     python -m examples.download [--to DIR] [--from DIR] [--revision REV] NAME ...
 
-A NAME that is a task (`mrpc`, `STS-B`, or `glue` for all nine) becomes JSON lines in
-`data/<task>/`; any other is a model on the hub and becomes `checkpoints/<name>/`: configuration,
-tokenizer, weights. Whatever has the final name is complete: everything is written aside first.
-After a download that broke off, the next call fetches only the files of the model that are not
-there.
+A NAME that is a task of GLUE (`mrpc`, `STS-B`, or `glue` for all nine) becomes JSON lines in
+`data/<task>/`; one of text generation (`e2e`, or `nlg` for all five) becomes its raw files there,
+for `examples.data.prepare_nlg`. An adapter that was published with LoRA (`gpt2_md_lora_e2e`)
+becomes one file in `checkpoints/`, for `--lora_path`. Any other NAME is a model on the hub and
+becomes `checkpoints/<name>/`: configuration, tokenizer, weights. Whatever has the final name is
+complete: everything is written aside first. After a download that broke off, the next call fetches
+only the files of the model that are not there.
 """
 
 from __future__ import annotations
@@ -20,10 +22,12 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
+from examples.data.fetch_nlg import fetch_nlg, fetch_url
 from examples.data.readers import RawSplit, find_split, read_hub, read_split
 from examples.data.tables import DataError, write_table
 from examples.data.tasks import GLUE_TASKS, TASKS, Task, plain_name
-from examples.errors import UserError
+from examples.data.tasks.nlg import NLG_TASKS, NlgTask, nlg_task
+from examples.errors import DownloadError, UserError
 
 SMALL_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
@@ -35,10 +39,22 @@ WEIGHTS = (
     r"model\.safetensors|model\.safetensors\.index\.json|model-\d+-of-\d+\.safetensors",
     r"pytorch_model\.bin|pytorch_model\.bin\.index\.json|pytorch_model-\d+-of-\d+\.bin",
 )
-
-
-class DownloadError(UserError, RuntimeError):
-    """What was asked for cannot be had; the message says why and what to do."""
+# Adapters published with LoRA: factors of rank 4 (GPT-2, alpha 32, --wiring loralib) and 8
+# (RoBERTa, alpha 16).
+RELEASES = "https://github.com/microsoft/LoRA/releases/download"
+ADAPTERS = {
+    "roberta_base_lora_mnli": f"{RELEASES}/RoBERTa-base/roberta_base_lora_mnli.bin",
+    **{
+        name: f"{RELEASES}/GPT-2/{name}.pt"
+        for size in ("md", "lg")
+        for name in (f"gpt2_{size}_lora_{task}" for task in ("e2e", "dart", "webnlg"))
+    },
+}
+# the original recipe's names of the models
+MODEL_CARDS = {"gpt2.sm": "gpt2", "gpt2.md": "gpt2-medium", "gpt2.lg": "gpt2-large"}
+GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+NLG_NAMES = {plain_name(n) for task in NLG_TASKS.values() for n in (task.name, *task.folders)}
+KNOWN = f"{', '.join(GLUE_TASKS)}, {', '.join(NLG_TASKS)}"
 
 
 def endpoint() -> str:
@@ -114,12 +130,16 @@ def _present(task: Task, parent: Path) -> Path | None:
     return next((path for path in found if not path.name.startswith(".")), None)
 
 
-def _hub_reader(task: Task) -> Callable[[str], RawSplit]:
+def _need_datasets(task: str) -> None:
     if find_spec("datasets") is None:
         raise DownloadError(
-            f"fetching {task.name} needs the datasets package: pip install 'rankwise[data]' "
+            f"fetching {task} needs the datasets package: pip install 'rankwise[data]' "
             "(the extra named data), or give files with --from DIR"
         )
+
+
+def _hub_reader(task: Task) -> Callable[[str], RawSplit]:
+    _need_datasets(task.name)
     endpoint()
     assert task.hub is not None  # `names` lets no other task through
     name, config = task.hub
@@ -173,7 +193,7 @@ def fetch_model(name: str, parent: Path, revision: str | None) -> Path:
         print(f"{name}: {folder} is there already, left alone (delete it to fetch it again)")
         return folder
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-        raise DownloadError(f"{name}: neither a task ({', '.join(GLUE_TASKS)}) nor a hub id")
+        raise DownloadError(f"{name}: neither a task ({KNOWN}) nor a hub id")
     hub = endpoint()
     aside = parent / f".{folder.name}.partial"
     try:
@@ -215,7 +235,7 @@ def _reason(name: str, hub: str, revision: str | None, error: Exception) -> str:
         return f"{name} has no revision {revision!r}"
     if isinstance(error, utils.RepositoryNotFoundError):
         return (
-            f"{name}: neither a task ({', '.join(GLUE_TASKS)}) nor a model you can read at {hub} "
+            f"{name}: neither a task ({KNOWN}) nor a model you can read at {hub} "
             "(a private one needs `hf auth login`)"
         )
     first = next(iter(str(error).strip().splitlines()), "")
@@ -225,21 +245,75 @@ def _reason(name: str, hub: str, revision: str | None, error: Exception) -> str:
     )
 
 
+def fetch_adapter(name: str, parent: Path) -> Path:
+    """Downloads an adapter of `ADAPTERS` to `parent`, and reads it to be sure.
+
+    Raises:
+        DownloadError: it does not come, or is no file of tensors.
+    """
+    path = parent / ADAPTERS[name].rpartition("/")[2]
+    if path.exists():
+        print(f"{name}: {path} is there already, left alone (delete it to fetch it again)")
+        return path
+    from peft_custom.save_and_load import read_adapter
+
+    parent.mkdir(parents=True, exist_ok=True)
+    aside = parent / f".{path.name}.partial"
+    try:
+        fetch_url(ADAPTERS[name], aside)
+        tensors = read_adapter(aside).tensors
+        aside.rename(path)
+    except ValueError as error:
+        raise DownloadError(f"{name}: {error}") from error
+    finally:
+        aside.unlink(missing_ok=True)
+    print(f"{name}: {path} ({len(tensors)} tensors)")
+    return path
+
+
 # -- the program --------------------------------------------------------------------------------
 
 
-def names(words: Sequence[str]) -> list[Task | str]:
-    """Tasks, and names of models."""
-    found: list[Task | str] = []
+def names(words: Sequence[str]) -> list[Task | NlgTask | str]:
+    """Tasks, and names of models and adapters."""
+    found: list[Task | NlgTask | str] = []
     for word in words:
         task = TASKS.get(plain_name(word))
+        stem = word.removesuffix(".pt").removesuffix(".bin")
+        model = MODEL_CARDS.get(word, word)
         if plain_name(word) == "glue":
             found += [TASKS[name] for name in GLUE_TASKS]
+        elif plain_name(word) == "nlg":
+            found += NLG_TASKS.values()
+        elif plain_name(word) in NLG_NAMES:
+            found.append(nlg_task(word))
+        elif stem in ADAPTERS:
+            found.append(stem)
         elif task is not None and task.hub is None:
             raise DownloadError(f"{word}: comes with the project, there is nothing to fetch")
+        elif task is not None:
+            found.append(task)
         else:
-            found.append(word if task is None else task)
+            found.append(f"openai-community/{model}" if model in GPT2 else word)
     return found
+
+
+def fetch(name: Task | NlgTask | str, o: argparse.Namespace) -> None:
+    """Fetches one of `names` to where the options say."""
+    data, checkpoints = o.to or o.home / "data", o.to or o.home / "checkpoints"
+    if isinstance(name, Task):
+        fetch_task(name, data, o.source)
+    elif isinstance(name, NlgTask):
+        if o.source is None and name.hub is not None:
+            _need_datasets(name.name)
+            endpoint()
+        fetch_nlg(name, data, o.source)
+    elif o.source is not None:
+        raise DownloadError(f"{name}: no task ({KNOWN}), and --from is for tasks")
+    elif name in ADAPTERS:
+        fetch_adapter(name, checkpoints)
+    else:
+        fetch_model(name, checkpoints, o.revision)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -247,7 +321,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="download", description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "names", nargs="+", metavar="NAME",
-        help=f"a model's hub id, a task ({', '.join(GLUE_TASKS)}), or glue for all tasks",
+        help=f"a model's hub id, a task ({KNOWN}), glue or nlg for all of these, or an adapter "
+        f"({', '.join(ADAPTERS)})",
     )  # fmt: skip
     parser.add_argument("--to", type=Path, help="instead of data/ and checkpoints/")
     parser.add_argument(
@@ -263,14 +338,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if o.source is not None and not o.source.is_dir():
             raise DownloadError(f"--from {o.source}: no such folder")
         for name in names(o.names):
-            if isinstance(name, Task):
-                fetch_task(name, o.to or o.home / "data", o.source)
-            elif o.source is not None:
-                raise DownloadError(
-                    f"{name}: no task ({', '.join(GLUE_TASKS)}), and --from is for tasks"
-                )
-            else:
-                fetch_model(name, o.to or o.home / "checkpoints", o.revision)
+            fetch(name, o)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -21,6 +21,10 @@ class DataError(UserError, ValueError):
     """A data file is missing or wrong; the message names it, the line and the reason."""
 
 
+class DownloadError(UserError, RuntimeError):
+    """What was asked for cannot be had; the message says why and what to do."""
+
+
 class RunError(UserError, RuntimeError):
     """A run that cannot start or go on; the message says why and what to do."""
 

@@ -236,6 +236,8 @@ def _read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
             f"{path}: damaged, or no file of tensors alone ({reason}); copy it again, or save its "
             "state dict as safetensors where it is trusted"
         ) from error
+    if isinstance(state, Mapping) and isinstance(state.get("model_state_dict"), Mapping):
+        state = state["model_state_dict"]  # as Microsoft's GPT-2 saves
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path}: a state dict is needed, tensors by name and nothing else")
     return dict(state)
@@ -290,6 +292,9 @@ def load_adapter(
         for spelling in _spellings(layer, key)
     }
     plain = {name.removeprefix(PREFIX): tensor for name, tensor in file.tensors.items()}
+    if rename := getattr(body, "checkpoint_name", None):  # a model's names in others' files
+        plain = {rename(name) or "": tensor for name, tensor in plain.items()}
+        plain.pop("", None)
     given = {known.get(name, name): t for name, t in _without_copies(body, plain).items()}
     # a part (`classifier`) with one tensor of another shape is left out with all its tensors
     heads = {name: tensor for name, tensor in given.items() if name in shared}

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from examples.data.readers import RawSplit
+from examples.errors import DataError
 from transformers_patched.files import write_atomically
 
 if TYPE_CHECKING:
@@ -84,8 +85,8 @@ def encode(
         cache: False neither reads nor writes the cache.
 
     Raises:
-        ValueError: the model takes fewer tokens, or the tokenizer has no padding token, or its
-            token types are not 0 then 1 in a row.
+        ValueError: the model takes fewer tokens, a row has none, the tokenizer has neither a
+            padding nor an end token, or its token types are not 0 then 1 in a row.
     """
     limit = tokenizer.model_max_length
     if max_length > limit:
@@ -108,14 +109,23 @@ def encode(
     if raw.labels is not None:
         labels = np.asarray(raw.labels, np.float32 if raw.task.regression else np.int64)
         keys["labels"] = _hash(labels.tobytes())
-    if tokenizer.pad_token_id is None:
-        raise ValueError("this tokenizer has no pad_token: set one before encoding")
+    lengths = np.diff(arrays["offsets"])
+    if not lengths.all():
+        raise DataError(
+            f"{raw.where(int(lengths.argmin()))}: the text is empty, and this tokenizer puts no "
+            "tokens around a text: there is nothing to read; leave the row out"
+        )
+    pad = tokenizer.pad_token_id
+    if pad is None:  # GPT-2 has none; the attention mask says what is padding, so any token will do
+        pad = tokenizer.eos_token_id
+    if pad is None:
+        raise ValueError("this tokenizer has no pad_token and no eos_token: set one of them")
     return EncodedSplit(
         arrays["tokens"],
         arrays["offsets"],
         arrays["first"],
         labels,
-        tokenizer.pad_token_id,
+        pad,
         "token_type_ids" in tokenizer.model_input_names,
         keys,
     )

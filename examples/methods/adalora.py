@@ -90,7 +90,6 @@ def _build(source: ModelSource, options: AdaLoraOptions, config: type, **more: A
         sensitivity_timing=options.adalora_sensitivity_timing,
         init_lora_weights=initialisation(options.init_lora_weights),
         rank_pattern=_saved_ranks(options),
-        **({} if options.lora_modules else {"target_modules": None}),
         **more,
     )
     agree = {"init_r": "adalora_init_r", "lora_alpha": "lora_alpha"}

@@ -39,12 +39,15 @@ def with_peft(
         fields: of the configuration, beside those that all methods' options name, or instead.
     """
     base = source.load(frozen=True)
-    modules, alpha = list(options.lora_modules), options.lora_alpha
+    alpha = options.lora_alpha
+    modules: list[str] | str | None = list(options.lora_modules) or None  # None: the model's own
+    if modules == ["all-linear"]:
+        modules = "all-linear"
     shared = {
         "task_type": source.task_type,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,  # as PEFT writes it
         "lora_dropout": options.lora_dropout,
-        "target_modules": "all-linear" if modules == ["all-linear"] else modules,
+        "target_modules": modules,
         "modules_to_save": random_parts(base) or None,
     }
     model = get_peft_model(base, config(**{**shared, **fields}))
@@ -69,12 +72,12 @@ def with_loralib(
         lora_r=options.lora_r,
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
-        lora_modules=options.lora_modules,
+        **({"lora_modules": options.lora_modules} if options.lora_modules else {}),
     )
     values = {
         "r": options.lora_r,
         "lora_alpha": options.lora_alpha,
-        "target_modules": list(options.lora_modules),
+        "target_modules": list(model.config.lora_modules),
         "base_model_name_or_path": source.name_or_path,
         **more,
     }

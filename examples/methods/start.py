@@ -49,6 +49,8 @@ def start_from(
         report = load_adapter(model, file, optional=optional)
     except ValueError as error:
         options_to_check = "--model_name_or_path, --lora_r, --lora_modules"
+        if hasattr(options, "wiring"):  # of a fused layer, such as c_attn, the factors differ
+            options_to_check += ", --wiring"
         raise CheckpointError(f"{error}\n(check {options_to_check})") from error
     if report.left_out:
         parts = ", ".join(sorted({name.partition(".")[0] for name in report.left_out}))

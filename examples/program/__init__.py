@@ -15,10 +15,13 @@ from examples.program.batching import accumulation, rows_at_once
 from examples.program.main import MethodOptions, Options, parse, run_main
 
 if TYPE_CHECKING:
+    from examples.program.nlg_data import NlgData, language_model
     from examples.program.run import Run, make_accelerator, train_and_evaluate
     from examples.program.task_data import TaskData, sequence_classifier
 
 _WITH_TORCH = {
+    "NlgData": "nlg_data",
+    "language_model": "nlg_data",
     "Run": "run",
     "make_accelerator": "run",
     "train_and_evaluate": "run",
@@ -28,11 +31,13 @@ _WITH_TORCH = {
 
 __all__ = [
     "MethodOptions",
+    "NlgData",
     "OptionError",
     "Options",
     "Run",
     "TaskData",
     "accumulation",
+    "language_model",
     "make_accelerator",
     "parse",
     "rows_at_once",

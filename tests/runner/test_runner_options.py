@@ -40,14 +40,11 @@ def test_help_imports_no_torch(module):
 def test_defaults_and_types():
     options = parse()
     training = options[TrainingOptions]
-    assert options.method.name == "lora" and options.method_options.lora_modules == (
-        "query",
-        "value",
-    )
+    assert options.method.name == "lora" and options.method_options.lora_modules == ()
     assert training.learning_rate == 5e-5 and training.num_train_epochs == 3
     assert options[DataOptions].max_length == 128 and options[ModelOptions].base_dtype == "auto"
     resolved = options.resolved()
-    assert resolved["lora_modules"] == ["query", "value"] and resolved["method"] == "lora"
+    assert resolved["lora_modules"] == [] and resolved["method"] == "lora"
     json.dumps(resolved)
 
 

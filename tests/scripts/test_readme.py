@@ -54,6 +54,9 @@ def test_every_command_is_covered_here() -> None:
         the_command("quickstart.sh", "mrpc"),
         the_command("roberta_base_mrpc.sh"),
         the_command("accelerate launch"),
+        the_command("download.sh"),
+        the_command("gpt2_medium_e2e.sh"),
+        the_command("evaluate_nlg"),
         "conda env create -f environment.yml",
         "pip install -e .",
         'pip install -e ".[dev]"',
@@ -74,6 +77,25 @@ def test_run_glue_and_its_own_config_again(tmp_path: Path, minilm_dir: Path) -> 
     shell(the_command("--config runs/wording/config.json"), tmp_path, **home)
     for name in ("wording", "again"):
         assert (tmp_path / "runs" / name / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_text_generation(tmp_path: Path) -> None:
+    """In a copy of the project, where download.sh would have put a model and a task."""
+    from support.gpt2_tiny import tiny_gpt2
+
+    for entry in ROOT.iterdir():
+        if not entry.name.startswith(".") and entry.name not in ("checkpoints", "data", "runs"):
+            (tmp_path / entry.name).symlink_to(entry)
+    tiny_gpt2(tmp_path / "checkpoints" / "gpt2-medium")
+    (tmp_path / "data" / "e2e").mkdir(parents=True)
+    for split in ("train", "valid", "test"):
+        lines = [f"name : Place {i} | area : city||Place {i} is there .\n" for i in range(5)]
+        (tmp_path / "data" / "e2e" / f"{split}.txt").write_text("".join(lines))
+    short = "--max_train_steps 2 --max_length 128 --num_beams 2 --max_new_tokens 6"
+    short += " --min_new_tokens 4 --eos_token_id 10"
+    shell(f"{the_command('gpt2_medium_e2e.sh')} {short}", tmp_path, PYTHONPATH="")
+    told = shell(the_command("evaluate_nlg"), tmp_path, PYTHONPATH=str(tmp_path))
+    assert "BLEU" in told and (tmp_path / "e2e.json").is_file()
 
 
 @pytest.mark.slow
@@ -107,6 +129,11 @@ def test_the_test_command_is_what_ci_runs() -> None:
 
 def test_gpu_hub_and_conda_commands_parse() -> None:
     parsed(the_command("accelerate launch"))
+    from examples import download
+    from examples.data.tasks.nlg import NLG_TASKS
+
+    wanted = shlex.split(the_command("download.sh"))[2:]
+    assert download.names(wanted) == ["openai-community/gpt2-medium", NLG_TASKS["e2e"]]
     script = ROOT / shlex.split(the_command("roberta_base_mrpc.sh"))[1]
     subprocess.run(["bash", "-n", script], check=True)
     file = ROOT / shlex.split("conda env create -f environment.yml")[-1]

@@ -1,13 +1,17 @@
 """Downloads, from a hub on loopback and from folders: what arrives is whole, or one clear error."""
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
 from support.fake_hub import FakeHub
 from support.paths import ROOT
 
@@ -302,3 +306,148 @@ def test_a_hub_switched_off_is_named(monkeypatch, capsys, tmp_path: Path) -> Non
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert download.main(["org/small", "--to", str(tmp_path / "to")]) == 2
     assert "HF_HUB_OFFLINE is set" in capsys.readouterr().err
+
+
+# -- text generation ----------------------------------------------------------------------------
+
+SPLITS = ("train", "dev", "test")
+E2E = "name : Blue Spice | food : Thai||Blue Spice serves Thai food .\n"
+TRIPLE = {"subject": "A", "property": "of", "object": "B"}
+WEBNLG = {
+    "entries": [
+        {
+            "1": {
+                "category": "City",
+                "modifiedtripleset": [TRIPLE],
+                "lexicalisations": [{"lex": "A is of B.", "comment": "good"}],
+            }
+        }
+    ]
+}
+DART = [{"tripleset": [["A", "OF", "B"]], "annotations": [{"source": "x", "text": "A of B"}]}]
+SERVED = {
+    **{f"data/e2e/{split}.txt": E2E for split in ("train", "valid", "test")},
+    **{
+        f"data/webnlg_challenge_2017/{s}.json": json.dumps(WEBNLG) for s in ("train", "dev", "test")
+    },
+    **{f"data/dart/dart-v1.1.1-full-{s}.json": json.dumps(DART) for s in SPLITS},
+}
+
+
+@pytest.fixture
+def web(tmp_path: Path, monkeypatch) -> Iterator[Path]:
+    """A server on loopback in place of the original recipe's; its files are in this folder."""
+    folder = tmp_path / "web"
+    for name, text in SERVED.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+    class Handler(SimpleHTTPRequestHandler):
+        def __init__(self, *arguments, **more) -> None:
+            super().__init__(*arguments, directory=str(folder), **more)
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+        def send_header(self, name: str, value: str) -> None:
+            if name == "Content-Length" and "cut" in self.path:
+                value = str(int(value) + 9)
+            super().send_header(name, value)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr("examples.data.fetch_nlg.NLG_DATA", f"{url}/data")
+    monkeypatch.setitem(download.ADAPTERS, "gpt2_md_lora_e2e", f"{url}/gpt2_md_lora_e2e.pt")
+    monkeypatch.setitem(download.ADAPTERS, "cut", f"{url}/cut.pt")
+    yield folder
+    server.shutdown()
+    server.server_close()
+
+
+def test_raw_files_of_text_generation_come_from_the_web(web: Path, tmp_path: Path, capsys) -> None:
+    assert download.main(["e2e", "webnlg_2017", "DART", "--home", str(tmp_path)]) == 0
+    got = sorted(str(p.relative_to(tmp_path / "data")) for p in (tmp_path / "data").rglob("*.*"))
+    assert got == [
+        *(f"dart/dart-v1.1.1-full-{split}.json" for split in ("dev", "test", "train")),
+        *(f"e2e/{split}.txt" for split in ("test", "train", "valid")),
+        *(f"webnlg/{split}.json" for split in ("dev", "test", "train")),
+    ]
+    assert (tmp_path / "data/e2e/test.txt").read_text() == E2E
+    shown = capsys.readouterr().out
+    assert "(1 train, not the published file, 1 valid, not the published file, 1 test" in shown
+    assert download.main(["e2e", "--home", str(tmp_path)]) == 0
+    assert "is there already" in capsys.readouterr().out
+
+
+def test_published_files_are_known(real_data, tmp_path: Path, capsys) -> None:
+    source = real_data("e2e").parent
+    assert download.main(["e2e", "dart", "xsum", "--from", str(source), "--to", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "4,672 valid, as published, 4,693 test, as published)" in shown
+    assert "(42,061 train, not the published file, " in shown  # converted from the official CSV
+    assert "(no train, 6,980 valid, as published, no test)" in shown
+    assert "xsum" in shown and "(no train, no valid, 1,000 test)" in shown
+    test = (source / "e2e/test.txt").read_bytes()
+    assert (tmp_path / "e2e/test.txt").read_bytes() == test
+
+
+def test_boolq_comes_from_the_hub(tmp_path: Path) -> None:
+    rows = {"question": ["is it", "why"], "answer": [True, False], "passage": ["It is.", "No."]}
+    files = {}
+    for split in ("train", "validation"):
+        path = tmp_path / f"{split}-00000-of-00001.parquet"
+        write_table(path, rows)
+        files[f"data/{path.name}"] = path.read_bytes()
+    listed = "\n".join(f"  - split: {s}\n    path: data/{s}-*" for s in ("train", "validation"))
+    files["README.md"] = README.format(name="default", splits=listed).encode()
+    with FakeHub({"datasets/google/boolq": files}).running() as hub:
+        done = call("boolq", "--to", tmp_path / "to", cwd=tmp_path, HF_ENDPOINT=hub.url)
+    assert done.returncode == 0, done.stderr
+    assert "boolq: " in done.stdout and "(2 train, 2 valid, no test)" in done.stdout
+    lines = (tmp_path / "to/boolq/validation.jsonl").read_text().splitlines()
+    assert json.loads(lines[0]) == {"question": "is it", "answer": True, "passage": "It is."}
+
+
+def test_a_published_adapter_comes_whole_or_not_at_all(web: Path, tmp_path: Path, capsys) -> None:
+    name = "module.transformer.h.0.attn.c_attn.lora_A"
+    torch.save({"model_state_dict": {name: torch.ones(8, 6)}}, web / "gpt2_md_lora_e2e.pt")
+    words = ["gpt2_md_lora_e2e.pt", "--home", str(tmp_path)]
+    assert download.main(words) == 0
+    path = tmp_path / "checkpoints" / "gpt2_md_lora_e2e.pt"
+    assert path.read_bytes() == (web / path.name).read_bytes()
+    assert download.main(words) == 0 and "is there already" in capsys.readouterr().out
+    path.unlink()
+    (web / path.name).write_bytes(b"<html>")
+    assert download.main(words) == 2
+    assert "gpt2_md_lora_e2e: " in (told := capsys.readouterr().err) and "damaged" in told
+    (web / "cut.pt").write_bytes(b"PK")
+    assert download.main(["cut", "--home", str(tmp_path)]) == 2
+    assert "/cut.pt: broke off at 2 of 11 bytes" in capsys.readouterr().err
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+@pytest.mark.parametrize("broken", ["absent", "damaged"])
+def test_a_raw_file_that_fails_leaves_nothing(web: Path, tmp_path: Path, capsys, broken) -> None:
+    path = web / "data/dart/dart-v1.1.1-full-dev.json"
+    path.unlink() if broken == "absent" else path.write_text("{")
+    assert download.main(["dart", "--home", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and "dart-v1.1.1-full-dev.json" in told
+    assert ("cannot be fetched (File not found)" in told) == (broken == "absent")
+    assert list((tmp_path / "data").iterdir()) == []
+    (tmp_path / "none").mkdir()
+    assert download.main(["e2e", "--from", str(tmp_path / "none"), "--home", str(tmp_path)]) == 2
+    assert "no file of e2e; looked for train.txt" in capsys.readouterr().err
+
+
+def test_gpt2_has_the_names_that_people_know() -> None:
+    known = download.names(["gpt2", "gpt2-medium", "gpt2.md", "gpt2.lg", "gpt2-xl", "org/gpt2"])
+    assert known == [
+        *(f"openai-community/gpt2{size}" for size in ("", "-medium", "-medium", "-large", "-xl")),
+        "org/gpt2",
+    ]
+    assert [task.name for task in download.names(["nlg"])] == [
+        "e2e", "webnlg", "dart", "boolq", "xsum",
+    ]  # fmt: skip

@@ -5,11 +5,15 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from examples.data.nlg import instances, read_formatted
-from examples.data.tables import read_text
+from examples.data.tables import read_table, read_text
 from examples.data.tasks.nlg import NLG_TASKS
 from examples.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers_patched import PreTrainedTokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -74,6 +78,48 @@ def read_pairs_to_score(
             f"{len(targets)}: a line for each is expected, in the same order"
         )
     return texts, targets
+
+
+def read_samples_to_score(
+    predictions: Path, references: Path, format: str, tokenizer: PreTrainedTokenizer
+) -> tuple[list[str], list[list[str]]]:
+    """n predictions, decoded from token ids, and as many lists of references.
+
+    Args:
+        predictions: JSON lines {"id": i, "predict": [ids]} for rows i of the test set; of several
+            rows with one context the last counts.
+        references: `test_formatted.jsonl`, the test set.
+        format: of `examples.evaluation.nlg`.
+        tokenizer: decodes the ids.
+
+    Raises:
+        DataError: a file is missing or wrong, or a context has no prediction.
+    """
+    if references.suffix != ".jsonl":
+        raise DataError(
+            f"{references}: token ids are predictions for rows of the test set: give its "
+            "test_formatted.jsonl"
+        )
+    table, form = read_table(predictions), FORMS[format]
+    for name in ("id", "predict"):
+        if name not in table.columns:
+            raise DataError(f"{predictions}: no {name!r} in its rows")
+    texts: dict[int, str] = {}
+    for row, (i, ids) in enumerate(zip(table.columns["id"], table.columns["predict"], strict=True)):
+        if not isinstance(ids, list) or not all(type(x) is int and x >= 0 for x in ids):
+            raise table.fail(row, f"'predict' must be a list of token ids, found {ids!r:.60}")
+        texts[i] = clean(tokenizer.decode(ids), form)
+    found, targets = [], []
+    for instance in instances(read_formatted(references)):
+        own = [row for row in instance.rows if row in texts]
+        if not own:
+            raise DataError(
+                f"{predictions}: no prediction for the context of row {instance.rows[0]} of "
+                f"{references}: {instance.context[:60]!r}"
+            )
+        found.append(texts[own[-1]])
+        targets.append([clean(text, form) for text in instance.references[: form.references]])
+    return found, targets
 
 
 def _lines(path: Path) -> list[str]:

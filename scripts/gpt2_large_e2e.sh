@@ -1,0 +1,4 @@
+#!/usr/bin/env bash
+# GPT-2 large on E2E; lib/nlg.sh says how to call this.
+source "$(dirname "${BASH_SOURCE[0]}")/lib/nlg.sh"
+nlg gpt2_large e2e "$@"

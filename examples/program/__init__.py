@@ -15,6 +15,7 @@ from examples.program.batching import accumulation, rows_at_once
 from examples.program.main import MethodOptions, Options, parse, run_main
 
 if TYPE_CHECKING:
+    from examples.program.pretraining import pretrain
     from examples.program.run import Run, make_accelerator, train_and_evaluate
     from examples.program.task_data import TaskData, sequence_classifier
 
@@ -24,6 +25,7 @@ _WITH_TORCH = {
     "train_and_evaluate": "run",
     "TaskData": "task_data",
     "sequence_classifier": "task_data",
+    "pretrain": "pretraining",
 }
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "accumulation",
     "make_accelerator",
     "parse",
+    "pretrain",
     "rows_at_once",
     "run_main",
     "sequence_classifier",

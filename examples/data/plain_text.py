@@ -1,7 +1,7 @@
 """Plain text for a language model: files to documents, tokenizer, and blocks of equal length.
 
-    files  →  documents, the last part of each held out  →  ids, an end-of-text token after each
-    document  →  blocks of n ids, one after another; what is left over at the end is dropped
+files  →  documents, the last part of each held out  →  ids, an end-of-text token after each
+document  →  blocks of n ids, one after another; what is left over at the end is dropped
 """
 
 from __future__ import annotations

@@ -112,14 +112,9 @@ def build(
     return AdaptedModel(model, partial(save, model, o.saved_dtype), BlockLoss())
 
 
-@torch.no_grad()
 def save(model: PreTrainedModel, dtype: str, folder: Path) -> None:
-    """Rounds the weights to `dtype`, so that what is evaluated after this is what is saved."""
-    if dtype != "float32":
-        for weight in model.parameters():
-            weight.copy_(weight.to(getattr(torch, dtype)))
-        model.to(getattr(torch, dtype))
-    model.save_pretrained(folder)
+    """Writes the model in `dtype`; its weights stay rounded, so that the result is evaluated."""
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
     model.float()
 
 

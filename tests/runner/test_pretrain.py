@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -159,14 +160,18 @@ def test_an_interrupted_run_ends_as_the_whole_one(
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_other_text_is_another_run(run: Path, text: Path, tmp_path: Path, capsys) -> None:
-    for name in "ab":
-        lines = (text / f"{name}.txt").read_text().splitlines(keepends=True)
-        (tmp_path / f"{name}.txt").write_text("".join(reversed(lines)))
-    last = sorted(run.glob("checkpoint-*"))[-1]
-    more = ["--resume_from_checkpoint", str(last)]
-    assert program.run_main(main, words(tmp_path, tmp_path / "run", *more)) == 2
-    assert "train" in capsys.readouterr().err
+def test_other_text_is_another_run(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    own = tmp_path / "text"
+    shutil.copytree(text, own)
+    arguments = words(own, tmp_path / "run", "--max_train_steps", "2")
+    assert program.run_main(main, arguments) == 0
+    (tmp_path / "run" / "all_results.json").unlink()
+    lines = (own / "a.txt").read_text().splitlines(keepends=True)
+    (own / "a.txt").write_text("".join(reversed(lines)))
+    assert program.run_main(main, [*arguments, "--resume_from_checkpoint", "auto"]) == 2
+    assert "texts of the train split" in capsys.readouterr().err
 
 
 def test_held_out_loss_is_torchs(run: Path, text: Path) -> None:

@@ -1,4 +1,4 @@
-"""The small GPT-2 in `models/`: its files, that Transformers reads them alike, that it knows English."""
+"""The small GPT-2 in `models/`: its files, the same in Transformers; it knows some English."""
 
 from __future__ import annotations
 

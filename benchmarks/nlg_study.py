@@ -6,8 +6,7 @@
 
 DIR has the folders `e2e` (train.txt, valid.txt, test.txt) and `boolq` (dev.jsonl). Every run is a
 process of `examples.run_nlg` and one line of `--out`; a run that has its line is not repeated.
-Unknown options go to `examples.run_nlg`. All figures are those of the last weights, of texts those
-of `examples.evaluate_nlg`. `--lanes 2` does two runs at a time (with OMP_NUM_THREADS=1).
+Unknown options go to `examples.run_nlg`. All figures are those of the last weights. `--lanes 2` does two runs at a time (with OMP_NUM_THREADS=1).
 
     tune    the rates of LoRA and of full fine-tuning on a part of the data, by the loss of held-out
             texts; the other methods have LoRA's
@@ -89,7 +88,7 @@ def tuned(rows: list[Row], method: str) -> float:
     """The rate with the smallest held-out loss; that of LoRA for all but full fine-tuning."""
     method = method if method in RATES else "lora"
     tried = {
-        row["rate"]: row["final"]["loss"]
+        row["rate"]: row["final"]["eval_loss"]
         for row in rows
         if (row["part"], row["method"]) == ("tune", method)
     }
@@ -143,34 +142,22 @@ def random_model(work: Path) -> Path:
 
 
 def run(words: list[str], folder: Path) -> Row:
-    """Runs `examples.run_nlg`; its figures, the metrics of its texts, and some of these."""
+    """Runs `examples.run_nlg`; its figures, and some of its texts."""
     out = folder / "run"
     call([sys.executable, "-m", "examples.run_nlg", *words, "--output_dir", str(out)])
     results = json.loads((out / "all_results.json").read_text())
-    metrics = {k.removeprefix("eval_"): v for k, v in results.items() if k.startswith("eval_")}
-    texts: dict[str, Any] = {}
+    texts = {}
     for path in sorted((out / "submission").rglob("test_predictions.txt")):
         variant = path.parent.relative_to(out / "submission").as_posix().strip(".")
-        if "e2e" in words:
-            metrics |= {f"{variant}_{k}".strip("_"): v for k, v in scores(path, folder).items()}
-            lines = path.read_text("utf-8").splitlines()
-            texts[variant] = [lines[i] for i in SHOWN]
+        lines = path.read_text("utf-8").splitlines()
+        texts[variant] = [lines[i] for i in SHOWN if i < len(lines)]
     return {
-        "final": metrics | {k: v for k, v in results.items() if k.startswith("test_")},
+        "final": {k: v for k, v in results.items() if k.startswith(("eval_", "test_"))},
         "train_seconds": results["train_seconds"],
         "trainable": results["trainable_parameters"],
         "peak_memory_bytes": results["peak_memory_bytes"],
         "texts": texts,
     }
-
-
-def scores(predictions: Path, folder: Path) -> dict[str, float]:
-    """The five metrics of E2E."""
-    references = predictions.with_name("test_references.txt")
-    output = folder / "scores.json"
-    module = [sys.executable, "-m", "examples.evaluate_nlg"]
-    call([*module, "--pred", str(predictions), "--ref", str(references), "--output", str(output)])
-    return json.loads(output.read_text())
 
 
 # -- tables ----------------------------------------------------------------------------------------
@@ -195,7 +182,12 @@ def tuning(rows: list[Row]) -> tuple[list[str], Cells]:
     found = [row for row in rows if row["part"] == "tune"]
     heads = ["method", "rate", "loss", "seconds"]
     return heads, [
-        [r["method"], f"{r['rate']:g}", f"{r['final']['loss']:.4f}", f"{r['train_seconds']:.0f}"]
+        [
+            r["method"],
+            f"{r['rate']:g}",
+            f"{r['final']['eval_loss']:.4f}",
+            f"{r['train_seconds']:.0f}",
+        ]
         for r in found
     ]
 
@@ -208,17 +200,13 @@ def main_table(rows: list[Row]) -> tuple[list[str], Cells]:
         own = [r for r in rows if (r["part"], r["method"]) == ("main", method)]
         if not own:
             continue
-        variants = RANKS if method == "dylora" else {"": 0}
-        for variant, rank in variants.items():
-
-            def values(name: str, variant: str = variant, own: list[Row] = own) -> list[float]:
-                return [r["final"][f"{variant}_{name}".strip("_")] for r in own]
-
+        for variant, rank in RANKS.items() if method == "dylora" else [("", 0)]:
+            at = f"{variant}_" if variant else ""
+            names = [f"eval_{at}loss", *(f"test_{at}{name}" for name in METRICS)]
+            values = [[row["final"][name] for row in own] for name in names]
             lines.append([
                 f"{method} at rank {rank}" if rank else method, f"{own[0]['rate']:g}",
-                f"{own[0]['trainable']:,}", str(len(own)),
-                mean_and_interval(values("loss"), 3),
-                *(mean_and_interval(values(name)) for name in METRICS),
+                f"{own[0]['trainable']:,}", str(len(own)), *map(mean_and_interval, values),
                 f"{sum(r['train_seconds'] for r in own) / len(own):.0f}",
             ])  # fmt: skip
     return heads, lines

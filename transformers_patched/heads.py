@@ -69,7 +69,10 @@ class MaskedLMOutput(ModelOutput):
 
 class CausalLMOutput(ModelOutput):
     loss: Tensor | None
-    logits: Tensor | None  # (B, L, vocabulary) or (T, vocabulary); None where there is a loss
+    logits: (
+        Tensor | None
+    )  # (B, L, vocabulary) or (T, vocabulary); None where there is a loss, (B, 1)
+    # where sequences are scored
     hidden_states: tuple[Tensor, ...] | None
     attentions: tuple[Tensor, ...] | None
 
@@ -314,6 +317,21 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
             F.cross_entropy((h.to(weight.dtype) @ weight.T).float(), y, reduction="none")
             for h, y in zip(hidden.split(rows), targets.split(rows), strict=True)
         ])  # fmt: skip
+
+
+def sum_by_sequence(values: Tensor, places: Tensor, layout: SequenceLayout) -> Tensor:
+    """(B,) the sums of values (N,) over the sequences of a layout.
+
+    Args:
+        values: of some tokens.
+        places: (N,) where they are among the flattened tokens, ascending.
+        layout: of all tokens.
+    """
+    if layout.is_packed:
+        sequence = torch.searchsorted(layout.cu_seqlens[1:], places, right=True)  # (N,)
+    else:
+        sequence = places // layout.max_seqlen
+    return values.new_zeros(layout.num_sequences).index_add_(0, sequence, values)
 
 
 def span_loss(

@@ -17,6 +17,7 @@ SCHEDULES = (  # their formulas: examples/training/schedules.py
     "constant_with_warmup",
     "inverse_sqrt",
     "clr",
+    "cycle",
 )
 
 
@@ -145,6 +146,12 @@ class TrainingOptions:
     )
     lr_schedule_second_lr: float = option(0.2, "clr: rate after that", low=0)
     lr_schedule_end_lr: float = option(0.0, "clr: rate at the end", low=0)
+    i_steps: tuple[str, ...] = option(
+        ("0",),
+        "cycle: optimiser steps from 0 on, with straight lines between them; the last ends the "
+        "run, unless max_train_steps does",
+    )
+    i_lrs: tuple[str, ...] = option(("0.00025",), "cycle: the rates at them")
     mixed_precision: str = option("no", "autocast", choices=("no", "bf16", "fp16"))
     gradient_checkpointing: bool = option(False, "less memory, about a third more time")
     compile: bool = option(False, "torch.compile; says whether the run is long enough to pay")
@@ -194,10 +201,34 @@ class TrainingOptions:
             object.__setattr__(self, "max_train_steps", None)
         if self.num_train_epochs == 0 and self.max_train_steps is None and self.do_train:
             raise OptionError("--num_train_epochs 0: use --eval_only to evaluate without training")
+        if self.lr_scheduler_type == "cycle":
+            self._check_cycle()
         if "none" in self.report_to and len(self.report_to) > 1:
             raise OptionError("--report_to none stands alone")
         if not (self.do_train or self.do_eval or self.do_predict):
             raise OptionError("nothing to do: --do_train, --do_eval and --do_predict are all off")
+
+    @property
+    def knots(self) -> tuple[list[int], list[float]]:
+        """Of the schedule cycle: steps, and the rates at them."""
+        return [int(word) for word in self.i_steps], [float(word) for word in self.i_lrs]
+
+    def _check_cycle(self) -> None:
+        try:
+            steps, rates = self.knots
+        except ValueError as error:
+            raise OptionError(f"--i_steps and --i_lrs are numbers ({error})") from None
+        wrong = steps != sorted(set(steps)) or not steps or steps[0] != 0
+        if wrong or len(rates) != len(steps) or min(rates) < 0:
+            raise OptionError(
+                f"--i_steps {','.join(self.i_steps)} --i_lrs {','.join(self.i_lrs)}: give rising "
+                "steps from 0 on and as many rates, such as 0,400,1000 and 0,0.001,0"
+            )
+        if self.max_train_steps is None and steps[-1] == 0 and self.do_train:
+            raise OptionError(
+                "--lr_scheduler_type cycle ends with the last of --i_steps, which is 0: give steps "
+                "such as 0,400,1000, or --max_train_steps"
+            )
 
 
 # What every program that trains on a task has; method and optimiser add theirs.

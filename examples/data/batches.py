@@ -27,6 +27,7 @@ from examples.data.encode import EncodedSplit
 
 CHUNK = 50  # global batches sorted together: enough to fill buckets, few enough to stay random
 ORDERS = ("bucket", "random")
+NO_COUNT = 1e-4  # added to counts, so that a global batch in which nothing counts has no loss
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,10 @@ class Batch:
     Attributes:
         rows: (b,) row numbers.
         tokens: real tokens, padding not counted.
-        weight: its share of the global batch's rows: Σ weight · mean loss over all micro-batches of
-            all processes is the mean loss of the global batch. 0 marks a batch that only keeps a
-            process in step with the others, which have one more.
+        weight: its share of what the global batch's loss is a mean over, rows or scored tokens: Σ
+            weight · mean loss over all micro-batches of all processes is the mean loss of the
+            global batch. 0 marks a batch that only keeps a process in step with the others, which
+            have one more.
     """
 
     rows: np.ndarray
@@ -78,6 +80,8 @@ class TrainingBatches:
         order: "bucket" or "random".
         max_tokens: micro-batches hold at most this many tokens instead of `batch_size` rows; the
             global batch keeps its rows and gets as many micro-batches as that takes.
+        counts: (n,) what the loss of each row is a mean over, such as its scored tokens; None: a
+            row counts for one.
     """
 
     def __init__(
@@ -91,6 +95,7 @@ class TrainingBatches:
         seed: int = 0,
         order: str = "bucket",
         max_tokens: int | None = None,
+        counts: np.ndarray | None = None,
     ) -> None:
         for name, value in (
             ("batch_size", batch_size),
@@ -110,6 +115,12 @@ class TrainingBatches:
         self.global_batch_size = batch_size * accumulation * processes
         self.processes, self.process = processes, process
         self.seed, self.order, self.max_tokens = seed, order, max_tokens
+        self.counts = counts
+
+    @property
+    def counted(self) -> int:
+        """What the loss of an epoch is a mean over: rows, or scored tokens."""
+        return len(self.split) if self.counts is None else int(self.counts.sum())
 
     def __len__(self) -> int:
         """Global batches (optimiser steps) per epoch; the last may hold fewer rows."""
@@ -156,7 +167,7 @@ class TrainingBatches:
         pieces = _halve(pieces, min(share * self.processes, len(rows)), self.lengths)
         # Dealt out in turn, so that long and short rows are spread over the processes.
         mine = [
-            Batch(piece, int(self.lengths[piece].sum()), len(piece) / len(rows))
+            Batch(piece, int(self.lengths[piece].sum()), self._share(piece, rows))
             for piece in pieces[self.process :: self.processes]
         ]
         if len(mine) < share:
@@ -164,6 +175,12 @@ class TrainingBatches:
             filler = rows[:1]
             mine.append(Batch(filler, int(self.lengths[filler].sum()), 0.0))
         return GlobalBatch(index, tuple(mine), len(rows))
+
+    def _share(self, piece: np.ndarray, rows: np.ndarray) -> float:
+        """The weight of a micro-batch among the rows of its global batch."""
+        if self.counts is None:
+            return len(piece) / len(rows)
+        return float(self.counts[piece].sum() / (self.counts[rows].sum() + NO_COUNT))
 
 
 def evaluation_batches(

@@ -303,6 +303,18 @@ def encoded_lines(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizer) -> Iter
     Raises:
         ValueError: the tokenizer has no end-of-text token.
     """
+    for context, completion in token_ids(pairs, tokenizer):
+        yield json.dumps({"context": context, "completion": completion}) + "\n"
+
+
+def token_ids(
+    pairs: Sequence[Pair], tokenizer: PreTrainedTokenizer
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Ids of every row's context and completion, the end-of-text token after each.
+
+    Raises:
+        ValueError: the tokenizer has no such token.
+    """
     end = tokenizer.eos_token_id
     if end is None:
         raise ValueError(f"{tokenizer.name_or_path}: this tokenizer has no eos_token")
@@ -310,8 +322,16 @@ def encoded_lines(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizer) -> Iter
     contexts = dict(zip(distinct, _ids(tokenizer, distinct), strict=True))
     completions = _ids(tokenizer, [f" {pair.completion}" for pair in pairs])
     for pair, completion in zip(pairs, completions, strict=True):
-        row = {"context": [*contexts[pair.context], end], "completion": [*completion, end]}
-        yield json.dumps(row) + "\n"
+        yield [*contexts[pair.context], end], [*completion, end]
+
+
+def encoded_pairs(rows: Iterable[tuple[Sequence[int], Sequence[int]]], source: str) -> EncodedPairs:
+    """Rows of ids, context and completion, one after another in arrays."""
+    parts = [np.asarray(ids, np.int32) for row in rows for ids in row]
+    lengths = np.array([len(ids) for ids in parts], np.int64).reshape(-1, 2)  # (n, 2)
+    offsets = np.concatenate([[0], np.cumsum(lengths.sum(1))])
+    tokens = np.concatenate([np.empty(0, np.int32), *parts])
+    return EncodedPairs(tokens, offsets, lengths[:, 0].astype(np.int32), source)
 
 
 def _ids(tokenizer: PreTrainedTokenizer, texts: list[str]) -> list[list[int]]:
@@ -330,19 +350,16 @@ def read_encoded(path: Path, *, vocab_size: int, eos_token_id: int) -> EncodedPa
         DataError: no such file, a damaged line, or ids of another tokenizer.
     """
     table = read_table(path)
-    rows: list[np.ndarray] = []
     columns = {name: _column(table, name) for name in ("context", "completion")}
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in columns}
     for number in range(len(table.lines)):
         for name, lists in columns.items():
             ids = _id_array(lists[number])
             problem = _problem(ids, vocab_size, eos_token_id)
             if problem is not None:
                 raise table.fail(number, f"{name!r} {problem}")
-            rows.append(ids)
-    lengths = np.array([len(ids) for ids in rows], np.int64).reshape(-1, 2)  # (n, 2)
-    offsets = np.concatenate([[0], np.cumsum(lengths.sum(1))])
-    tokens = np.concatenate(rows).astype(np.int32)
-    return EncodedPairs(tokens, offsets, lengths[:, 0].astype(np.int32), str(path))
+            parts[name].append(ids)
+    return encoded_pairs(zip(*parts.values(), strict=True), str(path))
 
 
 def _id_array(value: Any) -> np.ndarray | None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
+from examples.evaluation.prediction import Weights
 from transformers_patched.heads import CausalLMOutput
 
 
@@ -29,6 +31,9 @@ class BlockLoss:
         loss: Tensor = model(**arguments).loss
         rows = len(arguments["cu_seqlens"]) - 1
         return [CausalLMOutput(loss=loss, logits=loss.expand(rows, 1))]
+
+    def weights(self, model: nn.Module, final: bool) -> dict[str, Weights]:
+        return {"": nullcontext}
 
 
 def perplexity(losses: np.ndarray) -> dict[str, float]:

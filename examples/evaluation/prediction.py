@@ -10,8 +10,9 @@ weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ from examples.errors import RunError
 
 Collate = Callable[[Batch], dict[str, Any]]
 Score = Callable[[np.ndarray], dict[str, float]]
+Result = TypeVar("Result")
+Weights = Callable[[], AbstractContextManager[Any]]
 
 
 class Predictor(Protocol):
@@ -48,6 +51,13 @@ class Predictor(Protocol):
         """One output per variant: `.logits` (b, …), and `.loss` (mean over b) or None."""
         ...
 
+    def weights(self, model: nn.Module, final: bool) -> dict[str, Weights]:
+        """variant -> within that, the model is the variant's: for texts that it generates.
+
+        Variants that are averages of predictions have no weights of their own, and are left out.
+        """
+        ...
+
 
 class PlainPredictor:
     """One forward pass."""
@@ -63,6 +73,9 @@ class PlainPredictor:
     ) -> list[Any]:
         return [model(**arguments)]
 
+    def weights(self, model: nn.Module, final: bool) -> dict[str, Weights]:
+        return {"": nullcontext}
+
 
 @dataclass(frozen=True)
 class EvaluationSet:
@@ -77,6 +90,8 @@ class EvaluationSet:
         calibration: (rows, classes) logits -> calibration metrics; None for a regression. Computed
             where the predictor is probabilistic, or `calibrated`.
         calibrated: compute them for any predictor: softmax(logits) are its probabilities.
+        generate: (model, accelerator) -> more metrics, of what the model generates; all processes
+            call it together, once for each variant that has weights of its own.
     """
 
     name: str
@@ -86,6 +101,7 @@ class EvaluationSet:
     score: Score
     calibration: Score | None = None
     calibrated: bool = False
+    generate: Callable[[nn.Module, Accelerator], dict[str, float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -127,6 +143,9 @@ def evaluate(
     for data in sets:
         prefix = f"eval_{data.name}_" if data.name else "eval_"
         found = predict(model, data, accelerator, predictor, final)
+        generated: dict[str, dict[str, float]] = {}
+        if data.generate is not None:
+            generated = by_variant(model, data.generate, accelerator, predictor, final)
         for variant, prediction in found.items():
             try:
                 scores = data.score(prediction.logits)
@@ -136,6 +155,7 @@ def evaluate(
                 scores["loss"] = prediction.loss
             if data.calibration and (data.calibrated or predictor.probabilistic):
                 scores |= data.calibration(prediction.logits)
+            scores |= generated.get(variant, {})
             values |= {
                 variant_metric(prefix + name, variant): value for name, value in scores.items()
             }
@@ -173,6 +193,21 @@ def predict(
     predictions = [logits.over_processes(accelerator) for logits in gathered]
     found = dict(zip(variants, predictions, strict=True))
     return {"": found.get("", found[variants[-1]]), **found}
+
+
+def by_variant(
+    model: nn.Module,
+    generate: Callable[[nn.Module, Accelerator], Result],
+    accelerator: Accelerator,
+    predictor: Predictor,
+    final: bool,
+) -> dict[str, Result]:
+    """What `generate` returns with the weights of every variant; the plain one is first."""
+    found = {}
+    for variant, weights in predictor.weights(model, final).items():
+        with accelerator.autocast(), weights():
+            found[variant] = generate(model, accelerator)
+    return {"": found.get("", list(found.values())[-1]), **found}
 
 
 class _GatheredLogits:

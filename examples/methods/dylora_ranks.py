@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import loralib
-from examples.evaluation.prediction import variant_metric
+from examples.evaluation.prediction import Weights, variant_metric
 from examples.plots.curves import rank_curve
 from transformers_patched.heads import SequenceClassifierOutput, classification_loss
 
@@ -44,8 +45,9 @@ class RankPredictor:
         """
         if not loralib.can_batch_ranks(model):
             return [self._at(model, arguments, int(variant[1:])) for variant in variants]
-        labels = arguments.get("labels")
-        inputs = {name: value for name, value in arguments.items() if name != "labels"}
+        inputs, labels = dict(arguments), None
+        if not arguments.get("score_sequences"):  # else labels are what is scored
+            labels = inputs.pop("labels", None)
         with loralib.batched_ranks(model, [int(variant[1:]) for variant in variants]):
             logits = model(**repeated(inputs, len(variants))).logits.chunk(len(variants))
         losses = [None] * len(variants)
@@ -53,6 +55,9 @@ class RankPredictor:
             losses = [classification_loss(part, labels, model.config) for part in logits]
         pairs = zip(logits, losses, strict=True)
         return [SequenceClassifierOutput(loss=loss, logits=part) for part, loss in pairs]
+
+    def weights(self, model: nn.Module, final: bool) -> dict[str, Weights]:
+        return {f"r{b}": partial(loralib.at_rank, model, b) for b in self.ranks(final)}
 
     @staticmethod
     def _at(model: nn.Module, arguments: dict[str, Any], rank: int) -> Any:

@@ -89,7 +89,8 @@ class RunInfo:
     """What the builder of an optimiser may ask about the run.
 
     Attributes:
-        rows: N, the training rows of all processes; 0 where nothing is trained.
+        rows: N, what an epoch's loss is a mean over, of all processes: training rows, or the scored
+            tokens of texts; 0 where nothing is trained.
         seed: of draws that must agree between processes, or after a resume.
         fp16: gradients come from a GradScaler.
         processes: how many train together, with gradients averaged over them.

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 class IvonOptions:
     """σ = 1/√(ess·(h + weight_decay)) for every trained weight; h starts at hess_init."""
 
-    ivon_ess: float = option(0, "effective number of training rows; 0: all rows", low=0)
+    ivon_ess: float = option(
+        0, "effective number of training rows; 0: all rows, of texts their tokens", low=0
+    )
     ivon_hess_init: float = option(1.0, "h at the start", low=0)
     ivon_beta1: float = option(0.9, "decay of the mean gradient", low=0, high=1)
     ivon_beta2: float = option(0.99999, "decay of h", low=0, high=1)

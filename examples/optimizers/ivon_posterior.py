@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss, nll_loss
 
-from examples.evaluation.prediction import Predictor
+from examples.evaluation.prediction import Predictor, Weights
 from examples.plots.posterior import posterior_histograms
 from ivon import IVON
 from ivon.posterior import KEY
@@ -84,17 +84,26 @@ class PosteriorPredictor:
             averaged += self.inner.outputs(model, arguments, [""])
         return averaged
 
+    def weights(self, model: nn.Module, final: bool) -> dict[str, Weights]:
+        """At the mean: texts are no average of texts."""
+        return self.inner.weights(model, final)
+
 
 def average(outputs: Sequence[Any], arguments: dict[str, Any]) -> SimpleNamespace:
     """log 1/S Σₛ softmax(logitsₛ) and its loss; of a regression (one logit) the mean.
+
+    Of sequences' log-probabilities it is the log of their mean probability.
 
     Args:
         outputs: S of them, `.logits` (b, classes) and `.loss` or None.
         arguments: of the model; a loss needs their `labels`.
     """
     logits = torch.stack([output.logits.float() for output in outputs])  # (S, b, classes)
-    regression = logits.shape[-1] == 1
-    if regression:
+    scores = bool(arguments.get("score_sequences"))  # (S, b, 1) log-probabilities of sequences
+    regression = logits.shape[-1] == 1 and not scores
+    if scores:
+        mean = logits.logsumexp(0) - math.log(len(outputs))
+    elif regression:
         mean = logits.mean(0)
     else:
         mean = logits.log_softmax(-1).logsumexp(0) - math.log(len(outputs))

@@ -16,10 +16,13 @@ from examples.program.main import MethodOptions, Options, parse, run_main
 
 if TYPE_CHECKING:
     from examples.program.pretraining import pretrain
+    from examples.program.nlg_data import NlgData, language_model
     from examples.program.run import Run, make_accelerator, train_and_evaluate
     from examples.program.task_data import TaskData, sequence_classifier
 
 _WITH_TORCH = {
+    "NlgData": "nlg_data",
+    "language_model": "nlg_data",
     "Run": "run",
     "make_accelerator": "run",
     "train_and_evaluate": "run",
@@ -30,11 +33,13 @@ _WITH_TORCH = {
 
 __all__ = [
     "MethodOptions",
+    "NlgData",
     "OptionError",
     "Options",
     "Run",
     "TaskData",
     "accumulation",
+    "language_model",
     "make_accelerator",
     "parse",
     "pretrain",

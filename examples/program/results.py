@@ -13,7 +13,7 @@ def table(title: str, results: dict[str, Any], more: dict[str, Any]) -> str:
     """The end of a run, for people; `more` are the method's own figures."""
     lines: list[tuple[str, str]] = []
     for name, value in results.items():
-        if name.startswith("eval_"):
+        if name.startswith(("eval_", "test_")):
             lines.append((name, f"{value:.4f}"))
     lines += [(name.replace("_", " "), f"{value:g}") for name, value in more.items()]
     if results.get("best_epoch") is not None:

@@ -45,12 +45,13 @@ from examples.training.run_folder import (
     SUBMISSION,
     RunFolder,
 )
-from examples.training.schedules import clr, schedule
+from examples.training.schedules import clr, cycle, schedule
 from examples.training.trainer import Trainer
 from transformers_patched import AutoTokenizer
 
 Loss = Callable[[Any, dict[str, Any]], torch.Tensor]
 WritePredictions = Callable[[Path, str, RawSplit, Prediction], Path]
+PredictSplit = Callable[["Run", str, Any], dict[str, float]]
 
 
 def make_accelerator(options: TrainingOptions) -> Accelerator:
@@ -103,6 +104,7 @@ class Run:
     Attributes:
         folder: of the run.
         read: what was read to evaluate -> a key of its content.
+        test_metrics: of test splits, where their answers are known.
         checkpoint: that the run goes on from, or None.
         adapted: the model; from `build` on, as are the next two.
         built: the optimiser; None where nothing is trained and no posterior is asked.
@@ -127,6 +129,7 @@ class Run:
             {name: (method.folder, *method.files) for name, method in METHODS.items()},
         )
         self.read: dict[str, str] = {}
+        self.test_metrics: dict[str, float] = {}
         self.checkpoint: Path | None = None
         if self.training.do_train or self.training.do_predict:
             self.checkpoint = self._claim()
@@ -185,7 +188,7 @@ class Run:
         arguments: dict[str, Any] = {}
         if train is not None:
             steps, factor, rate = self._schedule(len(train))
-            self.built = self._optimizer(len(train.split), rate)
+            self.built = self._optimizer(train.counted, rate)
             arguments = {
                 "read": self.read | self.source.read,
                 "train": train,
@@ -214,7 +217,10 @@ class Run:
         return self.trainer
 
     def _optimizer(self, rows: int, rate: float) -> BuiltOptimizer:
-        """The optimiser of `rows` training rows, with the posterior of what the run starts from."""
+        """The optimiser for that many training rows, or scored tokens where the loss is their mean.
+
+        It has the posterior of what the run starts from.
+        """
         o = self.training
         built = as_user_error(
             self.options.optimizer.build,
@@ -255,6 +261,8 @@ class Run:
                 end=o.lr_schedule_end_lr,
             )  # fmt: skip
             return steps, rate, 1.0
+        if o.lr_scheduler_type == "cycle":
+            return o.max_train_steps or o.knots[0][-1], cycle(*o.knots), 1.0
         factor = schedule(
             o.lr_scheduler_type, steps, warmup, peak=o.learning_rate, cycles=o.lr_num_cycles
         )
@@ -319,7 +327,7 @@ class Run:
             metrics: of the result.
             figures: what `train` returned; empty where nothing was trained.
         """
-        results = {**metrics, **figures, **self._sizes()}
+        results = {**metrics, **self.test_metrics, **figures, **self._sizes()}
         self.accelerator.end_training()
         if not self.accelerator.is_main_process:
             return
@@ -376,8 +384,9 @@ class Run:
 def train_and_evaluate(
     run: Run,
     data: TaskData,
-    write_predictions: WritePredictions,
+    write_predictions: WritePredictions | None = None,
     loss: Loss | None = None,
+    predict_split: PredictSplit | None = None,
 ) -> None:
     """The whole of a run: reads and encodes its data, trains, evaluates, predicts, reports.
 
@@ -386,10 +395,12 @@ def train_and_evaluate(
         data: its splits.
         write_predictions: (folder, test split, its rows, prediction) -> the file it has written.
         loss: see `Run.build`.
+        predict_split: (run, test split, encoded rows) -> its metrics, where predicting is more than
+            a forward pass: on all processes together, instead of `write_predictions`.
     """
     error: BaseException | None = None
     try:
-        _train_and_evaluate(run, data, write_predictions, loss)
+        _train_and_evaluate(run, data, write_predictions, loss, predict_split)
     except BaseException as raised:
         error = raised
         raise
@@ -398,7 +409,11 @@ def train_and_evaluate(
 
 
 def _train_and_evaluate(
-    run: Run, data: TaskData, write_predictions: WritePredictions, loss: Loss | None
+    run: Run,
+    data: TaskData,
+    write_predictions: WritePredictions | None,
+    loss: Loss | None,
+    predict_split: PredictSplit | None,
 ) -> None:
     if data.found:
         run.print_once(data.found)
@@ -431,6 +446,9 @@ def _train_and_evaluate(
         figures = run.train(tokenizer)
     metrics = trainer.evaluate(final=True) if sets else {}
     for split in data.tests:
+        if predict_split is not None:
+            run.test_metrics |= predict_split(run, split, splits[split])
+            continue
         found = data.evaluation_set(split, splits[split])
         predictions = predict(
             trainer.unwrapped, found, run.accelerator, trainer.predictor, final=True

@@ -114,8 +114,13 @@ class TaskData:
             seed=self.training.seed,
             order=self.options.order,
             max_tokens=self.options.max_tokens,
+            counts=self.counts(split),
             **self.share,
         )
+
+    def counts(self, split: EncodedSplit) -> np.ndarray | None:
+        """(n,) what the loss of each row is a mean over; None: a row counts for one."""
+        return None
 
     # -- evaluation -----------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ With w warm-up steps of T in all, λ(k) = k/w for k < w; after that, with p = (k
     constant               1, without warm-up
     constant_with_warmup   1
     inverse_sqrt           √(t/(k − w + t)) with t = w, or 10,000 without warm-up
-    clr                    (below) the rate itself; options set the base rate to 1
+    clr, cycle             (below) the rate itself; the base rate is 1
 
 They are functions of k, so there is no scheduler state to save.
 """
@@ -17,7 +17,8 @@ They are functions of k, so there is no scheduler state to save.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from examples.cli.groups import SCHEDULES
 
@@ -27,7 +28,7 @@ POLYNOMIAL_END = 1e-7
 def schedule(
     name: str, total: int, warmup: int = 0, *, peak: float = 1.0, cycles: int = 1
 ) -> Callable[[int], float]:
-    """λ of one of `SCHEDULES` other than clr.
+    """λ of one of `SCHEDULES` other than clr and cycle.
 
     Args:
         name: which.
@@ -53,7 +54,7 @@ def schedule(
             return math.sqrt(scale / (k - warmup + scale))
         return 1.0
 
-    if name not in SCHEDULES or name == "clr":
+    if name not in SCHEDULES or name in ("clr", "cycle"):
         raise ValueError(f"there is no schedule {name!r}")
     if name == "constant":
         return lambda k: 1.0
@@ -86,5 +87,23 @@ def clr(
         if k < hold:
             return first
         return max(second - (second - end) * (k - hold) / max(1, total - hold), end)
+
+    return rate
+
+
+def cycle(steps: Sequence[int], rates: Sequence[float]) -> Callable[[int], float]:
+    """Straight lines through (steps[i], rates[i]); after the last one its rate stays.
+
+    Args:
+        steps: rising, the first is 0.
+        rates: as many.
+    """
+    lines = list(pairwise(zip(steps, rates, strict=True)))
+
+    def rate(k: int) -> float:
+        for (start, first), (end, last) in lines:
+            if k < end:
+                return first + (last - first) * (k - start) / (end - start)
+        return rates[-1]
 
     return rate

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from examples.training.schedules import SCHEDULES, clr, schedule
+from examples.training.schedules import SCHEDULES, clr, cycle, schedule
 
 
 def test_linear_with_warm_up_has_the_published_values():
@@ -29,7 +29,7 @@ def test_clr_counts_epochs_below_a_hundred():
 
 
 @pytest.mark.parametrize("warmup", [0, 3])
-@pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "clr"])
+@pytest.mark.parametrize("name", [name for name in SCHEDULES if name not in ("clr", "cycle")])
 def test_schedules_equal_transformers(name, warmup):
     get_scheduler = pytest.importorskip("transformers").get_scheduler
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2e-3)
@@ -44,6 +44,11 @@ def test_schedules_equal_transformers(name, warmup):
 def test_restarts():
     rate = schedule("cosine_with_restarts", 10, 0, cycles=2)
     assert rate(0) == rate(5) == 1.0 and rate(4) < 0.1 and rate(10) == 0.0
+
+
+def test_cycle_goes_straight_from_knot_to_knot_and_stays_at_the_last():
+    rate = cycle([0, 4, 10], [0.0, 1.0, 0.1])
+    assert [rate(k) for k in (0, 1, 4, 6, 10, 99)] == pytest.approx([0, 0.25, 1, 0.7, 0.1, 0.1])
 
 
 def test_unknown_schedule():

@@ -27,6 +27,7 @@ class NlgTask:
         folders: names of its folder besides its own; case, `-` and `_` do not matter.
         references: most references a context has in the official evaluation, None for all.
         tokenized: the official evaluation lower-cases texts and splits off punctuation first.
+        answers: every completion is one of these, so that their likelihoods can be compared.
         hub: dataset id on the hub, for tasks that can be read from there.
         hub_splits: split -> its name there.
     """
@@ -38,6 +39,7 @@ class NlgTask:
     folders: tuple[str, ...] = ()
     references: int | None = None
     tokenized: bool = False
+    answers: tuple[str, ...] = ()
     hub: str | None = None
     hub_splits: Mapping[str, str] = field(default_factory=dict)
 
@@ -68,6 +70,7 @@ NLG_TASKS: Mapping[str, NlgTask] = {
             ".jsonl",
             ("{split}",),
             "boolq",
+            answers=("true", "false"),
             hub="google/boolq",
             hub_splits={"train": "train", "valid": "validation"},
         ),

@@ -30,13 +30,14 @@ __all__ = ["FORMATS", "score"]
 Scores = tuple[dict[str, float], list[str]]  # metrics, and lines on those that are left out
 
 
-def score(format: str, predictions: Texts, references: References) -> Scores:
+def score(format: str, predictions: Texts, references: References, *, java: bool = True) -> Scores:
     """All metrics of a format, and a line for each that could not be had.
 
     Args:
         format: one of `FORMATS`.
         predictions: n texts.
         references: n lists of texts, none empty.
+        java: METEOR, which starts a Java program, is asked for too.
 
     Raises:
         SetupError: a package is missing.
@@ -48,39 +49,39 @@ def score(format: str, predictions: Texts, references: References) -> Scores:
             "needed, at least one, and a reference in each set"
         )
     try:
-        return FORMATS[format](predictions, references)
+        return FORMATS[format](predictions, references, java)
     except ImportError as error:
         raise SetupError(
             f"--format {format} needs {error.name}: pip install 'rankwise[nlg]'"
         ) from error
 
 
-def _e2e(predictions: Texts, references: References) -> Scores:
+def _e2e(predictions: Texts, references: References, java: bool) -> Scores:
     words, targets = _split(ptb_words, predictions, references)
     first = {
         "BLEU": bleu(predictions, references, lowercase=True),
         "NIST": nist(predictions, references),
     }
-    found, notes = _meteor(words, targets)
+    found, notes = _meteor(words, targets) if java else ({}, [])
     return first | found | {
         "ROUGE_L": rouge_l(words, targets),
         "CIDEr": cider(words, targets),
     }, notes
 
 
-def _webnlg(predictions: Texts, references: References) -> Scores:
+def _webnlg(predictions: Texts, references: References, java: bool) -> Scores:
     words, targets = _split(nltk_words, predictions, references)
     first = {"BLEU": bleu(predictions, references, lowercase=False)}
-    found, notes = _meteor(words, targets)
+    found, notes = _meteor(words, targets) if java else ({}, [])
     last = {"TER": ter(words, targets), "chrF++": chrf(predictions, references)}
     return first | found | last, notes
 
 
-def _xsum(predictions: Texts, references: References) -> Scores:
+def _xsum(predictions: Texts, references: References, java: bool) -> Scores:
     return rouge(predictions, references), []
 
 
-def _boolq(predictions: Texts, references: References) -> Scores:
+def _boolq(predictions: Texts, references: References, java: bool) -> Scores:
     """Case, blanks and full stops aside, a prediction must be the answer."""
 
     def plain(text: str) -> str:
@@ -93,7 +94,7 @@ def _boolq(predictions: Texts, references: References) -> Scores:
     return {"accuracy": sum(right) / len(right)}, []
 
 
-FORMATS: dict[str, Callable[[Texts, References], Scores]] = {
+FORMATS: dict[str, Callable[[Texts, References, bool], Scores]] = {
     "e2e": _e2e,
     "webnlg": _webnlg,
     "xsum": _xsum,

@@ -35,6 +35,8 @@ from ...heads import (
     last_tokens,
     layout_of,
     next_tokens,
+    sum_by_sequence,
+    token_losses,
 )
 from ...layout import SequenceLayout
 from ...pretrained import PreTrainedModel
@@ -318,8 +320,12 @@ class GPT2LMHeadModel(GPT2PreTrainedModel):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         label_smoothing: float = 0.0,
+        score_sequences: bool = False,
     ) -> CausalLMOutput | tuple:
         """Logits at every token or, with `labels`, their mean loss and no logits.
+
+        With `score_sequences` logits are (B, 1), every sequence's log-probability of its labels,
+        and there is no loss and no gradient.
 
         The model moves labels itself: every token is predicted from those before it, and the first
         one of a sequence from none, so that it is never scored. Logits are then formed at scored
@@ -337,8 +343,13 @@ class GPT2LMHeadModel(GPT2PreTrainedModel):
             targets = next_tokens(labels, layout).flatten()
             scored = (targets != -100).nonzero().flatten()  # (N,)
             rows = hidden.flatten(0, -2).index_select(0, scored)  # (N, H)
-            loss = language_model_loss(rows, self.lm_head.weight, targets[scored], label_smoothing)
-            loss = loss / max(1, len(scored))
+            weight, targets = self.lm_head.weight, targets[scored]
+            if score_sequences:
+                losses = token_losses(rows, weight, targets)  # (N,)
+                logits = -sum_by_sequence(losses, scored, layout)[:, None]  # (B, 1)
+            else:
+                loss = language_model_loss(rows, weight, targets, label_smoothing)
+                loss = loss / max(1, len(scored))
         output = CausalLMOutput(loss=loss, logits=logits, **outputs.traced())
         return self.result(output, return_dict)
 

@@ -268,17 +268,18 @@ class NlgData(TaskData):
         if not run.accelerator.is_main_process:
             return {}
         scored: dict[int, dict[str, float]] = {}  # the plain texts come twice
+        notes: list[str] = []
         for variant, texts in decoded.items():
             folder = run.folder.path / SUBMISSION / variant
             path = contexts.write(folder, split, texts)
             print(f"predictions of {split}{f' at {variant}' if variant else ''}: {path}")
             if id(texts) not in scored:
                 scored[id(texts)], notes = contexts.score(texts)
-                for note in notes:
-                    print(note)
             found[variant] |= scored[id(texts)]
             content = json.dumps(found[variant], indent=2) + "\n"
             (folder / f"{split}_metrics.json").write_text(content, encoding="utf-8")
+        for note in notes:
+            print(note)
         return {
             "_".join(filter(None, (split, variant, name))): value
             for variant, values in found.items()

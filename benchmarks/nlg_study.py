@@ -6,7 +6,8 @@
 
 DIR has the folders `e2e` (train.txt, valid.txt, test.txt) and `boolq` (dev.jsonl). Every run is a
 process of `examples.run_nlg` and one line of `--out`; a run that has its line is not repeated.
-Unknown options go to `examples.run_nlg`. All figures are those of the last weights. `--lanes 2` does two runs at a time (with OMP_NUM_THREADS=1).
+Unknown options go to `examples.run_nlg`. All figures are those of the last weights. `--lanes 2`
+does two runs at a time (with OMP_NUM_THREADS=1).
 
     tune    the rates of LoRA and of full fine-tuning on a part of the data, by the loss of held-out
             texts; the other methods have LoRA's
@@ -24,7 +25,6 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from benchmarks.common.studies import RESULTS, markdown
 from examples.data.nlg import instances, read_pairs

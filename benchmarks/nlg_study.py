@@ -50,6 +50,7 @@ METHODS = {
     ).split(),
     "bim_lora": ["--method", "bim_lora", *INCREMENTS, "--block_size", "16"],
     RANDOM: ["--method", "lora", *INCREMENTS],
+    "lora, rank 32": "--method lora --lora_r 32 --lora_alpha 128 --lora_modules all-linear".split(),
 }
 COMMON = (
     "--packing --per_device_train_batch_size 8 --weight_decay 0.01 --warmup_ratio 0.06 "

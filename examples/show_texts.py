@@ -5,19 +5,21 @@ python -m examples.show_texts RUN [COUNT]
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from examples.data.nlg import Instance, instances
-from examples.data.nlg_splits import find_split, read_own
-from examples.data.tasks.nlg import nlg_task
-from examples.errors import RunError
-from examples.program.main import run_main
-from examples.training.run_folder import CONFIG, SUBMISSION
+from examples.errors import RunError, UserError
+
+if TYPE_CHECKING:
+    from examples.data.nlg import Instance
 
 COUNT, WIDTH = 4, 88
+TEXTS = Path("submission") / "test_predictions.txt"  # in a run's folder
 
 
 def written(run: Path) -> list[tuple[Instance, str]]:
@@ -25,8 +27,14 @@ def written(run: Path) -> list[tuple[Instance, str]]:
 
     Raises:
         RunError: the run has decoded nothing.
+        DataError: its test split is not there any more.
     """
-    texts = run / SUBMISSION / "test_predictions.txt"
+    from examples.data.nlg import instances
+    from examples.data.nlg_splits import find_split, read_own
+    from examples.data.tasks.nlg import nlg_task
+    from examples.training.run_folder import CONFIG
+
+    texts = run / TEXTS
     if not texts.is_file():
         raise RunError(f"{texts}: no such file; run examples.run_nlg with --do_predict")
     options = json.loads((run / CONFIG).read_text("utf-8"))
@@ -50,16 +58,24 @@ def _wrapped(start: str, words: str) -> str:
     return textwrap.fill(words, WIDTH, initial_indent=start, subsequent_indent=" " * len(start))
 
 
-def main(argv: list[str]) -> int:
-    """Prints some, spread over the test split."""
-    rows = written(Path(argv[0]))
-    count = min(int(argv[1]) if len(argv) > 1 else COUNT, len(rows))
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints some, spread over the test split; what a user can mend is one line, and status 2."""
+    parser = argparse.ArgumentParser(prog="show_texts", description=__doc__.split("\n\n")[0])
+    parser.add_argument("run", type=Path, help="folder of a run with --do_predict")
+    parser.add_argument("count", type=int, nargs="?", default=COUNT, help="how many (%(default)s)")
+    o = parser.parse_args(argv)
+    try:
+        rows = written(o.run)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    count = max(0, min(o.count, len(rows)))
     for number in range(count):
         instance, text = rows[number * len(rows) // count]
         print(f"\n{shown(instance, text)}")
-    print(f"\nall {len(rows)} texts: {Path(argv[0]) / SUBMISSION / 'test_predictions.txt'}")
+    print(f"\nall {len(rows)} texts: {o.run / TEXTS}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    sys.exit(main())

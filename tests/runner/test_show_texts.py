@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from examples.program import run_main
 from examples.show_texts import main
 
 LINES = [
@@ -35,7 +34,7 @@ def test_texts_stand_beside_their_tables(
     if own:  # a file of one's own in place of a task
         config = {"task_name": None, "test_file": str(run.parent / "test.txt")}
         (run / "config.json").write_text(json.dumps(config))
-    assert run_main(main, [str(run)]) == 0
+    assert main([str(run)]) == 0
     first, second, end = capsys.readouterr().out.strip("\n").split("\n\n")
     assert [line.split(maxsplit=1) for line in first.splitlines()] == [
         ["name", "The Inn"],
@@ -49,5 +48,5 @@ def test_texts_stand_beside_their_tables(
 
 def test_a_run_that_has_decoded_nothing(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "submission" / "test_predictions.txt").unlink()
-    assert run_main(main, [str(run)]) == 2
+    assert main([str(run)]) == 2
     assert "--do_predict" in capsys.readouterr().err

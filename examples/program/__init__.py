@@ -16,6 +16,7 @@ from examples.program.main import MethodOptions, Options, parse, run_main
 
 if TYPE_CHECKING:
     from examples.program.nlg_data import NlgData, language_model
+    from examples.program.pretraining import pretrain
     from examples.program.run import Run, make_accelerator, train_and_evaluate
     from examples.program.task_data import TaskData, sequence_classifier
 
@@ -27,6 +28,7 @@ _WITH_TORCH = {
     "train_and_evaluate": "run",
     "TaskData": "task_data",
     "sequence_classifier": "task_data",
+    "pretrain": "pretraining",
 }
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "language_model",
     "make_accelerator",
     "parse",
+    "pretrain",
     "rows_at_once",
     "run_main",
     "sequence_classifier",

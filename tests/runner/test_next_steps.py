@@ -59,15 +59,17 @@ def test_nothing_is_said_of_a_run_without_result(
 
 
 @pytest.mark.parametrize(
-    ("words", "run"),
+    ("words", "trained", "last"),
     [
-        ([], f"{ROOT}/runs/quickstart"),
-        (["--lora_r", "4", "--output_dir", "here"], "here"),
-        (["--output_dir=there", "--seed", "1"], "there"),
+        ([], "examples.run_glue --task_name wording", f"next_steps {ROOT}/runs/quickstart"),
+        (["--lora_r", "4", "--output_dir", "here"], "examples.run_glue", "next_steps here"),
+        (["--output_dir=there", "--seed", "1"], "examples.run_glue", "next_steps there"),
+        (["e2e"], "examples.run_nlg --task_name e2e", f"show_texts {ROOT}/runs/quickstart_e2e"),
+        (["e2e", "--output_dir", "here"], "examples.run_nlg", "show_texts here"),
     ],
 )
 def test_the_quick_start_ends_with_the_steps_of_its_run(
-    tmp_path: Path, words: list[str], run: str
+    tmp_path: Path, words: list[str], trained: str, last: str
 ) -> None:
     python = tmp_path / "venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
@@ -81,6 +83,11 @@ def test_the_quick_start_ends_with_the_steps_of_its_run(
         check=True,
         capture_output=True,
     )  # fmt: skip
-    *_, trained, last = record.read_text().splitlines()
-    assert trained.startswith("examples.run_glue --task_name wording") and run in trained
-    assert last == f"examples.next_steps {run}"
+    *_, run, after = record.read_text().splitlines()
+    assert run.startswith(trained) and last.split()[1] in run
+    assert after == f"examples.{last}"
+    given = words[1:] if words[:1] == ["e2e"] else words
+    assert run.endswith(" ".join(given)) and " e2e --output_dir" not in run
+    if "e2e" in words:
+        for folder in ("models/gpt2-mini", "examples/data/embedded/museums"):
+            assert f"{ROOT}/{folder}" in run and (ROOT / folder).is_dir()

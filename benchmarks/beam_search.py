@@ -1,42 +1,38 @@
 """Beam search on a CPU: ours beside Transformers' `generate`, a loop per context, and CTranslate2.
 
-    python -m benchmarks.beam_search --contexts 24 --rounds 3
+    pip install --no-deps --target .peers/ctranslate2 ctranslate2
+    OMP_NUM_THREADS=1 python -m benchmarks.beam_search --data_dir DATA --tokenizer DIR
 
-GPT-2 small's shape with random weights whose end depends on the position, beam 10, up to 64 new
-tokens, length penalty 0.8, no repeated 4-gram (the E2E recipe), fp32, one thread. Every side gets
-the same distinct contexts, of 20 to 47 tokens as E2E's are. Sides run in turn, each in a process of
-its own, so that peak memory is its own too; medians of the rounds are printed. Hypotheses are
-compared with Transformers' on one context at a time.
+GPT-2 small's shape with random weights whose end depends on the position, beam 10, length penalty
+0.8, no repeated 4-gram (the E2E recipe), fp32, one thread, CPU time. Every side gets the same
+distinct contexts of E2E's test set, and as many new tokens at most. Each side has a process of its
+own, so that peak memory is its own too, and the sides take turns, round by round; medians and
+ranges are printed. Hypotheses are compared with Transformers' on one context at a time
+(`transformers:1`, which `--once` runs in the first round alone).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
+from benchmarks.common import e2e, peers
+from benchmarks.common.timing import ratio
 
 SETTINGS = {"num_beams": 10, "length_penalty": 0.8, "no_repeat_ngram_size": 4}
-EOS = 50256
-
-
-def make_contexts(count: int) -> list[list[int]]:
-    """Random ids, 20 to 47 of them, as many as E2E's contexts have."""
-    generator = torch.Generator().manual_seed(1)
-    lengths = torch.randint(20, 48, (count,), generator=generator).tolist()
-    return [torch.randint(0, EOS, (n,), generator=generator).tolist() for n in lengths]
+EOS = e2e.EOS
+PEER = peers.PEERS / "ctranslate2"
 
 
 def make_model(folder: Path, layers: int) -> None:
     """Random weights; from some position on, the last state leans towards EOS more and more."""
+    import torch
+
     from transformers_patched import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
@@ -69,6 +65,7 @@ def ours(folder: Path, contexts: list[list[int]], new: int, batch: int) -> Calla
 
 def transformers(folder: Path, contexts: list[list[int]], new: int, batch: int) -> Callable:
     """`generate` on left-padded batches; a context alone (batch 1) needs no padding."""
+    import torch
     import transformers as hf
 
     hf.logging.set_verbosity_error()
@@ -140,78 +137,101 @@ def cut(tokens: list[int]) -> list[int]:
 # ---------------------------------------------------------------------- running them
 
 
-def run_side(name: str, batch: int, folder: Path, contexts: int, new: int) -> dict:
-    """Decodes once in this process; processor seconds, peak memory and the hypotheses."""
+def serve(o: argparse.Namespace) -> None:
+    """A worker: for every request, decodes once and answers."""
+    import resource
+
+    import torch
+
     torch.set_num_threads(1)
-    run = SIDES[name](folder, make_contexts(contexts), new, batch)
-    wall, start = time.perf_counter(), time.process_time()
-    tokens = run()
-    return {
-        "seconds": time.process_time() - start,
-        "wall": time.perf_counter() - wall,
-        "megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "tokens": tokens,
-    }
+    contexts = e2e.contexts(o.data_dir, o.tokenizer, o.contexts)
+    run = SIDES[o.side](o.folder, contexts, o.new, o.batch)
+    for _ in peers.requests():
+        start = time.process_time()
+        tokens = run()
+        seconds = time.process_time() - start
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        peers.tell({"seconds": seconds, "megabytes": peak, "tokens": tokens})
 
 
-def in_a_process(name: str, batch: int, folder: Path, options: argparse.Namespace) -> dict | None:
-    command = [
-        sys.executable, "-m", "benchmarks.beam_search", "--side", name, "--batch", str(batch),
-        "--folder", str(folder), "--contexts", str(options.contexts), "--new", str(options.new),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        print(f"{name} {batch}: {done.stderr.strip().splitlines()[-1]}")
-        return None
-    return json.loads(done.stdout)
+def measure(o: argparse.Namespace, folder: Path) -> dict[str, list[dict]]:
+    """Every side's answers, by its words `name:batch`; those of `--once` have one."""
+    workers = {}
+    for side in (*o.sides, *o.once):
+        name, batch = side.split(":")
+        workers[side] = peers.Worker(
+            "benchmarks.beam_search", "--side", name, "--batch", batch, "--folder", folder,
+            "--contexts", o.contexts, "--new", o.new, "--data_dir", o.data_dir,
+            "--tokenizer", o.tokenizer, peer=PEER if name == "ctranslate2" else None,
+        )  # fmt: skip
+    found: dict[str, list[dict]] = {side: [] for side in workers}
+    for turn in range(o.rounds):
+        for side, worker in workers.items():
+            if turn == 0 or side in o.sides:
+                found[side].append(worker.ask())
+                print(f"round {turn + 1}, {side}: {found[side][-1]['seconds']:.1f} s", flush=True)
+    for worker in workers.values():
+        worker.close()
+    return found
+
+
+def rows(o: argparse.Namespace, found: dict[str, list[dict]]) -> list[dict]:
+    """One row per side: seconds of every round, their ratios to ours in the same round, memory."""
+    reference = found.get("transformers:1") or next(iter(found.values()))
+    expected = reference[0]["tokens"]
+    first = [turn["seconds"] for turn in next(iter(found.values()))]
+    result = []
+    for side, turns in found.items():
+        seconds = [turn["seconds"] for turn in turns]
+        ratios = [a / b for a, b in zip(seconds, first, strict=False)]
+        pairs = zip(turns[0]["tokens"], expected, strict=True)
+        result.append({
+            "what": "beam_search", "side": side, "contexts": o.contexts, "new": o.new,
+            "layers": o.layers, "seconds": seconds, "to_ours": ratio(seconds, first[: len(turns)]),
+            "range": [min(ratios), max(ratios)], "same_hypotheses": sum(a == b for a, b in pairs),
+            "megabytes": statistics.median(turn["megabytes"] for turn in turns),
+            "tokens": sum(map(len, turns[0]["tokens"])) / o.contexts,
+        })  # fmt: skip
+    return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    e2e.add_options(parser)
     parser.add_argument("--contexts", type=int, default=24)
-    parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--new", type=int, default=64, help="new tokens at most")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
-        "--sides", nargs="+", default=["ours:0", "transformers:1", "transformers:4",
-                                       "transformers:8", "loop:1", "ctranslate2:8"],
-        help="name:batch, where 0 lets ours choose",
+        "--sides", nargs="+", default=["ours:0", "transformers:4", "ctranslate2:8", "loop:1"],
+        help="name:batch, where 0 lets ours choose; the first one is what others are compared with",
     )  # fmt: skip
-    parser.add_argument("--side", help=argparse.SUPPRESS)
+    once = ["transformers:1", "transformers:2", "transformers:8"]
+    parser.add_argument("--once", nargs="*", default=once, help="sides of the first round alone")
+    parser.add_argument("--out", type=Path, help="append the figures to this file as JSON lines")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--batch", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.side:
-        sizes = options.folder, options.contexts, options.new
-        print(json.dumps(run_side(options.side, options.batch, *sizes)))
+    o = parser.parse_args()
+    if o.data_dir is None or o.tokenizer is None:
+        parser.error("--data_dir and --tokenizer are needed")
+    if o.side:
+        serve(o)
         return
     with tempfile.TemporaryDirectory() as folder:
-        make_model(Path(folder), options.layers)
-        compare(Path(folder), options)
-
-
-def compare(folder: Path, options: argparse.Namespace) -> None:
-    """Runs the sides in turn and prints medians, ratios to ours, and how many tokens agree."""
-    sides = [(name, int(batch)) for name, batch in (side.split(":") for side in options.sides)]
-    runs: dict[tuple[str, int], list[dict]] = {side: [] for side in sides}
-    for _ in range(options.rounds):
-        for side in sides:
-            if (result := in_a_process(*side, folder, options)) is not None:
-                runs[side].append(result)
-    done = {side: results for side, results in runs.items() if results}
-    reference = done.get(("transformers", 1)) or next(iter(done.values()))
-    expected = reference[0]["tokens"]
-    mean = sum(map(len, expected)) / len(expected)
-    print(f"{options.contexts} contexts, hypotheses of {mean:.1f} tokens in the mean")
-    print(f"{'side':>14} {'batch':>5} {'CPU s':>7} {'to ours':>8} {'MB':>6}  same hypotheses")
-    base = statistics.median(r["seconds"] for r in next(iter(done.values())))
-    for (name, batch), results in done.items():
-        seconds = statistics.median(r["seconds"] for r in results)
-        memory = statistics.median(r["megabytes"] for r in results)
-        pairs = zip(results[0]["tokens"], expected, strict=True)
-        same = sum(a == b for a, b in pairs)
-        ratio = seconds / base
-        print(f"{name:>14} {batch:>5} {seconds:>7.1f} {ratio:>8.2f} {memory:>6.0f}  {same}")
+        make_model(Path(folder), o.layers)
+        table = rows(o, measure(o, Path(folder)))
+    print("| side | CPU s | to ours | MB | tokens | same hypotheses |\n|---|---|---|---|---|---|")
+    for row in table:
+        low, high = row["range"]
+        print(
+            f"| {row['side']} | {statistics.median(row['seconds']):.1f} | {row['to_ours']:.2f}× "
+            f"({low:.2f}–{high:.2f}) | {row['megabytes']:.0f} | {row['tokens']:.1f} "
+            f"| {row['same_hypotheses']} of {o.contexts} |"
+        )
+    if o.out:
+        with o.out.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in table)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Every function takes the tokens of a batch padded, (B, L, ...), or packed, (T, .
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -368,9 +369,35 @@ def span_loss(
 # ---------------------------------------------------------------------- activations
 
 
+NUMBERS_AT_ONCE = 1 << 17  # of an activation: its steps meet them in a CPU's caches
+
+
 def _gelu_tanh(x: Tensor) -> Tensor:
     """0.5·x·(1 + tanh(√(2/π)·(x + 0.044715·x³)))"""
+    if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling():
+        return _GeluBySigmoid.apply(x)
     return F.gelu(x, approximate="tanh")
+
+
+class _GeluBySigmoid(torch.autograd.Function):
+    """The same as x·σ(2·√(2/π)·(x + 0.044715·x³)): a CPU's σ takes a third of its tanh's time."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        ctx.save_for_backward(x)
+        factor, y = 2.0 * math.sqrt(2.0 / math.pi), torch.empty_like(x)
+        parts = (z.view(-1).split(NUMBERS_AT_ONCE) for z in (x, y))
+        for part, out in zip(*parts, strict=True):
+            gate = (part * part).mul_(0.044715 * factor).add_(factor).mul_(part).sigmoid_()
+            torch.mul(part, gate, out=out)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -9,9 +9,8 @@ branches are used again. So attention reads, for all hypotheses of a context, on
 
 from __future__ import annotations
 
-import math
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention import attention
@@ -22,7 +21,7 @@ class KeyValuePool:
     """Slots of `lanes` contexts; lane i is one context with at most `beams` hypotheses.
 
     Attributes:
-        keys: Per layer (lanes, heads, slots, d); `values` likewise.
+        keys: Per layer (lanes, slots, heads, d); `values` likewise.
         visible: (lanes, beams, slots) bool, the slots that each hypothesis reads.
         width: Slots from the first that are in use in any lane.
     """
@@ -30,11 +29,11 @@ class KeyValuePool:
     def __init__(
         self, layers: int, heads: int, size: int, lanes: int, beams: int, slots: int, like: Tensor
     ) -> None:
-        shape = (lanes, heads, slots, size)
+        shape = (lanes, slots, heads, size)
         self.keys = [like.new_zeros(shape) for _ in range(layers)]
         self.values = [like.new_zeros(shape) for _ in range(layers)]
         self.visible = like.new_zeros((lanes, beams, slots), dtype=torch.bool)
-        self.heads, self.beams, self.width = heads, beams, 0
+        self.beams, self.width = beams, 0
 
     def reserve(self, width: int) -> None:
         """Notes that `width` slots are in use; makes more where there are not so many."""
@@ -45,25 +44,18 @@ class KeyValuePool:
         more = width + width // 4 - slots
         for store in (self.keys, self.values):
             for layer, old in enumerate(store):
-                store[layer] = torch.nn.functional.pad(old, (0, 0, 0, more))
-        self.visible = torch.nn.functional.pad(self.visible, (0, more))
+                store[layer] = F.pad(old, (0, 0, 0, 0, 0, more))
+        self.visible = F.pad(self.visible, (0, more))
 
-    def rows(self, lanes: Tensor, slots: Tensor) -> Tensor:
-        """(N·heads,) rows of the stores, (lanes·heads·slots, d), where N tokens belong."""
-        head = torch.arange(self.heads, device=lanes.device)
-        in_lane = lanes[:, None] * self.heads + head  # (N, heads)
-        return (in_lane * self.visible.shape[-1] + slots[:, None]).flatten()
-
-    def write(self, layer: int, rows: Tensor, key: Tensor, value: Tensor) -> None:
-        """Stores keys and values (N, heads, d) at `rows`."""
-        size = key.shape[-1]
-        self.keys[layer].view(-1, size).index_copy_(0, rows, key.reshape(-1, size))
-        self.values[layer].view(-1, size).index_copy_(0, rows, value.reshape(-1, size))
+    def write(self, layer: int, lanes: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
+        """Stores keys and values (N, heads, d) of N tokens at `slots` (N,) of `lanes` (N,)."""
+        self.keys[layer][lanes, slots] = key
+        self.values[layer][lanes, slots] = value
 
     def move(self, source: int, target: int) -> None:
         """Puts lane `source` in place of lane `target`."""
         for store in (*self.keys, *self.values):
-            store[target, :, : self.width] = store[source, :, : self.width]
+            store[target, : self.width] = store[source, : self.width]
         self.visible[target] = self.visible[source]
 
 
@@ -78,11 +70,10 @@ class Prefill:
         slots = torch.arange(pool.visible.shape[-1], device=layout.device)
         pool.visible[first_lane:end] = False
         pool.visible[first_lane:end, 0] = slots < lengths[:, None]
-        lanes = first_lane + layout.sequence_ids()  # (T,)
-        self._rows = pool.rows(lanes, layout.position_ids())
+        self._places = first_lane + layout.sequence_ids(), layout.position_ids()  # (T,) each
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        self.pool.write(layer, self._rows, key, value)
+        self.pool.write(layer, *self._places, key, value)
         return attention(query, key, value, self.layout, causal=True)
 
 
@@ -106,23 +97,22 @@ class Step:
         visible = pool.visible[lane, parents]  # (n, beams, slots)
         visible.flatten(0, 1)[places, slots] = True
         pool.visible[:lanes] = visible
-        self._rows = pool.rows(places // pool.beams, slots)
-        like = pool.keys[0]
-        mask = like.new_zeros(lanes, 1, pool.beams, pool.width)
-        mask.masked_fill_(~visible[:, None, :, : pool.width], torch.finfo(like.dtype).min)
-        self._mask = mask.expand(-1, pool.heads, -1, -1).flatten(0, 1)  # (n·heads, beams, width)
+        self._lanes_of, self._slots = places // pool.beams, slots
+        mask = pool.keys[0].new_zeros(lanes, 1, pool.beams, pool.width)
+        lowest = torch.finfo(mask.dtype).min
+        self._mask = mask.masked_fill_(~visible[:, None, :, : pool.width], lowest)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         pool, n = self.pool, self.lanes
-        heads, size = query.shape[1:]
-        pool.write(layer, self._rows, key, value)
+        pool.write(layer, self._lanes_of, self._slots, key, value)
         if not self.full:
-            rows = query.new_zeros(n * pool.beams, heads, size)
+            rows = query.new_zeros(n * pool.beams, *query.shape[1:])
             query = rows.index_copy_(0, self.places, query)
-        q = query.view(n, pool.beams, heads, size).transpose(1, 2).flatten(0, 1)
-        k = pool.keys[layer][:n].flatten(0, 1)[:, : pool.width]  # (n·heads, width, d)
-        v = pool.values[layer][:n].flatten(0, 1)[:, : pool.width]
-        scores = torch.baddbmm(self._mask, q, k.transpose(1, 2), alpha=1.0 / math.sqrt(size))
-        context = torch.softmax(scores, -1) @ v  # (n·heads, beams, d)
-        context = context.view(n, heads, pool.beams, size).transpose(1, 2).flatten(0, 1)
+        q = query.view(n, pool.beams, *query.shape[1:]).transpose(1, 2)  # (n, heads, beams, d)
+        k, v = (
+            store[layer][:n, : pool.width].transpose(1, 2)  # (n, heads, width, d)
+            for store in (pool.keys, pool.values)
+        )
+        context = F.scaled_dot_product_attention(q, k, v, self._mask)
+        context = context.transpose(1, 2).flatten(0, 1)  # (n·beams, heads, d)
         return context if self.full else context.index_select(0, self.places)

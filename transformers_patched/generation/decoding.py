@@ -192,7 +192,7 @@ class Decoding:
         if self.options.edits_scores:
             self.scores.edit(rows, None)
         if self.draws is None:
-            tokens = self.scores.values.argmax(1)
+            tokens = self.scores.highest()
         else:
             drawn = torch.stack([self.draws[s.number, s.length] for s, _ in rows])
             tokens = self.scores.sample(drawn.to(self.device), self.options)

@@ -4,7 +4,7 @@ Two rule books for beams. With S = Σ log p over a hypothesis of n new tokens, E
 
 * "lora", Microsoft's `gpt2_beam.py` (Hu et al. 2021): of all continuations the best `num_beams` are
   kept. Those that end leave, and compete by S / n^length_penalty for one place; the others go on,
-  however few. Repetitions are looked for in the new tokens alone.
+  however few, while they can still win. Repetitions are looked for in the new tokens alone.
 * "transformers", as Transformers 5 searches one context: of max(2, 1 + |EOS|)·num_beams
   continuations those among the first `num_beams` may end, the best `num_beams` others go on, and
   `num_beams` ended ones are kept. Repetitions are looked for in context and new tokens.
@@ -108,8 +108,8 @@ class OriginalBeam(Search):
                 live.append(child)
             elif (final := self._final(score, self.length)) > self.best_score:
                 self.best, self.best_score = child, final
-        self.live = live
-        self.done = bool(live) and self.best_score >= self._bound(live[0].score)
+        # What cannot win is not continued. Whatever takes its place has a lower S and cannot win.
+        self.live = [child for child in live if self._bound(child.score) > self.best_score]
 
     def _bound(self, score: float) -> float:
         """What a live hypothesis of this S can reach: S only falls, so its length is all it has."""

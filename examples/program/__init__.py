@@ -15,10 +15,13 @@ from examples.program.batching import accumulation, rows_at_once
 from examples.program.main import MethodOptions, Options, parse, run_main
 
 if TYPE_CHECKING:
+    from examples.program.choice_data import ChoiceData, choice_model
     from examples.program.run import Run, make_accelerator, train_and_evaluate
     from examples.program.task_data import TaskData, sequence_classifier
 
 _WITH_TORCH = {
+    "ChoiceData": "choice_data",
+    "choice_model": "choice_data",
     "Run": "run",
     "make_accelerator": "run",
     "train_and_evaluate": "run",
@@ -27,12 +30,14 @@ _WITH_TORCH = {
 }
 
 __all__ = [
+    "ChoiceData",
     "MethodOptions",
     "OptionError",
     "Options",
     "Run",
     "TaskData",
     "accumulation",
+    "choice_model",
     "make_accelerator",
     "parse",
     "rows_at_once",

@@ -80,12 +80,12 @@ def test_questions_that_differ_are_each_as_alone(pair: tuple[Any, Any]) -> None:
             output = model(**call, **more, **width)
             assert output.logits.shape == (3, width.get("num_choices", 5))
             for logits, question in zip(output.logits, alone, strict=True):
-                torch.testing.assert_close(
-                    logits[: len(question)], question, atol=1e-5, rtol=1e-5
-                )
+                torch.testing.assert_close(logits[: len(question)], question, atol=1e-5, rtol=1e-5)
                 assert (logits[len(question) :] == torch.finfo(torch.float32).min).all()
             torch.testing.assert_close(output.loss, sum(losses) / 3, atol=1e-5, rtol=1e-5)
-            [grad] = torch.autograd.grad(output.loss, model.base_model.get_input_embeddings().weight)
+            [grad] = torch.autograd.grad(
+                output.loss, model.base_model.get_input_embeddings().weight
+            )
             torch.testing.assert_close(grad, wanted, atol=1e-6, rtol=1e-4)
 
 

@@ -1,28 +1,33 @@
 """Tokenises a split once, into flat arrays, and caches them on disk.
 
 The cache key is a hash of everything the tokens depend on: the texts, the tokenizer itself, the
-maximal length, what is cut first, the version of this code.
+maximal length, the version of this code. A file that was truncated or altered fails its checksum,
+is reported and written again. A full disk costs the cache, never the run.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
+import warnings
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
-from examples.data.cache import default_cache_dir, hash_of, load_arrays, store_arrays
 from examples.data.readers import RawSplit
+from transformers_patched.files import write_atomically
 
 if TYPE_CHECKING:
     from transformers_patched.tokenization import PreTrainedTokenizer
 
 VERSION = "1"  # raise it when the meaning of the cached arrays changes
 CHUNK = 4096  # sentences tokenised at once: bounds the memory of Python lists
-ARRAYS = ("tokens", "offsets", "first")
 
 
 @dataclass(frozen=True)
@@ -56,29 +61,31 @@ class EncodedSplit:
         return np.diff(self.offsets)
 
 
+def default_cache_dir() -> Path:
+    """`$RANKWISE_CACHE`, else `~/.cache/rankwise`."""
+    return Path(os.environ.get("RANKWISE_CACHE") or Path.home() / ".cache" / "rankwise")
+
+
 def encode(
     raw: RawSplit,
     tokenizer: PreTrainedTokenizer,
     max_length: int,
     *,
-    truncation: str = "longest_first",
     cache_dir: str | os.PathLike[str] | None = None,
     cache: bool = True,
 ) -> EncodedSplit:
-    """Token ids of every row, cut to `max_length`.
+    """Token ids of every row, cut to `max_length` (the longer sentence of a pair first).
 
     Args:
         raw: from `examples.data.readers`.
         tokenizer: from `transformers_patched`.
         max_length: tokens per row, special tokens included.
-        truncation: what of a pair is cut: "longest_first" or "only_first".
         cache_dir: where the arrays are kept; default `default_cache_dir()`.
         cache: False neither reads nor writes the cache.
 
     Raises:
         ValueError: the model takes fewer tokens, or the tokenizer has no padding token, or its
-            token types are not 0 then 1 in a row; or the first sentence of a pair cannot be cut
-            enough.
+            token types are not 0 then 1 in a row.
     """
     limit = tokenizer.model_max_length
     if max_length > limit:
@@ -86,22 +93,21 @@ def encode(
             f"max_length={max_length} is more than the {limit} tokens this model "
             f"takes; use {limit} or less"
         )
-    keys = {"texts": _text_key(raw.text), "tokenizer": hash_of(tokenizer.fingerprint().encode())}
+    keys = {"texts": _text_key(raw.text), "tokenizer": _hash(tokenizer.fingerprint().encode())}
     path = None
     if cache:
         folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
-        cut = "" if truncation == "longest_first" else f" {truncation}"
-        name = hash_of(f"{VERSION} {max_length} {keys}{cut}".encode())
+        name = _hash(f"{VERSION} {max_length} {keys}".encode())
         path = folder / "encoded" / f"{name}.safetensors"
-    arrays = load_arrays(path, ARRAYS) if path is not None else None
+    arrays = _load(path) if path is not None else None
     if arrays is None:
-        arrays = _tokenise(raw, tokenizer, max_length, truncation)
+        arrays = _tokenise(raw, tokenizer, max_length)
         if path is not None:
-            store_arrays(path, arrays, "the encoded data")
+            _store(path, arrays)
     labels = None
     if raw.labels is not None:
         labels = np.asarray(raw.labels, np.float32 if raw.task.regression else np.int64)
-        keys["labels"] = hash_of(labels.tobytes())
+        keys["labels"] = _hash(labels.tobytes())
     if tokenizer.pad_token_id is None:
         raise ValueError("this tokenizer has no pad_token: set one before encoding")
     return EncodedSplit(
@@ -116,7 +122,7 @@ def encode(
 
 
 def _tokenise(
-    raw: RawSplit, tokenizer: PreTrainedTokenizer, max_length: int, truncation: str
+    raw: RawSplit, tokenizer: PreTrainedTokenizer, max_length: int
 ) -> dict[str, np.ndarray]:
     """The arrays `tokens`, `offsets` and `first` of an `EncodedSplit`."""
     tokens, lengths, first = [], [], []
@@ -124,7 +130,7 @@ def _tokenise(
         text = [column[start : start + CHUNK] for column in raw.text]
         batch = tokenizer(
             *text,
-            truncation=truncation,
+            truncation=True,
             max_length=max_length,
             return_token_type_ids=True,
             return_attention_mask=False,
@@ -163,4 +169,51 @@ def _text_key(columns: Sequence[list[str]]) -> str:
         # Lengths first: the same characters split otherwise are other rows.
         parts.append(np.fromiter(map(len, column), np.int64, len(column)).tobytes())
         parts.append("".join(column).encode())
-    return hash_of(*parts)
+    return _hash(*parts)
+
+
+def _hash(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:40]
+
+
+def _checksum(arrays: dict[str, np.ndarray]) -> str:
+    """CRC-32 of all arrays, eight hexadecimal digits."""
+    total = 0
+    for name in ("tokens", "offsets", "first"):
+        total = zlib.crc32(np.ascontiguousarray(arrays[name]).tobytes(), total)
+    return f"{total:08x}"
+
+
+def _load(path: Path) -> dict[str, np.ndarray] | None:
+    """The cached arrays; None where there are none, or, with a warning, where they are damaged."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="numpy") as file:
+            arrays = {name: file.get_tensor(name) for name in ("tokens", "offsets", "first")}
+            known = (file.metadata() or {}).get("crc32")
+        if known != _checksum(arrays):
+            raise ValueError("the checksum does not match")
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        warnings.warn(
+            f"{path}: this cache file is damaged ({error}); it is made anew", stacklevel=3
+        )
+        return None
+    return arrays
+
+
+def _store(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Keeps the arrays, whole or not at all; warns where that cannot be done."""
+    data = save(arrays, metadata={"crc32": _checksum(arrays)})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda aside: aside.write_bytes(data))
+    except OSError as error:
+        warnings.warn(
+            f"{path.parent}: cannot keep the encoded data ({error.strerror or error}); "
+            "it will be made again next time, or set RANKWISE_CACHE to another folder",
+            stacklevel=3,
+        )

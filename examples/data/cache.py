@@ -41,13 +41,18 @@ def cached(
         key: everything that they depend on.
         cache_dir: where they are kept; None: `default_cache_dir()`.
     """
-    folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
-    path = folder / "encoded" / f"{hash_of(key.encode())}.safetensors"
-    arrays = _load(path, names)
+    path = cache_file("encoded", key, cache_dir)
+    arrays = load(path, names)
     if arrays is None:
         arrays = make()
-        _store(path, arrays)
+        store(path, arrays, "the encoded data")
     return arrays
+
+
+def cache_file(kind: str, key: str, cache_dir: str | os.PathLike[str] | None) -> Path:
+    """Where the arrays of a kind that depend on `key` are kept."""
+    folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+    return folder / kind / f"{hash_of(key.encode())}.safetensors"
 
 
 def hash_of(*parts: bytes) -> str:
@@ -76,7 +81,7 @@ def _checksum(arrays: Mapping[str, np.ndarray], names: Sequence[str]) -> str:
     return f"{total:08x}"
 
 
-def _load(path: Path, names: Sequence[str]) -> Arrays | None:
+def load(path: Path, names: Sequence[str]) -> Arrays | None:
     """The cached arrays; None where there are none, or, with a warning, where they are damaged."""
     if not path.exists():
         return None
@@ -94,15 +99,21 @@ def _load(path: Path, names: Sequence[str]) -> Arrays | None:
     return arrays
 
 
-def _store(path: Path, arrays: Arrays) -> None:
-    """Keeps the arrays, whole or not at all; warns where that cannot be done."""
+def store(path: Path, arrays: Arrays, what: str) -> None:
+    """Keeps the arrays, whole or not at all; warns where that cannot be done.
+
+    Args:
+        path: the file.
+        arrays: by name.
+        what: they are, for the warning.
+    """
     data = save(arrays, metadata={"crc32": _checksum(arrays, list(arrays))})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda aside: aside.write_bytes(data))
     except OSError as error:
         warnings.warn(
-            f"{path.parent}: cannot keep the encoded data ({error.strerror or error}); "
+            f"{path.parent}: cannot keep {what} ({error.strerror or error}); "
             "it will be made again next time, or set RANKWISE_CACHE to another folder",
             stacklevel=4,
         )

@@ -1,7 +1,7 @@
 """Tokenises a split once, into flat arrays, and caches them on disk.
 
 The cache key is a hash of everything the tokens depend on: the texts, the tokenizer itself, the
-maximal length, the version of this code.
+maximal length, what is cut first, the version of this code.
 """
 
 from __future__ import annotations
@@ -63,21 +63,24 @@ def encode(
     tokenizer: PreTrainedTokenizer,
     max_length: int,
     *,
+    truncation: str = "longest_first",
     cache_dir: str | os.PathLike[str] | None = None,
     cache: bool = True,
 ) -> EncodedSplit:
-    """Token ids of every row, cut to `max_length` (the longer sentence of a pair first).
+    """Token ids of every row, cut to `max_length`.
 
     Args:
         raw: from `examples.data.readers`.
         tokenizer: from `transformers_patched`.
         max_length: tokens per row, special tokens included.
+        truncation: what of a pair is cut: "longest_first" or "only_first".
         cache_dir: where the arrays are kept; default `default_cache_dir()`.
         cache: False neither reads nor writes the cache.
 
     Raises:
         ValueError: the model takes fewer tokens, or the tokenizer has no padding token, or its
-            token types are not 0 then 1 in a row.
+            token types are not 0 then 1 in a row; or the first sentence of a pair cannot be cut
+            enough.
     """
     limit = tokenizer.model_max_length
     if max_length > limit:
@@ -86,8 +89,9 @@ def encode(
             f"takes; use {limit} or less"
         )
     keys = {"texts": text_key(raw.text), "tokenizer": hash_of(tokenizer.fingerprint().encode())}
-    make = partial(_tokenise, raw, tokenizer, max_length)
-    key = f"{VERSION} {max_length} {keys}"
+    make = partial(_tokenise, raw, tokenizer, max_length, truncation)
+    cut = "" if truncation == "longest_first" else f" {truncation}"
+    key = f"{VERSION} {max_length} {keys}{cut}"
     arrays = cached(make, ARRAYS, key, cache_dir) if cache else make()
     labels = None
     if raw.labels is not None:
@@ -107,7 +111,7 @@ def encode(
 
 
 def _tokenise(
-    raw: RawSplit, tokenizer: PreTrainedTokenizer, max_length: int
+    raw: RawSplit, tokenizer: PreTrainedTokenizer, max_length: int, truncation: str
 ) -> dict[str, np.ndarray]:
     """The arrays `tokens`, `offsets` and `first` of an `EncodedSplit`."""
     tokens, lengths, first = [], [], []
@@ -115,7 +119,7 @@ def _tokenise(
         text = [column[start : start + CHUNK] for column in raw.text]
         batch = tokenizer(
             *text,
-            truncation=True,
+            truncation=truncation,
             max_length=max_length,
             return_token_type_ids=True,
             return_attention_mask=False,

@@ -30,7 +30,7 @@ from examples.training.distillation import ANSWERS, TARGETS, Loss, distilled_los
 from peft_custom import PeftModel
 from peft_custom.digest import digest
 from peft_custom.save_and_load import AdapterFile, adapter_folder, read_adapter
-from transformers_patched import AutoConfig, AutoTokenizer
+from transformers_patched import AutoConfig, AutoTokenizer, CheckpointError
 
 VERSION = "1"  # raise it when the same teacher gives other logits
 KEPT_BYTES = 1 << 31  # logits of more than this are made anew for every batch
@@ -84,7 +84,7 @@ class Teacher:
         """What `do` returns; what it finds wrong is the teacher's fault."""
         try:
             return do(*args, **kwargs)
-        except (ValueError, NotImplementedError, OSError) as error:
+        except (ValueError, NotImplementedError, OSError, CheckpointError) as error:
             raise self._wrong(str(error)) from error
 
     def _check_labels(self, base: str, source: ModelSource, trained: bool) -> None:
@@ -105,18 +105,18 @@ class Teacher:
     def _check_tokens(self, base: str, tokenizer: Any) -> None:
         """The teacher gets the run's token ids, so both must have the same tokens."""
         own = self._asked(AutoTokenizer.from_pretrained, base)
-        ask = [PROBE], [PROBE[::-1]]
-        same = own.get_vocab() == tokenizer.get_vocab()
-        if not same or own(*ask)["input_ids"] != tokenizer(*ask)["input_ids"]:
-            raise self._wrong(
-                "its tokenizer is another one than this run's model has, so it would read other "
-                "words: choose a teacher of the same family"
-            )
         length = self.data.options.max_length
         if own.model_max_length < length:
             raise self._wrong(
                 f"it takes {own.model_max_length} tokens: give --max_length "
                 f"{own.model_max_length} or less instead of {length}"
+            )
+        pair = [PROBE], [PROBE[::-1]]
+        both = [t(*pair, truncation=True, max_length=length) for t in (own, tokenizer)]
+        if own.get_vocab() != tokenizer.get_vocab() or both[0].input_ids != both[1].input_ids:
+            raise self._wrong(
+                "its tokenizer is another one than this run's model has, so it would read other "
+                "words: choose a teacher of the same family"
             )
 
     def _load(self, base: str, adapter: AdapterFile | None, source: ModelSource) -> nn.Module:
@@ -138,7 +138,9 @@ class Teacher:
 
     # -- teaching -------------------------------------------------------------------------------
 
-    def teach(self, train: TrainingBatches, collate: Collate, own: Loss | None) -> tuple[Collate, Loss]:
+    def teach(
+        self, train: TrainingBatches, collate: Collate, own: Loss | None
+    ) -> tuple[Collate, Loss]:
         """The run's collate and loss, with the teacher in them.
 
         Args:

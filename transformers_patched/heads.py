@@ -95,7 +95,7 @@ class QuestionAnsweringModelOutput(ModelOutput):
 
 class MultipleChoiceModelOutput(ModelOutput):
     loss: Tensor | None
-    logits: Tensor  # (B, choices)
+    logits: Tensor  # (Q, choices), the lowest number of the dtype where a question has fewer
     hidden_states: tuple[Tensor, ...] | None
     attentions: tuple[Tensor, ...] | None
 
@@ -176,10 +176,51 @@ def flatten_choices(*tokens: Tensor | None) -> tuple[int, tuple[Tensor | None, .
     return given[0].shape[1], tuple(None if x is None else x.flatten(0, 1) for x in tokens)
 
 
-def count_choices(labels: Tensor | None, layout: SequenceLayout) -> int:
+def choice_logits(
+    scores: Tensor,
+    layout: SequenceLayout,
+    labels: Tensor | None,
+    num_choices: int | None,
+    counts: Tensor | None,
+) -> Tensor:
+    """(S, 1) scores of all sequences, one question's after another's, to (Q, choices).
+
+    Args:
+        scores: one for every sequence.
+        layout: of the sequences.
+        labels: (Q,); without counts and `num_choices` they say how many choices a question has.
+        num_choices: of every question; with counts the most of them, or a GPU is asked for it.
+        counts: (Q,) choices of each question, where they differ. After a question's last one comes
+            the lowest number of the dtype, of which a softmax makes 0, and no gradient.
+
+    Raises:
+        ValueError: the sequences are not so many choices (a GPU stops at wrong counts).
+    """
+    if counts is None:
+        return scores.view(-1, num_choices or _choices_per_label(labels, layout))
+    counts = counts.to(device=scores.device, dtype=torch.int64)
+    columns = int(counts.max()) if num_choices is None else num_choices
+    good = (counts.sum() == len(scores)) & (counts > 0).all() & (counts <= columns).all()
+    message = (
+        f"choice_counts must be at least 1, at most num_choices={columns}, and add up to the "
+        f"{len(scores)} sequences"
+    )
+    if scores.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async(good, message)
+    elif not good:
+        raise ValueError(f"{message}; they are {counts.tolist()}")
+    questions = torch.arange(len(counts), device=scores.device)
+    question = questions.repeat_interleave(counts, output_size=len(scores))  # (S,)
+    first = (counts.cumsum(0) - counts)[question]  # (S,) where each one's question starts
+    place = torch.arange(len(scores), device=scores.device) - first  # (S,)
+    empty = scores.new_full((len(counts), columns), torch.finfo(scores.dtype).min)
+    return empty.index_put((question, place), scores[:, 0])
+
+
+def _choices_per_label(labels: Tensor | None, layout: SequenceLayout) -> int:
     """The choices per question of a packed call, which has one label per question."""
     if labels is None:
-        raise ValueError("packed multiple choice without labels needs num_choices")
+        raise ValueError("packed multiple choice without labels needs num_choices or choice_counts")
     choices, rest = divmod(layout.num_sequences, labels.numel())
     if rest:
         raise ValueError(
@@ -226,7 +267,7 @@ def classification_loss(logits: Tensor, labels: Tensor, config: PretrainedConfig
     if kind == "regression":
         return F.mse_loss(logits.reshape(labels.shape), labels.float())
     if kind == "single_label_classification":
-        return F.cross_entropy(logits.view(-1, config.num_labels), labels.view(-1).long())
+        return F.cross_entropy(logits, labels.view(-1).long())
     return F.binary_cross_entropy_with_logits(logits, labels.float())
 
 

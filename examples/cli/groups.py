@@ -231,9 +231,30 @@ class TrainingOptions:
             )
 
 
+@dataclass(frozen=True)
+class TeacherOptions:
+    teacher: str | None = option(
+        None,
+        "learn from this trained model's predictions too: a model's or an adapter's folder, or "
+        "that of a run; it must know the same labels and tokens",
+    )
+    alpha_distil: float = option(0.5, "weight of T²·KL(teacher ‖ student)", low=0)
+    alpha_ce: float = option(0.5, "weight of the loss against the labels", low=0)
+    temperature: float = option(2.0, "T: both models' logits are divided by it", low=0)
+
+    def __post_init__(self) -> None:
+        if self.temperature == 0:
+            raise OptionError("--temperature 0: must be more than 0, such as 2.0")
+        if self.teacher is not None and self.alpha_distil == 0:
+            raise OptionError(
+                "--alpha_distil 0 leaves --teacher nothing to do: leave the teacher out"
+            )
+
+
 # What every program that trains on a task has; method and optimiser add theirs.
 OPTION_CLASSES: dict[str, type] = {
     "model": ModelOptions,
     "data": DataOptions,
     "training": TrainingOptions,
+    "teacher": TeacherOptions,
 }

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -28,6 +28,17 @@ from examples.data.encode import EncodedSplit
 CHUNK = 50  # global batches sorted together: enough to fill buckets, few enough to stay random
 ORDERS = ("bucket", "random")
 NO_COUNT = 1e-4  # added to counts, so that a global batch in which nothing counts has no loss
+
+
+class Rows(Protocol):
+    """What batching must know of a split: what a row is, and its tensors, is its collate's."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(n,) tokens per row."""
+        ...
+
+    def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -86,7 +97,7 @@ class TrainingBatches:
 
     def __init__(
         self,
-        split: EncodedSplit,
+        split: Rows,
         batch_size: int,
         *,
         accumulation: int = 1,
@@ -184,7 +195,7 @@ class TrainingBatches:
 
 
 def evaluation_batches(
-    split: EncodedSplit,
+    split: Rows,
     batch_size: int,
     *,
     processes: int = 1,
@@ -312,7 +323,7 @@ def _halve(pieces: list[np.ndarray], count: int, lengths: np.ndarray) -> list[np
     return pieces
 
 
-def _check_budget(split: EncodedSplit, max_tokens: int | None) -> None:
+def _check_budget(split: Rows, max_tokens: int | None) -> None:
     """Raises ValueError where the longest row alone has more than `max_tokens`."""
     if max_tokens is None or not len(split):
         return

@@ -192,7 +192,7 @@ def find_split(task: Task, data_dir: Path, split: str) -> list[Path]:
     named = [
         child
         for child in sorted(data_dir.iterdir())
-        if child.is_dir() and plain_name(child.name) == task.name
+        if child.is_dir() and plain_name(child.name) == plain_name(task.name)
     ]
     if len(named) > 1:
         raise DataError(
@@ -201,6 +201,8 @@ def find_split(task: Task, data_dir: Path, split: str) -> list[Path]:
         )
     folder = named[0] if named else data_dir
     stems = SPLIT_FILES.get(split, (split,))
+    if task.prefix:
+        stems = (*stems, *(task.prefix + stem.capitalize() for stem in stems))
     present = sorted(path for path in folder.iterdir() if path.is_file())
     found = [path for path in present if path.suffix in FORMATS and path.stem in stems]
     if len(found) > 1:
@@ -231,7 +233,7 @@ def _from_table(table: Table, task: Task, split: str, columns: Columns | None = 
     found = ""
     if task.name == CUSTOM.name and not task.text:
         task, found = describe(table, task, columns)
-    text = tuple(_text(table, _column(table, name, task)) for name in task.text)
+    text = tuple(texts(table, _column(table, name, task)) for name in task.text)
     labels = _labels(table, task, split)
     index = next((name for name in INDEX_COLUMNS if name in table.columns), None)
     ids = table.columns[index] if index else list(range(len(table.lines)))
@@ -259,8 +261,12 @@ def _find(table: Table, column: str, task: Task) -> str | None:
     return next((name for name in task.column_names(column) if name in table.columns), None)
 
 
-def _text(table: Table, column: str) -> list[str]:
-    """A column of n strings that UTF-8 can hold."""
+def texts(table: Table, column: str) -> list[str]:
+    """A column of n strings that UTF-8 can hold.
+
+    Raises:
+        DataError: a value is something else.
+    """
     values = table.columns[column]
     for row, value in enumerate(values):
         if not isinstance(value, str):

@@ -17,12 +17,15 @@ from examples.program.main import MethodOptions, Options, parse, run_main
 if TYPE_CHECKING:
     from examples.program.nlg_data import NlgData, language_model
     from examples.program.pretraining import pretrain
+    from examples.program.choice_data import ChoiceData, choice_model
     from examples.program.run import Run, make_accelerator, train_and_evaluate
     from examples.program.task_data import TaskData, sequence_classifier
 
 _WITH_TORCH = {
     "NlgData": "nlg_data",
     "language_model": "nlg_data",
+    "ChoiceData": "choice_data",
+    "choice_model": "choice_data",
     "Run": "run",
     "make_accelerator": "run",
     "train_and_evaluate": "run",
@@ -32,6 +35,7 @@ _WITH_TORCH = {
 }
 
 __all__ = [
+    "ChoiceData",
     "MethodOptions",
     "NlgData",
     "OptionError",
@@ -40,6 +44,7 @@ __all__ = [
     "TaskData",
     "accumulation",
     "language_model",
+    "choice_model",
     "make_accelerator",
     "parse",
     "pretrain",

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, set_seed
 
-from examples.cli.groups import TRACKERS, ModelOptions, TrainingOptions
+from examples.cli.groups import TRACKERS, ModelOptions, TeacherOptions, TrainingOptions
 from examples.data.batches import TrainingBatches
 from examples.data.encode import EncodedSplit
 from examples.data.readers import RawSplit
@@ -36,6 +36,7 @@ from examples.plots.curves import learning_curve
 from examples.program.main import Options
 from examples.program.results import peak_memory, table
 from examples.program.task_data import TaskData
+from examples.program.teacher import Teacher
 from examples.training.checkpoints import is_disk_full, saving_failed
 from examples.training.run_folder import (
     CURVE,
@@ -439,6 +440,12 @@ def _train_and_evaluate(
     sets = [data.evaluation_set(name, splits[split]) for split, name in data.evaluated.items()]
     train = data.training_batches(splits["train"]) if training.do_train else None
     collate = None if train is None else data.collate(splits["train"])
+    teacher: TeacherOptions = run.options[TeacherOptions]
+    if train is not None and teacher.teacher is not None:
+        source = Teacher(teacher, run.source, data, tokenizer, run.accelerator)
+        run.read["teacher"] = source.key
+        collate, loss = source.teach(train, collate, loss)
+        run.print_once(source.message)
     trainer = run.build(train, collate, sets, loss)
     figures: dict[str, Any] = {}
     if train is not None:

@@ -21,13 +21,14 @@ from examples.evaluation.glue import compute
 from examples.evaluation.prediction import Collate, EvaluationSet
 from examples.methods.source import ModelSource
 from examples.program.batching import accumulation, rows_at_once
+from examples.training.distillation import Classes, Distilled
 
 
 class TaskData:
     """Reads, encodes and batches the splits of one run; its metrics.
 
     Rows of sentences with one label each are what is known here. A program for another kind of task
-    overrides `encode`, `collate` and `score`.
+    overrides `encode`, `collate` and `score`, and says in `distilled` what a teacher teaches.
 
     Args:
         options: the data options.
@@ -38,7 +39,10 @@ class TaskData:
     Attributes:
         task: what is trained on.
         found: what data of one's own was found to hold, in one line for people, else "".
+        distilled: where the distributions are that a teacher teaches.
     """
+
+    distilled: Distilled = Classes()
 
     def __init__(
         self,

@@ -41,7 +41,7 @@ PLOTS, SUBMISSION = "plots", "submission"
 ALWAYS = (CONFIG, ENVIRONMENT, RESULTS, METRICS, LOG, CURVE, SUBMISSION)  # of every run
 PROOF = {"output_dir", "method", "model_name_or_path"}  # a run's config.json has these
 # Options that name what a run reads; a whole folder of these must not be the run's own.
-FOLDERS_READ = ("model_name_or_path", "tokenizer_name", "lora_path")
+FOLDERS_READ = ("model_name_or_path", "tokenizer_name", "lora_path", "teacher")
 READ = (
     *FOLDERS_READ, "features_path", "data_dir", "dataset_name", "train_file", "validation_file",
     "test_file", "config",

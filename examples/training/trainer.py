@@ -35,6 +35,7 @@ from examples.evaluation.prediction import Collate, EvaluationSet, PlainPredicto
 from examples.training import checkpoints
 from examples.training.checkpoints import Progress
 from examples.training.compiling import compile_and_compare
+from examples.training.distillation import for_the_model
 from examples.training.progress import ProgressBar
 from examples.training.run_folder import LOG, METRICS, RunFolder
 from examples.training.sampling import WeightSampler, over_samples
@@ -178,7 +179,7 @@ class Trainer:
                 yield MicroBatch(arguments, weight=micro_batch.weight, last=ends)
 
     def _forward_loss(self, arguments: dict[str, Any]) -> Tensor:
-        return self.loss(self.model(**arguments), arguments)
+        return self.loss(self.model(**for_the_model(arguments)), arguments)
 
     def step(self, batch: GlobalBatch) -> None:
         """One optimiser step; under fp16 repeated with a smaller scale where it overflowed."""

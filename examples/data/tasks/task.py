@@ -34,6 +34,7 @@ class Task:
             a number is a name.
         skip_short_rows: the official file is known to hold rows broken by stray line ends, which
             everybody drops.
+        prefix: official file names are this and the split, capitalised: `ARC-Easy-Train.jsonl`.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Task:
     label_column: str = "label"
     labels_by_index: bool = True
     skip_short_rows: bool = False
+    prefix: str = ""
 
     @property
     def regression(self) -> bool:

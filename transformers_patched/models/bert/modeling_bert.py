@@ -26,8 +26,8 @@ from ...heads import (
     QuestionAnsweringModelOutput,
     SequenceClassifierOutput,
     activation,
+    choice_logits,
     classification_loss,
-    count_choices,
     first_tokens,
     flatten_choices,
     in_dtype_of,
@@ -376,7 +376,7 @@ class BertForMultipleChoice(BertPreTrainedModel):
 
     def forward(
         self,
-        input_ids: Tensor | None = None,  # (B, choices, L), or packed (T,)
+        input_ids: Tensor | None = None,  # (B, choices, L); with counts (S, L); or packed (T,)
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -387,18 +387,19 @@ class BertForMultipleChoice(BertPreTrainedModel):
         return_dict: bool | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
-        num_choices: int | None = None,  # of a packed call without labels
+        num_choices: int | None = None,  # of a packed call without labels; the most of the counts
+        choice_counts: Tensor | None = None,  # (Q,), where questions differ in their choices
     ) -> MultipleChoiceModelOutput | tuple:
         tokens = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        if cu_seqlens is None:
+        if cu_seqlens is None and choice_counts is None:
             num_choices, tokens = flatten_choices(*tokens)
             input_ids, attention_mask, _, _, inputs_embeds = tokens
         layout = layout_of(input_ids, inputs_embeds, attention_mask, cu_seqlens, max_seqlen)
         asked = (output_attentions, output_hidden_states)
         outputs = self.bert(*tokens, *asked, return_dict=True, layout=layout, first_only=True)
-        num_choices = num_choices or count_choices(labels, layout)
         pooled = self.dropout(in_dtype_of(outputs.pooler_output, self.classifier))
-        logits = self.classifier(pooled).view(-1, num_choices)  # (B, choices)
+        scores = self.classifier(pooled)  # (S, 1)
+        logits = choice_logits(scores, layout, labels, num_choices, choice_counts)  # (Q, choices)
         loss = None if labels is None else F.cross_entropy(logits.float(), labels)
         output = MultipleChoiceModelOutput(loss=loss, logits=logits, **outputs.traced())
         return self.result(output, return_dict)

@@ -15,9 +15,9 @@ from examples.program.batching import accumulation, rows_at_once
 from examples.program.main import MethodOptions, Options, parse, run_main
 
 if TYPE_CHECKING:
+    from examples.program.choice_data import ChoiceData, choice_model
     from examples.program.nlg_data import NlgData, language_model
     from examples.program.pretraining import pretrain
-    from examples.program.choice_data import ChoiceData, choice_model
     from examples.program.run import Run, make_accelerator, train_and_evaluate
     from examples.program.task_data import TaskData, sequence_classifier
 

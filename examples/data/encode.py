@@ -1,32 +1,29 @@
 """Tokenises a split once, into flat arrays, and caches them on disk.
 
 The cache key is a hash of everything the tokens depend on: the texts, the tokenizer itself, the
-maximal length, the version of this code. A file that was truncated or altered fails its checksum,
-is reported and written again. A full disk costs the cache, never the run.
+maximal length, the version of this code.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-import warnings
-import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
+from examples.data.cache import cached, default_cache_dir, hash_of, text_key
 from examples.data.readers import RawSplit
-from transformers_patched.files import write_atomically
 
 if TYPE_CHECKING:
     from transformers_patched.tokenization import PreTrainedTokenizer
 
+__all__ = ["EncodedSplit", "default_cache_dir", "encode"]
+
 VERSION = "1"  # raise it when the meaning of the cached arrays changes
+ARRAYS = ("tokens", "offsets", "first")
 CHUNK = 4096  # sentences tokenised at once: bounds the memory of Python lists
 
 
@@ -61,11 +58,6 @@ class EncodedSplit:
         return np.diff(self.offsets)
 
 
-def default_cache_dir() -> Path:
-    """`$RANKWISE_CACHE`, else `~/.cache/rankwise`."""
-    return Path(os.environ.get("RANKWISE_CACHE") or Path.home() / ".cache" / "rankwise")
-
-
 def encode(
     raw: RawSplit,
     tokenizer: PreTrainedTokenizer,
@@ -93,21 +85,14 @@ def encode(
             f"max_length={max_length} is more than the {limit} tokens this model "
             f"takes; use {limit} or less"
         )
-    keys = {"texts": _text_key(raw.text), "tokenizer": _hash(tokenizer.fingerprint().encode())}
-    path = None
-    if cache:
-        folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
-        name = _hash(f"{VERSION} {max_length} {keys}".encode())
-        path = folder / "encoded" / f"{name}.safetensors"
-    arrays = _load(path) if path is not None else None
-    if arrays is None:
-        arrays = _tokenise(raw, tokenizer, max_length)
-        if path is not None:
-            _store(path, arrays)
+    keys = {"texts": text_key(raw.text), "tokenizer": hash_of(tokenizer.fingerprint().encode())}
+    make = partial(_tokenise, raw, tokenizer, max_length)
+    key = f"{VERSION} {max_length} {keys}"
+    arrays = cached(make, ARRAYS, key, cache_dir) if cache else make()
     labels = None
     if raw.labels is not None:
         labels = np.asarray(raw.labels, np.float32 if raw.task.regression else np.int64)
-        keys["labels"] = _hash(labels.tobytes())
+        keys["labels"] = hash_of(labels.tobytes())
     if tokenizer.pad_token_id is None:
         raise ValueError("this tokenizer has no pad_token: set one before encoding")
     return EncodedSplit(
@@ -160,60 +145,3 @@ def _tokenise(
 def _flat(lists: Iterable[list[int]], total: int) -> np.ndarray:
     """(total,) int32, the numbers of all lists."""
     return np.fromiter((value for row in lists for value in row), np.int32, int(total))
-
-
-def _text_key(columns: Sequence[list[str]]) -> str:
-    """A hash of the texts of a split."""
-    parts = [str(len(columns)).encode()]
-    for column in columns:
-        # Lengths first: the same characters split otherwise are other rows.
-        parts.append(np.fromiter(map(len, column), np.int64, len(column)).tobytes())
-        parts.append("".join(column).encode())
-    return _hash(*parts)
-
-
-def _hash(*parts: bytes) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()[:40]
-
-
-def _checksum(arrays: dict[str, np.ndarray]) -> str:
-    """CRC-32 of all arrays, eight hexadecimal digits."""
-    total = 0
-    for name in ("tokens", "offsets", "first"):
-        total = zlib.crc32(np.ascontiguousarray(arrays[name]).tobytes(), total)
-    return f"{total:08x}"
-
-
-def _load(path: Path) -> dict[str, np.ndarray] | None:
-    """The cached arrays; None where there are none, or, with a warning, where they are damaged."""
-    if not path.exists():
-        return None
-    try:
-        with safe_open(path, framework="numpy") as file:
-            arrays = {name: file.get_tensor(name) for name in ("tokens", "offsets", "first")}
-            known = (file.metadata() or {}).get("crc32")
-        if known != _checksum(arrays):
-            raise ValueError("the checksum does not match")
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        warnings.warn(
-            f"{path}: this cache file is damaged ({error}); it is made anew", stacklevel=3
-        )
-        return None
-    return arrays
-
-
-def _store(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Keeps the arrays, whole or not at all; warns where that cannot be done."""
-    data = save(arrays, metadata={"crc32": _checksum(arrays)})
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda aside: aside.write_bytes(data))
-    except OSError as error:
-        warnings.warn(
-            f"{path.parent}: cannot keep the encoded data ({error.strerror or error}); "
-            "it will be made again next time, or set RANKWISE_CACHE to another folder",
-            stacklevel=3,
-        )

@@ -128,29 +128,48 @@ def find_squad(task: SquadTask, data_dir: Path, split: str) -> Path:
     """
     if not data_dir.is_dir():
         raise DataError(f"{data_dir}: no such folder (--data_dir)")
-    names = {plain_name(name): i for i, name in enumerate((task.name, *task.folders))}
-    folders = [p for p in sorted(data_dir.iterdir()) if p.is_dir() and plain_name(p.name) in names]
-    folders.sort(key=lambda p: names[plain_name(p.name)])
-    stems = [f"{name}-{task.version}" for name in SPLITS[split]] + list(SPLITS[split])
-    for folder in (*folders, data_dir):
-        present = [p for p in sorted(folder.iterdir()) if p.is_file()]
-        for names_of_it in (stems[: len(SPLITS[split])], stems[len(SPLITS[split]) :]):
-            found = [
-                p for p in present if p.stem in names_of_it and p.suffix in (".json", *ROWS)
-            ]  # fmt: skip
-            if len(found) > 1:
-                raise DataError(
-                    f"{folder}: {found[0].name} and {found[1].name} both could be the split "
-                    f"{split}; leave one of them there"
-                )
-            if found:
-                return found[0]
-    where = folders[0] if folders else data_dir
+    found = _candidates(task, data_dir, split)
+    if len(found) > 1:
+        raise DataError(
+            f"{found[0].parent}: {found[0].name} and {found[1].name} both could be the split "
+            f"{split}; leave one of them there"
+        )
+    if found:
+        return found[0]
+    where = _folders(task, data_dir)[0]
     holds = ", ".join(p.name for p in sorted(where.iterdir())[:12]) or "nothing"
+    stems = " or ".join(stem for group in _stems(task, split) for stem in group)
     raise DataError(
-        f"{where}: no file for the split {split} of {task.name}; looked for "
-        f"{' or '.join(stems)} with .json, {', '.join(ROWS)}; the folder holds {holds}"
+        f"{where}: no file for the split {split} of {task.name}; looked for {stems} with .json, "
+        f"{', '.join(ROWS)}; the folder holds {holds}"
     )
+
+
+def has_squad(task: SquadTask, data_dir: Path, split: str) -> bool:
+    """Whether there is a file of that split; arguments as in `find_squad`."""
+    return data_dir.is_dir() and bool(_candidates(task, data_dir, split))
+
+
+def _candidates(task: SquadTask, data_dir: Path, split: str) -> list[Path]:
+    """The files that could be a split: in the first folder, of the first names, that has any."""
+    for folder in _folders(task, data_dir):
+        present = [p for p in sorted(folder.iterdir()) if p.suffix in (".json", *ROWS)]
+        for stems in _stems(task, split):
+            if found := [p for p in present if p.stem in stems and p.is_file()]:
+                return found
+    return []
+
+
+def _folders(task: SquadTask, data_dir: Path) -> list[Path]:
+    """Where a task's files may be: its own folders in `data_dir`, then that itself."""
+    names = [plain_name(name) for name in (task.name, *task.folders)]
+    own = [p for p in sorted(data_dir.iterdir()) if p.is_dir() and plain_name(p.name) in names]
+    return [*sorted(own, key=lambda p: names.index(plain_name(p.name))), data_dir]
+
+
+def _stems(task: SquadTask, split: str) -> tuple[list[str], tuple[str, ...]]:
+    """Names of a split's files: the official ones of the task's version, then those without it."""
+    return [f"{name}-{task.version}" for name in SPLITS[split]], SPLITS[split]
 
 
 # -- layouts ------------------------------------------------------------------------------------

@@ -89,6 +89,8 @@ class PosteriorPredictor:
 def average(outputs: Sequence[Any], arguments: dict[str, Any]) -> SimpleNamespace:
     """log 1/S Σₛ softmax(logitsₛ) and its loss; of a regression (one logit) the mean.
 
+    To those of spans the mean of log Σ exp(logitsₛ) is added, which changes no probability.
+
     Args:
         outputs: S of them, of the model or of a predictor.
         arguments: of the model; a loss needs their labels.
@@ -107,6 +109,8 @@ def average(outputs: Sequence[Any], arguments: dict[str, Any]) -> SimpleNamespac
             loss = mse_loss(mean[:, 0], labels.float())
         else:
             loss = nll_loss(mean.flatten(0, -2), labels.flatten())
+    if logits.dim() > 3:  # a question's windows are compared: their own levels must stay
+        mean = mean + logits.logsumexp(-1, keepdim=True).mean(0)
     return SimpleNamespace(logits=mean, loss=loss)
 
 

@@ -11,7 +11,7 @@ import torch
 from examples.cli.groups import ModelOptions, TrainingOptions
 from examples.cli.squad import SquadOptions
 from examples.data.batches import Batch
-from examples.data.squad import SquadSplit, find_squad, read_squad, read_squad_hub
+from examples.data.squad import SquadSplit, find_squad, has_squad, read_squad, read_squad_hub
 from examples.data.squad_features import SquadFeatures, featurise
 from examples.data.tasks import Task
 from examples.data.tasks.squad import squad_task
@@ -78,8 +78,12 @@ class SquadData(TaskData):
 
     @property
     def tests(self) -> tuple[str, ...]:
-        """The file to predict, where there is one."""
-        return ("test",) if self.training.do_predict and self.options.test_file else ()
+        """The questions to answer, where there is such a file: SQuAD's own are not published."""
+        o = self.options
+        there = o.test_file is not None
+        if self.squad is not None and o.data_dir is not None:
+            there = has_squad(self.squad, Path(o.data_dir).expanduser(), "test")
+        return ("test",) if self.training.do_predict and there else ()
 
     def encode(self, rows: SquadSplit, tokenizer: Any) -> SquadFeatures:  # type: ignore[override]
         """The windows of the rows, from the cache where they are there."""

@@ -27,7 +27,7 @@ OPTIONS = (
 METHODS = {
     "full": [], "lora": [], "dylora": ["--lora_r", "4"],
     "adalora": ["--adalora_tinit", "0.1", "--adalora_tfinal", "0.3"],
-    "vilora": ["--adalora_tinit", "0.1", "--adalora_tfinal", "0.3", "--ivon_test_samples", "2"],
+    "vilora": ["--adalora_tinit", "0.1", "--adalora_tfinal", "0.3", "--ivon_infer_mc_samples", "2"],
     "bim_lora": ["--block_size", "4"],
 }  # fmt: skip
 
@@ -58,7 +58,7 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
 
 def assert_close(one: dict, two: dict) -> None:
     assert one.keys() == two.keys()
-    for name in one:
+    for name in one.keys() - {"base_model.model.qa_outputs.bias"}:  # a softmax does not see it
         torch.testing.assert_close(one[name], two[name], atol=2e-6, rtol=1e-5)
 
 
@@ -90,7 +90,9 @@ def test_packed_and_padded_runs_are_one(home: Path, plain: Path, tmp_path: Path)
     for name, more in (("packed", packed), ("wide", ["--pad_to_max_length"])):
         other = run(home, tmp_path / name, *more)
         assert_close(adapter(plain), adapter(other))
-        for a, b in zip(lines(plain / "metrics.jsonl"), lines(other / "metrics.jsonl"), strict=True):
+        for a, b in zip(
+            lines(plain / "metrics.jsonl"), lines(other / "metrics.jsonl"), strict=True
+        ):
             assert a == pytest.approx(b, abs=1e-4)
         assert answers(plain) == answers(other)
 
@@ -110,7 +112,7 @@ def test_every_method(home: Path, tmp_path: Path, method: str) -> None:
 
 def test_averaged_predictions_have_the_loss_of_their_logits(home: Path, tmp_path: Path) -> None:
     """With next to no variance, the average over draws is the prediction at the mean."""
-    more = ["--optimizer", "ivon", "--ivon_test_samples", "3", "--ivon_hess_init", "1e9"]
+    more = ["--optimizer", "ivon", "--ivon_infer_mc_samples", "3", "--ivon_hess_init", "1e9"]
     found = results(run(home, tmp_path / "run", *more))
     assert found["eval_loss"] == pytest.approx(found["eval_mean_loss"], rel=1e-3)
     assert found["eval_f1"] == found["eval_mean_f1"]
@@ -168,14 +170,13 @@ def test_killed_it_goes_on(home: Path, plain: Path, tmp_path: Path) -> None:
 
 
 def test_questions_without_an_answer(home: Path, tmp_path: Path) -> None:
-    test = ["--test_file", str(home / "squad_v2/test.json")]
-    out = run(home, tmp_path / "v2", "--version_2_with_negative", "--do_predict", *test)
+    out = run(home, tmp_path / "v2", "--version_2_with_negative", "--do_predict")
     found = results(out)
     assert {"eval_HasAns_f1", "eval_NoAns_exact", "eval_best_f1_thresh"} <= found.keys()
     assert found["eval_best_f1"] >= found["eval_f1"]
     odds, texts = answers(out, "null_odds"), answers(out)
     assert all((texts[id] == "") == (odds[id] > 0) for id in odds)
-    assert len(answers(out, split="test/test")) == 5
+    assert len(answers(out, split="test")) == 5
     # The same by the task's name, at a threshold that lets every answer in.
     high = ["--task_name", "squad_v2", "--null_score_diff_threshold", "1e9"]
     every = run(home, tmp_path / "high", *high)
@@ -201,10 +202,10 @@ def test_the_originals_names(home: Path, plain: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--doc_stride", "20"], "train.json, question train0 (4 tokens): it leaves a window"),
-        (["--max_length", "7", "--doc_stride", "1"], "it leaves no room for the paragraph"),
+        (["--doc_stride", "20"], "dev.json, question dev2 (2 tokens): it leaves a window 19"),
+        (["--max_length", "5", "--doc_stride", "1"], "it leaves no room for the paragraph"),
         (["--train_file", "x.json"], "--validation_file is needed"),
-        (["--text_column", "question"], "SQuAD's columns are known"),
+        (["--train_file", "t", "--text_column", "question"], "SQuAD's columns are known"),
         (["--label_smoothing_factor", "0.1"], "spans have no smoothed labels"),
         (["--calibration"], "spans have no classes"),
         (["--model_type", "bert"], "the checkpoint's config.json says it"),

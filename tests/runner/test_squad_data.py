@@ -170,9 +170,7 @@ TOKENIZERS = ["wordpiece", "byte-level", "sentencepiece"]
 
 
 @pytest.fixture(scope="module", params=TOKENIZERS)
-def tokenizer(
-    request: pytest.FixtureRequest, real_data: Callable[[str], Path], deberta_spm: Path
-):
+def tokenizer(request: pytest.FixtureRequest, real_data: Callable[[str], Path], deberta_spm: Path):
     """Real vocabularies where there are any."""
     if request.param == "wordpiece":
         made = BertTokenizer.from_pretrained(real_data("tokenizers/bert-base-uncased"))

@@ -1,4 +1,4 @@
-"""The original's configuration of BIM-LoRA, by GLUE task, under the names it has there."""
+"""The original's configuration of BIM-LoRA, by task, under the names it has there."""
 
 from __future__ import annotations
 
@@ -88,16 +88,22 @@ _OTHERS: dict[str, dict[str, Any]] = {
     "qqp": {"per_device_eval_batch_size": 128, "mlp_lr": 8e-4, "mlp_dropout": 0.08},
     "rte": {"mlp_lr": 8e-4},
 }
+# Tasks that the original names and has no values for -> what they need beside its defaults.
+_NAMED: dict[str, dict[str, Any]] = {"squad": {"max_seq_length": 384}}
 
 
 def get_default_config(task_name: str = "sst2") -> BIMLoRAConfig:
-    """The original's configuration of a GLUE task.
+    """The original's configuration of a GLUE task; of SQuAD, which it names without values, its
+    defaults, at the length that SQuAD has.
 
     Raises:
         OptionError: the task is unknown.
     """
+    if task_name in _NAMED:
+        return BIMLoRAConfig(task_name=task_name, **_NAMED[task_name])
     if task_name not in _TABLE:
-        raise OptionError(f"get_default_config({task_name!r}): one of {', '.join(sorted(_TABLE))}")
+        known = ", ".join(sorted({*_TABLE, *_NAMED}))
+        raise OptionError(f"get_default_config({task_name!r}): one of {known}")
     epochs, rate, dropout, steps, mlp_epochs, every = _TABLE[task_name]
     return BIMLoRAConfig(
         task_name=task_name,

@@ -52,6 +52,7 @@ ALIASES = {
     "beam": "num_beams",
     "eval_len": "max_new_tokens",
     "min_length": "min_new_tokens",
+    "predict_file": "validation_file",
 }
 # Switches of the originals that stand for a value of another option, unless that one is given too.
 SWITCHES = {
@@ -62,6 +63,9 @@ SWITCHES = {
     "use_custom_lr_schedule": ("lr_scheduler_type", "clr"),
     "use_ivon": ("optimizer", "ivon"),
     "eval_only": ("do_train", "false"),
+    "overwrite_cache": ("cache", "false"),
+    "evaluate_during_training": ("eval_strategy", "epoch"),
+    "eval_all_checkpoints": ("eval_strategy", "epoch"),
 }
 # Options of the originals that have no meaning here, and why.
 GONE = {
@@ -82,6 +86,17 @@ GONE = {
     "roll_step": "the original does nothing with it",
     "eval_epoch": "the original does nothing with it; --eval_strategy epoch evaluates every epoch",
     "teacher_type": "the teacher's own config.json says what it is",
+    "model_type": "the checkpoint's config.json says it",
+    "config_name": "the checkpoint's own config.json is read",
+    "threads": "tokenising uses every core; RAYON_NUM_THREADS limits it",
+    "preprocessing_num_workers": "tokenising uses every core; RAYON_NUM_THREADS limits it",
+    "lang_id": "no model here takes a language",
+    "no_cuda": "CUDA_VISIBLE_DEVICES= hides the GPUs",
+    "local_rank": "`accelerate launch` starts the processes and tells them their number",
+    "fp16_opt_level": "mixed precision is torch's: --mixed_precision",
+    "server_ip": "there is no remote debugger",
+    "server_port": "there is no remote debugger",
+    "verbose_logging": "what matters is printed; the rest is in the run's log.jsonl",
     "push_to_hub": "upload the run's adapter folder with `hf upload` when you have looked at it",
     "hub_model_id": "upload the run's adapter folder with `hf upload`",
     "hub_token": "log in with `hf auth login`",

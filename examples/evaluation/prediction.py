@@ -18,9 +18,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from examples.data.batches import Batch, on_device
 from examples.errors import RunError
+from examples.evaluation.outputs import logits_of
 
 Collate = Callable[[Batch], dict[str, Any]]
 Score = Callable[[np.ndarray], dict[str, float]]
@@ -48,7 +50,8 @@ class Predictor(Protocol):
     def outputs(
         self, model: nn.Module, arguments: dict[str, Any], variants: list[str]
     ) -> list[Any]:
-        """One output per variant: `.logits` (b, …), and `.loss` (mean over b) or None."""
+        """One output per variant, of the model or `.logits` (b, …) as `logits_of` makes them, and
+        `.loss` (mean over b) or None."""
         ...
 
     def weights(self, model: nn.Module, final: bool) -> dict[str, Weights]:
@@ -92,6 +95,9 @@ class EvaluationSet:
         calibrated: compute them for any predictor: softmax(logits) are its probabilities.
         generate: (model, accelerator) -> more metrics, of what the model generates; all processes
             call it together, once for each variant that has weights of its own.
+        shape: of a row's logits, where batches differ in the last dimension: it is filled up with
+            -inf; None: it is the model's.
+        report: (variant, its prediction) is called at the end of a run, on the main process.
     """
 
     name: str
@@ -102,6 +108,8 @@ class EvaluationSet:
     calibration: Score | None = None
     calibrated: bool = False
     generate: Callable[[nn.Module, Accelerator], dict[str, float]] | None = None
+    shape: tuple[int, ...] | None = None
+    report: Callable[[str, Prediction], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -159,6 +167,8 @@ def evaluate(
             values |= {
                 variant_metric(prefix + name, variant): value for name, value in scores.items()
             }
+            if final and data.report is not None and accelerator.is_main_process:
+                data.report(variant, prediction)
     return values
 
 
@@ -179,7 +189,7 @@ def predict(
         final: at the end of a run.
     """
     variants = predictor.variants(final)
-    gathered = [_GatheredLogits(data.rows) for _ in variants]
+    gathered = [_GatheredLogits(data.rows, data.shape) for _ in variants]
     copies = len(variants) if predictor.stacked else 1
     training = model.training
     model.eval()
@@ -188,7 +198,7 @@ def predict(
             arguments = on_device(data.collate(batch), accelerator.device)
             outputs = predictor.outputs(model, arguments, variants)
             for logits, output in zip(gathered, outputs, strict=True):
-                logits.add(batch, output)
+                logits.add(batch, logits_of(output, arguments), output.loss)
     model.train(training)
     predictions = [logits.over_processes(accelerator) for logits in gathered]
     found = dict(zip(variants, predictions, strict=True))
@@ -214,22 +224,24 @@ class _GatheredLogits:
     """Logits and loss of one variant: this process's rows, zeros for those of other processes.
 
     Attributes:
-        logits: (rows, …) fp32 on the CPU, once there is a batch.
+        logits: (rows, …) fp32 on the CPU, once there is a batch or a shape.
         loss: Σ weight · mean loss over this process's batches, fp64.
         labelled: the batches have labels, so there is a loss.
     """
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, rows: int, shape: tuple[int, ...] | None = None) -> None:
         self.rows = rows
-        self.logits: Tensor | None = None
+        self.logits = None if shape is None else torch.zeros(rows, *shape)
         self.loss, self.labelled = torch.zeros((), dtype=torch.float64), False
 
-    def add(self, batch: Batch, output: Any) -> None:
-        if output.loss is not None:
-            self.loss, self.labelled = self.loss + output.loss.double().cpu() * batch.weight, True
-        logits = output.logits.float().cpu()  # (b, …)
+    def add(self, batch: Batch, logits: Tensor, loss: Tensor | None) -> None:
+        if loss is not None:
+            self.loss, self.labelled = self.loss + loss.double().cpu() * batch.weight, True
+        logits = logits.float().cpu()  # (b, …)
         if self.logits is None:
             self.logits = torch.zeros(self.rows, *logits.shape[1:])  # (rows, …)
+        missing = self.logits.shape[-1] - logits.shape[-1]
+        logits = pad(logits, (0, missing), value=-torch.inf) if missing else logits
         # A copy: torch takes no array of negative stride, as reversed row numbers are.
         self.logits[torch.from_numpy(batch.rows.copy())] = logits
 
@@ -238,7 +250,8 @@ class _GatheredLogits:
         logits, loss, labelled = self.logits, self.loss, self.labelled
         if accelerator.num_processes > 1:
             device = accelerator.device
-            # A process without any batch learns from the others how wide the logits are.
+            # A process without any batch learns from the others how wide the logits are, and
+            # whether there is a loss.
             facts = [0 if logits is None else logits.shape[1], int(labelled)]
             facts = accelerator.gather(torch.tensor([facts], device=device)).amax(0).tolist()
             width, labelled = facts[0], bool(facts[1])

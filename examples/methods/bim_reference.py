@@ -88,6 +88,10 @@ _OTHERS: dict[str, dict[str, Any]] = {
     "qqp": {"per_device_eval_batch_size": 128, "mlp_lr": 8e-4, "mlp_dropout": 0.08},
     "rte": {"mlp_lr": 8e-4},
 }
+# What the original names and has no values for: what it needs beside the global defaults.
+_NAMED: dict[str, dict[str, Any]] = {
+    "arc_easy": {}, "arc_challenge": {}, "squad": {"max_seq_length": 384},
+}  # fmt: skip
 # Text generation, which the original has not: hparams/gpt2_medium_bim_lora.yaml in its words.
 _GENERATION: dict[str, dict[str, Any]] = {
     "e2e": {}, "webnlg": {}, "dart": {"lora_dropout": 0.0},
@@ -104,13 +108,17 @@ _GPT2: dict[str, Any] = {
 def get_default_config(task_name: str = "sst2") -> BIMLoRAConfig:
     """The original's configuration of a GLUE task; GPT-2 medium's of a text generation task.
 
+    ARC and SQuAD, which the original names without values, have its global defaults.
+
     Raises:
         OptionError: the task is unknown.
     """
     if task_name in _GENERATION:
         return BIMLoRAConfig(task_name=task_name, **{**_GPT2, **_GENERATION[task_name]})
+    if task_name in _NAMED:
+        return BIMLoRAConfig(task_name=task_name, **_NAMED[task_name])
     if task_name not in _TABLE:
-        known = ", ".join((*sorted(_TABLE), *_GENERATION))
+        known = ", ".join(sorted({*_TABLE, *_NAMED, *_GENERATION}))
         raise OptionError(f"get_default_config({task_name!r}): one of {known}")
     epochs, rate, dropout, steps, mlp_epochs, every = _TABLE[task_name]
     return BIMLoRAConfig(

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 import loralib
+from examples.evaluation.outputs import inputs_of, logits_of, loss_of
 from examples.evaluation.prediction import Weights, variant_metric
 from examples.plots.curves import rank_curve
-from transformers_patched.heads import SequenceClassifierOutput, classification_loss
+from transformers_patched.heads import SequenceClassifierOutput
 
 Ranks = Callable[[bool], list[int]]  # (at the end of a run) -> ranks to evaluate at; the last is R
 
@@ -45,14 +46,10 @@ class RankPredictor:
         """
         if not loralib.can_batch_ranks(model):
             return [self._at(model, arguments, int(variant[1:])) for variant in variants]
-        inputs, labels = dict(arguments), None
-        if not arguments.get("score_sequences"):  # else labels are what is scored
-            labels = inputs.pop("labels", None)
+        inputs = repeated(inputs_of(arguments), len(variants))
         with loralib.batched_ranks(model, [int(variant[1:]) for variant in variants]):
-            logits = model(**repeated(inputs, len(variants))).logits.chunk(len(variants))
-        losses = [None] * len(variants)
-        if labels is not None:
-            losses = [classification_loss(part, labels, model.config) for part in logits]
+            logits = logits_of(model(**inputs), inputs).chunk(len(variants))
+        losses = [loss_of(part, arguments, model.config) for part in logits]
         pairs = zip(logits, losses, strict=True)
         return [SequenceClassifierOutput(loss=loss, logits=part) for part, loss in pairs]
 

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss, nll_loss
 
+from examples.evaluation.outputs import labels_of, logits_of
 from examples.evaluation.prediction import Predictor, Weights
 from examples.plots.posterior import posterior_histograms
 from ivon import IVON
@@ -92,14 +93,16 @@ class PosteriorPredictor:
 def average(outputs: Sequence[Any], arguments: dict[str, Any]) -> SimpleNamespace:
     """log 1/S Σₛ softmax(logitsₛ) and its loss; of a regression (one logit) the mean.
 
-    Of sequences' log-probabilities it is the log of their mean probability.
+    Of sequences' log-probabilities it is the log of their mean probability. To the logits of spans
+    the mean of log Σ exp(logitsₛ) is added, which changes no probability.
 
     Args:
-        outputs: S of them, `.logits` (b, classes) and `.loss` or None.
-        arguments: of the model; a loss needs their `labels`.
+        outputs: S of them, of the model or of a predictor.
+        arguments: of the model; a loss needs their labels.
     """
-    logits = torch.stack([output.logits.float() for output in outputs])  # (S, b, classes)
-    scores = bool(arguments.get("score_sequences"))  # (S, b, 1) log-probabilities of sequences
+    # (S, b, classes), or of spans (S, b, 2, L), or (S, b, 1) log-probabilities of sequences
+    logits = torch.stack([logits_of(output, arguments).float() for output in outputs])
+    scores = bool(arguments.get("score_sequences"))
     regression = logits.shape[-1] == 1 and not scores
     if scores:
         mean = logits.logsumexp(0) - math.log(len(outputs))
@@ -109,8 +112,13 @@ def average(outputs: Sequence[Any], arguments: dict[str, Any]) -> SimpleNamespac
         mean = logits.log_softmax(-1).logsumexp(0) - math.log(len(outputs))
     loss = None
     if outputs[0].loss is not None:
-        labels = arguments["labels"]
-        loss = mse_loss(mean[:, 0], labels.float()) if regression else nll_loss(mean, labels)
+        labels = labels_of(arguments)
+        if regression:
+            loss = mse_loss(mean[:, 0], labels.float())
+        else:
+            loss = nll_loss(mean.flatten(0, -2), labels.flatten())
+    if logits.dim() > 3:  # a question's windows are compared: their own levels must stay
+        mean = mean + logits.logsumexp(-1, keepdim=True).mean(0)
     return SimpleNamespace(logits=mean, loss=loss)
 
 

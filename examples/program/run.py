@@ -427,6 +427,7 @@ def _train_and_evaluate(
         model.tokenizer_name or model.model_name_or_path,
         revision=model.revision,
         local_files_only=model.local_files_only,
+        **data.tokenizer_options,
     )
     o, training = data.options, run.training
     with run.accelerator.main_process_first():  # one process fills the cache of encoded data

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,7 @@ class TaskData:
     """Reads, encodes and batches the splits of one run; its metrics.
 
     Rows of sentences with one label each are what is known here. A program for another kind of task
-    overrides `encode`, `collate` and `score`, and says in `distilled` what a teacher teaches.
+    overrides what differs, and says in `distilled` what a teacher teaches.
 
     Args:
         options: the data options.
@@ -40,9 +40,11 @@ class TaskData:
         task: what is trained on.
         found: what data of one's own was found to hold, in one line for people, else "".
         distilled: where the distributions are that a teacher teaches.
+        tokenizer_options: what the tokenizer is loaded with, beside what its files say.
     """
 
     distilled: Distilled = Classes()
+    tokenizer_options: Mapping[str, Any] = {}
 
     def __init__(
         self,
@@ -160,18 +162,22 @@ class TaskData:
         """(n, labels) logits -> metrics."""
         return lambda logits: compute(self.task, logits, labels)
 
-    def evaluation_set(self, name: str, split: EncodedSplit) -> EvaluationSet:
-        """A split to predict; scored where it has labels."""
+    def evaluation_batches(self, split: EncodedSplit) -> Callable[[int], list[Batch]]:
+        """(copies of a batch in one forward pass) -> this process's batches."""
 
         def batches(copies: int) -> list[Batch]:
             most = self.training.per_device_eval_batch_size
             return batching.evaluation_batches(split, max(1, most // copies), **self.share)
 
+        return batches
+
+    def evaluation_set(self, name: str, split: EncodedSplit) -> EvaluationSet:
+        """A split to predict; scored where it has labels."""
         labels = split.labels
         return EvaluationSet(
             name,
             len(split),
-            batches,
+            self.evaluation_batches(split),
             self.collate(split),
             score=self.score(labels),
             calibration=None if self.task.regression else lambda x: calibration(x, labels),

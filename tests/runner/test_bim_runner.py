@@ -46,7 +46,9 @@ def test_the_originals_values_per_task(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="what"):
         type(mrpc).load(tmp_path / "bad.json")
     with pytest.raises(OptionError, match="cola, mnli"):
-        get_default_config("squad")
+        get_default_config("nothing")
+    squad = get_default_config("squad")
+    assert (squad.task_name, squad.max_seq_length, squad.num_train_epochs) == ("squad", 384, 10)
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,7 @@
 #   LORA_PATH   an adapter trained on MNLI, which mrpc, rte, stsb and wnli start from
 #   NUM_GPUS    processes, 1 unless given: the global batch stays, accumulation follows from it
 # What scripts/download.sh brought to checkpoints/ and data/ is used where MODEL, DATA_DIR are unset.
-set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" # sets root
+source "$(dirname "${BASH_SOURCE[0]}")/run.sh"
 
 # glue MODEL TASK START [ARGUMENT ...]: START is mnli or pretrained; the array lora holds the flags.
 glue() {
@@ -27,38 +26,14 @@ glue() {
 
 # run_glue OWNER MODEL TASK NAME [ARGUMENT ...]: the run, with the array flags; NAME names its folder.
 run_glue() {
-  local owner=$1 model=$2 task=$3 name=$4 gpus=${NUM_GPUS:-1} run
+  local owner=$1 model=$2 task=$3 name=$4 data=${DATA_DIR:-}
   shift 4
-  [[ $gpus =~ ^[1-9][0-9]*$ ]] || fail "NUM_GPUS=$gpus: a whole number from 1 on is needed"
-  local hub=${model//_/-} data=${DATA_DIR:-}
-  if [ -d "$root/checkpoints/$hub" ]; then hub=$root/checkpoints/$hub; else hub=$owner/$hub; fi
   [ -n "$data" ] || [ ! -d "$root/data/$task" ] || data=$root/data
-  flags=(--task_name "$task" --model_name_or_path "${MODEL:-$hub}" ${data:+--data_dir "$data"}
-    --output_dir "${OUTPUT_DIR:-$root/runs/${model}_${task}_$name}" "${flags[@]}")
-
-  # what is missing is installed as scripts/quickstart.sh does it, into $VENV
-  python -c 'import importlib.util as u, sys; sys.exit(None in map(u.find_spec, sys.argv[1:]))' \
-    accelerate tokenizers 2>/dev/null || environment data
-  export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
-  run=(python -m examples.run_glue)
-  if [ "$gpus" != 1 ]; then
-    # with fewer GPUs the launcher would quietly start one process, or several that do the same
-    python -c 'import sys, torch; sys.exit(torch.accelerator.device_count() < int(sys.argv[1]))' \
-      "$gpus" || fail "NUM_GPUS=$gpus: torch sees fewer GPUs than that"
-    run=(accelerate launch --multi_gpu --num_processes "$gpus" --num_machines 1
-      --mixed_precision no --dynamo_backend no --module examples.run_glue)
-  fi
-  run+=("${flags[@]}" "$@")
-  printf '+%s\n' "$(printf ' %q' "${run[@]}")" >&2
-  exec "${run[@]}"
-}
-
-# The file of a method's values; without one, says which there are.
-sheet() {
-  local file=$root/hparams/$1_$2.yaml
-  [ -f "$file" ] || fail "no values for method '$2': there is no ${file#"$root"/}, only" \
-    "$(cd "$root" && echo hparams/"$1"_*.yaml), and lora in the script itself"
-  echo "$file"
+  flags=(--task_name "$task" --model_name_or_path "$(pretrained "$owner" "$model")"
+    ${data:+--data_dir "$data"} --output_dir "${OUTPUT_DIR:-$root/runs/${model}_${task}_$name}"
+    "${flags[@]}")
+  packages data accelerate tokenizers
+  launch examples.run_glue "${flags[@]}" "$@"
 }
 
 # Adds LORA_PATH to the flags, or says why the run starts without an adapter.
@@ -75,6 +50,3 @@ add_adapter() {
       "start from an adapter trained on MNLI"
   fi
 }
-
-note() { echo "${0##*/}: $*" >&2; }
-fail() { note "$@" && exit 2; }

@@ -51,7 +51,9 @@ def dry(tmp_path: Path) -> Dry:
 
 def test_there_is_a_script_for_every_task_and_size() -> None:
     wanted = {f"roberta_{size}_{task}.sh" for size, task in TABLE}
-    assert wanted == {name for name in SCRIPTS if name.startswith("roberta_")}
+    tasks = {f"{task}.sh" for task in GLUE_TASKS}
+    found = {n for n in SCRIPTS if n.startswith("roberta_") and n.split("_", 2)[2] in tasks}
+    assert wanted == found
     assert {task for _, task in TABLE} == set(GLUE_TASKS)
 
 
@@ -68,7 +70,8 @@ def test_scripts_differ_only_in_flags() -> None:
         lines = (ROOT / "scripts" / name).read_text().splitlines()
         return [line for line in lines if not line.startswith(("  --", "# ", "glue "))]
 
-    assert len({tuple(bare(name)) for name in SCRIPTS if name.startswith("roberta_")}) == 1
+    names = [f"roberta_{size}_{task}.sh" for size, task in TABLE]
+    assert len({tuple(bare(name)) for name in names}) == 1
 
 
 @pytest.mark.parametrize(("size", "task"), TABLE)

@@ -65,13 +65,14 @@ class Factors(nn.Module):
         return [*self.increment.tensors(), *own, *(m.mask_scores for m in masks)]
 
     def final_rows(self) -> Tensor | None:
-        """Which rows are left (out,); None: all."""
+        """What the rows are multiplied by (out,); None: nothing. Linked units are live or dead."""
         if self.outputs is not None:
             return self.outputs.units(training=False)
         if self._rows is None:
             return None
         mask, segments = self._rows
-        return mask.units(training=False).repeat(segments)
+        live = (mask.units(training=False) > 0).float()  # the later layer has the gate's value
+        return live.repeat(segments)
 
 
 class Bound(NamedTuple):

@@ -15,6 +15,7 @@ from loralib.decay import is_norm
 from ...config import PeftConfig
 from .. import targets
 from ..base import BaseTuner, BaseTunerLayer, iter_adapters, register_tuner
+from .compact import compacted
 from .config import BlockPruneConfig, SpaConfig, SplopaConfig, SploraConfig, SpparaConfig
 from .counts import summary
 from .hooks import SpaHooks
@@ -203,6 +204,35 @@ class SpaModel(BaseTuner[SpaConfig]):
         adapter = self.active_adapters[0] if adapter is None else adapter
         self.adapter_config(adapter)
         return summary(self, adapter, threshold)
+
+    def final_masks(self, adapter: str | None = None) -> dict[str, Tensor]:
+        """Copies of the final masks: module → blocks (o/p, i/q), units of its inputs or outputs."""
+        adapter = self.active_adapters[0] if adapter is None else adapter
+        self.masks[adapter].refresh()
+        own = {
+            name: (f.blocks, f.inputs, f.outputs)
+            for name, layer in self.spa_layers(adapter)
+            for f in (layer.spa[adapter],)
+        }
+        return {
+            name: mask.final.cpu().clone()
+            for name, masks in own.items()
+            for mask in masks
+            if mask is not None
+        }
+
+    def compact(self, adapter: str | None = None) -> nn.Module:
+        """An ordinary, smaller model of the base's class: merged, useless heads and units cut out.
+
+        Its outputs are the adapted model's in evaluation mode, up to rounding; this model stays as
+        it is. `save_pretrained` of the result writes the sizes of its layers.
+
+        Args:
+            adapter: None takes the active one.
+        """
+        adapter = self.active_adapters[0] if adapter is None else adapter
+        self.adapter_config(adapter)
+        return compacted(self, adapter)
 
     def export(self, adapter: str, as_lora: bool = False) -> tuple[PeftConfig, dict[str, Tensor]]:
         """What goes into a file.

@@ -93,17 +93,17 @@ def links(model: nn.Module, modules: Iterable[str], structure: str) -> Iterator[
     chosen = set(modules)
     if structure == "blocks":
         return
-    there = {name for name, _ in model.named_modules()}
+    there = dict(model.named_modules())  # in the order of the layers
     for kind in KINDS:
         if kind.heads and structure == "hybrid":
             continue
-        for name in sorted(there):
+        for name in there:
             prefix = name.removesuffix(kind.consumer)
             if not name.endswith(kind.consumer) or (prefix and not prefix.endswith(".")):
                 continue
             link = Link(kind, prefix, 1)
             matrices = {*link.producers, link.consumer}
-            if not matrices <= there or not matrices & chosen:
+            if not matrices <= set(there) or not matrices & chosen:
                 continue
             if absent := sorted(matrices - chosen):
                 raise ValueError(

@@ -130,9 +130,14 @@ def with_masks(
     blocks = {name: name for name in ("mask_structure", "mask_block_rows", "mask_block_cols")}
     start_from(model, options, source.print_once, {**blocks, **(agree or {})})
     adapted = AdaptedModel(model, model.save_pretrained)
-    adapted.summarize = lambda metrics, main, title, folder: model.pruning_summary()
+    adapted.summarize = lambda metrics, main, title, folder: _figures(model)
     adapted.plot = lambda folder, title, rows: _plot(model, folder, title)
     return adapted
+
+
+def _figures(model: PeftModel) -> dict[str, Any]:
+    """What is left; the run itself says how much trained."""
+    return {n: v for n, v in model.pruning_summary().items() if n != "trainable_parameters"}
 
 
 def _plot(model: PeftModel, folder: Path, title: str) -> None:

@@ -14,22 +14,19 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from ..base import BaseTuner
 from ..targets import is_conv1d
 from .structures import Link, links
-
-if TYPE_CHECKING:
-    from .model import SpaModel
 
 ACTIVATIONS = ("activation", "intermediate_act_fn", "act")  # names in the modules of feed-forwards
 
 
 @torch.no_grad()
-def compacted(tuner: SpaModel, adapter: str) -> nn.Module:
+def compacted(tuner: BaseTuner, adapter: str) -> nn.Module:
     """A smaller model with the adapter's outputs, a copy: merged, cut, every weight trainable."""
     own = copy.deepcopy(tuner)
     own.unmerge_adapter()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,17 +11,27 @@ from ..modules_to_save import ModulesToSaveWrapper
 from ..tuner_layer import BaseTunerLayer
 from .increments import Dense, LowRank, Mixture
 from .layer import Factors, SpaLayer
-from .masks import Mask
-
-if TYPE_CHECKING:
-    from .model import SpaModel
+from .masks import Mask, Masks
 
 Values = dict[Mask, Tensor]
 
 
 @torch.no_grad()
-def summary(tuner: SpaModel, adapter: str, threshold: float | None) -> dict[str, int | float]:
+def summary(
+    model: nn.Module,
+    layers: Mapping[str, SpaLayer],
+    masks: Masks,
+    adapter: str,
+    threshold: float | None,
+) -> dict[str, int | float]:
     """Counts at a threshold.
+
+    Args:
+        model: with its adapters.
+        layers: those that have the adapter, by name.
+        masks: of the adapter.
+        adapter: its name.
+        threshold: τ; None: the final one.
 
     Returns:
         `encoder_weights`: weights, biases and norms of the layers that are adapted, before pruning;
@@ -33,12 +42,10 @@ def summary(tuner: SpaModel, adapter: str, threshold: float | None) -> dict[str,
         `trainable_parameters`: numbers that get gradients now, scores included, nothing pruned;
         `mask_bits`: entries of the masks.
     """
-    masks = tuner.masks[adapter]
     if threshold is None:
         threshold = masks.config.final_threshold
     values: Values = dict(zip(masks, masks.compute(threshold), strict=True))
-    layers = dict(tuner.spa_layers(adapter))
-    encoder = _encoder(tuner.model, list(layers))
+    encoder = _encoder(model, list(layers))
     total = sum(p.numel() for p in encoder)
     pruned = sum(_pruned(layer, layer.spa[adapter], values) for layer in layers.values())
     kept_adapter = sum(_adapter(layer, layer.spa[adapter], values) for layer in layers.values())
@@ -50,7 +57,7 @@ def summary(tuner: SpaModel, adapter: str, threshold: float | None) -> dict[str,
     )
     saved = [
         p
-        for module in tuner.model.modules()
+        for module in model.modules()
         if isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save
         for p in module.modules_to_save[adapter].parameters()
     ]
@@ -60,7 +67,7 @@ def summary(tuner: SpaModel, adapter: str, threshold: float | None) -> dict[str,
         "density": (total - pruned) / total,
         "adapter_kept": kept_adapter,
         "task_parameters": kept_adapter + biases + sum(p.numel() for p in saved),
-        "trainable_parameters": sum(p.numel() for p in tuner.parameters() if p.requires_grad),
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "mask_bits": sum(m.numel() for m in values.values()),
     }
 

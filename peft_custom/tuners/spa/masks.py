@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,19 @@ from ...rng import generator
 from . import criteria
 from .config import SpaConfig
 
-if TYPE_CHECKING:
-    from .layer import SpaLayer
+
+class MaskedLayer(Protocol):
+    """What a mask asks of the layers it acts on."""
+
+    matrix_size: int
+
+    def adapted_weight(self, adapter: str) -> Tensor:
+        """W' as a matrix."""
+        ...
+
+    def weight_parts(self, adapter: str) -> list[Tensor]:
+        """What W' is made of."""
+        ...
 
 
 class Member(NamedTuple):
@@ -35,7 +46,7 @@ class Member(NamedTuple):
         segments: matrices fused in the rows, each with all the units: 3 of GPT-2's q, k and v.
     """
 
-    layer: SpaLayer
+    layer: MaskedLayer
     adapter: str
     axis: str
     segments: int = 1

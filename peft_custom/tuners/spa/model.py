@@ -203,7 +203,8 @@ class SpaModel(BaseTuner[SpaConfig]):
         """
         adapter = self.active_adapters[0] if adapter is None else adapter
         self.adapter_config(adapter)
-        return summary(self, adapter, threshold)
+        layers = dict(self.spa_layers(adapter))
+        return summary(self.model, layers, self.masks[adapter], adapter, threshold)
 
     def final_masks(self, adapter: str | None = None) -> dict[str, Tensor]:
         """Copies of the final masks: module → blocks (o/p, i/q), units of its inputs or outputs."""

@@ -50,6 +50,17 @@ from .tuners.bim_lora import (
 )
 from .tuners.dylora import DyLoraConfig, DyLoraLayer, DyLoraModel, configure_dylora
 from .tuners.lora import LoraConfig, LoraLayer, LoraModel
+from .tuners.spa import (
+    BlockPruneConfig,
+    BlockPruneModel,
+    SpaLayer,
+    SplopaConfig,
+    SplopaModel,
+    SploraConfig,
+    SploraModel,
+    SpparaConfig,
+    SpparaModel,
+)
 
 __all__ = [
     "AdaLoraConfig",
@@ -59,6 +70,8 @@ __all__ = [
     "BaseTunerLayer",
     "BimLoraConfig",
     "BimLoraModel",
+    "BlockPruneConfig",
+    "BlockPruneModel",
     "CRITERIA",
     "DyLoraConfig",
     "DyLoraLayer",
@@ -79,6 +92,13 @@ __all__ = [
     "PeftModelForTokenClassification",
     "PeftType",
     "SVDLinear",
+    "SpaLayer",
+    "SplopaConfig",
+    "SplopaModel",
+    "SploraConfig",
+    "SploraModel",
+    "SpparaConfig",
+    "SpparaModel",
     "TaskType",
     "TrainingHooks",
     "VILoraConfig",

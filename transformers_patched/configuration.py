@@ -7,6 +7,7 @@ must not train the wrong model.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -44,6 +45,8 @@ class PretrainedConfig:
 
     model_type: ClassVar[str] = ""
     lora_targets: ClassVar[tuple[str, ...]] = ()
+    # the fields that `layer_shapes` sets for a layer
+    _layer_fields: ClassVar[tuple[str, str]] = ("num_attention_heads", "intermediate_size")
 
     num_labels: int = 2
     id2label: dict[int, str] | None = None
@@ -54,6 +57,7 @@ class PretrainedConfig:
     output_hidden_states: bool = False
     return_dict: bool = True
     tie_word_embeddings: bool = True
+    layer_shapes: list[list[int]] | None = None  # [heads, units] of each layer; None: all alike
 
     apply_lora: bool = False
     lora_r: int = 8
@@ -137,6 +141,42 @@ class PretrainedConfig:
                 f"{self.num_attention_heads} attention heads"
             )
 
+        if self.layer_shapes is not None:
+            self._validate_shapes()
+
+    def _validate_shapes(self) -> None:
+        shapes, layers = self.layer_shapes or [], self.num_hidden_layers
+        whole = all(
+            len(shape) == 2 and all(type(n) is int and n > 0 for n in shape) for shape in shapes
+        )
+        most = self.num_attention_heads
+        if not whole or len(shapes) != layers or any(heads > most for heads, _ in shapes):
+            raise ConfigError(
+                f"layer_shapes is {shapes!r}; it must have [heads, feed-forward units] of each of "
+                f"the {layers} layers, with 1 to {most} heads and at least 1 unit"
+            )
+
+    # ------------------------------------------------------------------ layers
+
+    @property
+    def head_size(self) -> int:
+        """d, of all layers alike."""
+        return self.__dict__.get("_head_size") or self.hidden_size // self.num_attention_heads
+
+    @property
+    def attention_size(self) -> int:
+        """Width of queries, keys and values: heads times d."""
+        return self.num_attention_heads * self.head_size
+
+    def of_layer(self: ConfigT, layer: int) -> ConfigT:
+        """What layer `layer` is built from: this configuration with the layer's own sizes."""
+        if self.layer_shapes is None:
+            return self
+        own = copy.copy(self)
+        own.__dict__["_head_size"] = self.head_size
+        own.__dict__.update(zip(self._layer_fields, self.layer_shapes[layer], strict=True))
+        return own
+
     # ------------------------------------------------------------------ files
 
     def to_dict(self) -> dict[str, Any]:
@@ -146,6 +186,8 @@ class PretrainedConfig:
             if item.name in _RUNTIME_FIELDS or (item.name in _LORA_FIELDS and not self.apply_lora):
                 continue
             value = getattr(self, item.name)
+            if item.name == "layer_shapes" and value is None:  # a key of ours alone
+                continue
             values[item.name] = list(value) if isinstance(value, tuple) else value
         return {**values, "model_type": self.model_type}
 
@@ -456,6 +498,7 @@ class GPT2Config(PretrainedConfig):
     """
 
     model_type: ClassVar[str] = "gpt2"
+    _layer_fields: ClassVar[tuple[str, str]] = ("n_head", "n_inner")
     lora_targets: ClassVar[tuple[str, ...]] = (
         "c_attn",
         "query",

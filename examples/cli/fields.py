@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from examples.cli.names import ALIASES, GONE, SWITCHES
+from examples.cli.names import ALIASES, BY_METHOD, GONE, SWITCHES
 from examples.errors import OptionError
 
 
@@ -221,6 +221,18 @@ def canonical(
     return {**soft, **result}
 
 
+def by_method(values: Mapping[str, Any], owner: type, source: str) -> dict[str, Any]:
+    """The names that mean an option of `owner`, the chosen method's, under that option's name."""
+    own = fields_of([owner])
+    found = dict(values)
+    for name, target in BY_METHOD.items():
+        if name in values and name not in own and target in own:
+            if target in values and values[target] != values[name]:
+                raise OptionError(f"{source}: --{name} and --{target} are the same; give one")
+            found[target] = found.pop(name)
+    return found
+
+
 def build(owner: type, values: Mapping[str, Any]) -> Any:
     """An instance of one option class from raw values, those of other classes ignored."""
     fields = fields_of([owner])
@@ -307,7 +319,8 @@ def help_text(
     """
     lines = [f"usage: python -m {program} --option value … [--config FILE.yaml]", "", summary]
     seen: set[str] = set()
-    also = {target: [a for a in ALIASES if ALIASES[a] == target] for target in ALIASES.values()}
+    every = ALIASES | BY_METHOD
+    also = {target: [a for a in every if every[a] == target] for target in every.values()}
     for title, owner in groups.items():
         own = {n: f for n, f in fields_of([owner]).items() if n not in seen}
         if not own:

@@ -20,7 +20,6 @@ ALIASES = {
     "torch_compile": "compile",
     "target_rank": "adalora_target_r",
     "init_warmup": "adalora_tinit",
-    "final_warmup": "adalora_tfinal",
     "mask_interval": "adalora_delta_t",
     "reg_orth_coef": "adalora_orth_reg_weight",
     "criterion": "vilora_criterion",
@@ -54,6 +53,9 @@ ALIASES = {
     "min_length": "min_new_tokens",
     "predict_file": "validation_file",
 }
+# Names that the originals of several methods have, each with its own meaning: of a method that has
+# no option of this name it is another one.
+BY_METHOD = {"final_warmup": "adalora_tfinal"}
 # Switches of the originals that stand for a value of another option, unless that one is given too.
 SWITCHES = {
     "bf16": ("mixed_precision", "bf16"),

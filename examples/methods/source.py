@@ -28,6 +28,7 @@ class ModelSource:
         verbose: print what was not in the checkpoint (one process of several does).
         note_weights: add a key of the frozen weights to `read`.
         read: what the run has read -> a key of its content.
+        warmup: of the learning rate, in steps or as a share of the run; 0: none.
     """
 
     name_or_path: str
@@ -38,6 +39,7 @@ class ModelSource:
     verbose: bool = True
     note_weights: bool = False
     read: dict[str, str] = field(default_factory=dict)
+    warmup: int | float = 0
 
     def load(self, *, frozen: bool, **overrides: Any) -> PreTrainedModel:
         """Loads the model; `frozen` freezes its base and keeps it in the base dtype."""

@@ -114,8 +114,9 @@ def parse(
     if file is not None:
         from_file = config.read_file(file, given.get(row or ""))
         values = config.canonical(from_file, everything, f"--config {file}")
-    values |= given
-    method, optimizer = config.build(MethodOptions, values).specs()
+    method, optimizer = config.build(MethodOptions, values | given).specs()
+    given = config.by_method(given, method.options, "command line")
+    values = config.by_method(values, method.options, f"--config {file}") | given
     _refuse_options_of_others(given, option_classes, specs, method, optimizer)
     groups = {group: config.build(group, values) for group in option_classes.values()}
     return Options(

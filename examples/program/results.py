@@ -15,7 +15,8 @@ def table(title: str, results: dict[str, Any], more: dict[str, Any]) -> str:
     for name, value in results.items():
         if name.startswith(("eval_", "test_")):
             lines.append((name, f"{value:.4f}"))
-    lines += [(name.replace("_", " "), f"{value:g}") for name, value in more.items()]
+    for name, value in more.items():
+        lines.append((name.replace("_", " "), f"{value:,}" if type(value) is int else f"{value:g}"))
     if results.get("best_epoch") is not None:
         lines.append(("best epoch", f"{results['best_epoch']:g} of {results['epochs']:g}"))
     share = 100 * results["trainable_share"]

@@ -126,6 +126,7 @@ class Run:
         self.options, self.accelerator, self.source = options, accelerator, source
         self.title, self.main_metric = title, main_metric
         self.training: TrainingOptions = options[TrainingOptions]
+        source.warmup = self.training.num_warmup_steps or self.training.warmup_ratio
         self.folder = RunFolder(
             Path(self.training.output_dir).expanduser(),
             options.resolved(),

@@ -47,12 +47,18 @@ SHORT = {
     "ivon": "--learning_rate 50",
 }
 SHORT["vilora"] = SHORT["adalora"]
+PRUNING = "--final_threshold 0.5 --pruning_warmup 1 --mask_block_rows 4 --mask_block_cols 8"
+SHORT |= dict.fromkeys(("splora", "block_prune"), PRUNING)
+SHORT["splopa"] = f"{PRUNING} --num_splopa_prototypes 5"
 # How the library writes an adapter for PEFT where the saved one is not PEFT's already.
 FOR_PEFT: dict[str, dict[str, object]] = {
     "dylora": {"rank": 8},
     "adalora": {"format": "lora"},
     "vilora": {"format": "lora"},
     "bim_lora": {"as_lora": True},
+    "splora": {"as_lora": True},
+    "splopa": {"as_lora": True},
+    "block_prune": {"as_lora": True},
 }
 # Two processes: small steps, whose rounding stays small. With Adam's own 1e-8 a gradient that is
 # 0 but for rounding would move its weight.

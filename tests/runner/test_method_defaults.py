@@ -14,11 +14,15 @@ import pytest
 import torch
 
 import peft_custom
+from examples.methods import pruning
 from examples.methods.adalora import AdaLoraOptions, ViLoraOptions
 from examples.methods.bim_lora import SAME, BimLoraOptions
 from examples.methods.bim_reference import BIMLoRAConfig
 from examples.methods.dylora import DyLoraOptions
 from examples.methods.lora import LoraOptions
+from examples.methods.pruning import PruningOptions
+from examples.methods.splopa import SplopaOptions
+from examples.methods.splora import SploraOptions
 from examples.optimizers.adamw import AdamWOptions
 from examples.optimizers.ivon import IvonOptions
 from ivon import IVON
@@ -34,6 +38,13 @@ ADALORA = {
     "adalora_sensitivity_timing": "sensitivity_timing",
     "lora_alpha": "lora_alpha",
     "lora_dropout": "lora_dropout",
+}
+PRUNING = {name: name for name in pruning.SAME}
+UNRESOLVED = {  # the configuration turns none into what the pruning method has
+    "initial_threshold": (None, 1.0),
+    "final_threshold": (None, 0.7),
+    "mask_scale": (None, 0.0),
+    "mask_scores_learning_rate": (None, 0.01),
 }
 # class of options, class of the configuration, option -> field, and what differs on purpose:
 # option -> (the option's default, the field's)
@@ -73,6 +84,26 @@ CASES = {
         peft_custom.BimLoraConfig,
         {**FIXED_RANK, **{name: name for name in SAME}},
         {},
+    ),
+    "block_prune": (PruningOptions, peft_custom.BlockPruneConfig, PRUNING, UNRESOLVED),
+    "splopa": (
+        SplopaOptions,
+        peft_custom.SplopaConfig,
+        {
+            **PRUNING,
+            "num_splopa_prototypes": "num_prototypes",
+            "splopa_prototype_rank": "prototype_rank",
+            "splopa_init_range": "init_range",
+            "splopa_pos_weights_shared": "share_position_weights",
+            "prototype_learning_rate": "prototype_learning_rate",
+        },
+        UNRESOLVED,
+    ),
+    "splora": (
+        SploraOptions,
+        peft_custom.SploraConfig,
+        {**PRUNING, "lora_r": "r", "splora_init_range": "init_range"},
+        UNRESOLVED,
     ),
 }
 

@@ -95,11 +95,11 @@ class BertSelfAttention(nn.Module):
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        size = config.hidden_size
+        size, width = config.hidden_size, config.attention_size
         self.num_heads = config.num_attention_heads
-        self.query = linear(config, "query", size, size)
-        self.key = linear(config, "key", size, size)
-        self.value = linear(config, "value", size, size)
+        self.query = linear(config, "query", size, width)
+        self.key = linear(config, "key", size, width)
+        self.value = linear(config, "value", size, width)
         self.dropout_prob = config.attention_probs_dropout_prob
 
     def forward(
@@ -120,7 +120,7 @@ class BertSelfOutput(nn.Module):
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        self.dense = linear(config, "attention.output", config.hidden_size, config.hidden_size)
+        self.dense = linear(config, "attention.output", config.attention_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
 
@@ -195,7 +195,8 @@ class BertEncoder(nn.Module):
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        self.layer = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
+        layers = range(config.num_hidden_layers)
+        self.layer = nn.ModuleList(BertLayer(config.of_layer(i)) for i in layers)
         self.gradient_checkpointing = False
 
     def forward(

@@ -127,23 +127,23 @@ class DisentangledSelfAttention(nn.Module):
 
     def __init__(self, config: DebertaV2Config) -> None:
         super().__init__()
-        size, terms = config.hidden_size, config.position_terms
+        size, width, terms = config.hidden_size, config.attention_size, config.position_terms
         self.num_heads = config.num_attention_heads
-        self.query_proj = linear(config, "query_proj", size, size)
-        self.key_proj = linear(config, "key_proj", size, size)
-        self.value_proj = linear(config, "value_proj", size, size)
+        self.query_proj = linear(config, "query_proj", size, width)
+        self.key_proj = linear(config, "key_proj", size, width)
+        self.value_proj = linear(config, "value_proj", size, width)
         self.share_att_key = config.share_att_key
         self.c2p = config.relative_attention and "c2p" in terms
         self.p2c = config.relative_attention and "p2c" in terms
         pos_key, pos_query = "key_proj", "query_proj"
         if not self.share_att_key:
             pos_key, pos_query = "pos_key_proj", "pos_query_proj"
-            self.pos_key_proj = nn.Linear(size, size) if self.c2p else None
-            self.pos_query_proj = nn.Linear(size, size) if self.p2c else None
+            self.pos_key_proj = nn.Linear(size, width) if self.c2p else None
+            self.pos_query_proj = nn.Linear(size, width) if self.p2c else None
         # what evaluates several models in one batch must know (see `loralib.can_batch_ranks`)
         self.shared_row_layers = (pos_key,) * self.c2p + (pos_query,) * self.p2c
         self.terms = 1 + len(terms)  # counted with and without relative attention
-        self.scale = 1.0 / math.sqrt(size // self.num_heads * self.terms)
+        self.scale = 1.0 / math.sqrt(config.head_size * self.terms)
         self.pos_dropout = Dropout(config.hidden_dropout_prob)
         self.dropout_prob = config.attention_probs_dropout_prob
 
@@ -191,7 +191,7 @@ class DebertaV2SelfOutput(nn.Module):
 
     def __init__(self, config: DebertaV2Config) -> None:
         super().__init__()
-        self.dense = linear(config, "attention.output", config.hidden_size, config.hidden_size)
+        self.dense = linear(config, "attention.output", config.attention_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
 
@@ -304,7 +304,8 @@ class DebertaV2Encoder(nn.Module):
 
     def __init__(self, config: DebertaV2Config) -> None:
         super().__init__()
-        self.layer = nn.ModuleList(DebertaV2Layer(config) for _ in range(config.num_hidden_layers))
+        layers = range(config.num_hidden_layers)
+        self.layer = nn.ModuleList(DebertaV2Layer(config.of_layer(i)) for i in layers)
         self.rel_embeddings = self.LayerNorm = self.conv = None
         if config.relative_attention:
             self.buckets, self.max_distance = config.position_buckets, config.max_distance

@@ -83,18 +83,18 @@ def linear(config: GPT2Config, name: str, inputs: int, outputs: int) -> nn.Modul
 
 def fused_linear(config: GPT2Config) -> nn.Module:
     """c_attn: query, key and value in one layer, each with low-rank factors of its own or none."""
-    size = config.hidden_size
+    size, fused = config.hidden_size, 3 * config.attention_size
     if config.apply_lora and any(config.adapted_segments):  # ... and here, nowhere else
         return lora.MERGED_LINEAR_TYPES[config.lora_type](
             size,
-            3 * size,
+            fused,
             r=config.lora_r,
             lora_alpha=config.lora_alpha,
             lora_dropout=config.lora_dropout,
             enable_lora=config.adapted_segments,
             fan_in_fan_out=True,
         )
-    return Conv1D(3 * size, size)
+    return Conv1D(fused, size)
 
 
 class GPT2Attention(nn.Module):
@@ -104,7 +104,7 @@ class GPT2Attention(nn.Module):
         super().__init__()
         self.layer, self.num_heads = layer, config.num_attention_heads
         self.c_attn = fused_linear(config)
-        self.c_proj = linear(config, "attn.c_proj", config.hidden_size, config.hidden_size)
+        self.c_proj = linear(config, "attn.c_proj", config.attention_size, config.hidden_size)
         self.c_proj.init_factor = 1.0 / math.sqrt(2 * config.n_layer)  # 2 n residuals are summed
         self.dropout_prob = config.attn_pdrop
         self.resid_dropout = Dropout(config.resid_pdrop)
@@ -203,7 +203,7 @@ class GPT2Model(GPT2PreTrainedModel):
         self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
         self.wpe = nn.Embedding(config.n_positions, config.hidden_size)
         self.drop = Dropout(config.embd_pdrop)
-        self.h = nn.ModuleList(GPT2Block(config, i) for i in range(config.n_layer))
+        self.h = nn.ModuleList(GPT2Block(config.of_layer(i), i) for i in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.gradient_checkpointing = False
         self.post_init()

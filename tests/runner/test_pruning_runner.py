@@ -1,0 +1,82 @@
+"""The pruning methods on the command line: the originals' words, figures, a picture, restarts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support.runner_cases import evaluated, lines, pair_task, results, tiny_bert
+
+from examples import program
+from examples.run_glue import OPTION_CLASSES, SUMMARY, main
+
+
+def parsed(*words: str) -> program.Options:
+    needed = ["--task_name", "mrpc", "--model_name_or_path", "m", "--output_dir", "o"]
+    options = program.parse([*needed, *words], "run_glue", SUMMARY, OPTION_CLASSES, "task_name")
+    assert options is not None
+    return options
+
+
+def test_a_name_of_two_originals_means_the_chosen_methods_option() -> None:
+    pruned = parsed("--method", "splopa", "--final_warmup", "3").method_options
+    assert pruned.final_warmup == 3.0
+    ranks = parsed("--method", "adalora", "--final_warmup", "0.3").method_options
+    assert ranks.adalora_tfinal == 0.3
+    with pytest.raises(program.OptionError, match="are the same"):
+        parsed("--method", "adalora", "--final_warmup", "0.3", "--adalora_tfinal", "0.2")
+    with pytest.raises(program.OptionError, match="option of method"):
+        parsed("--method", "bim_lora", "--final_warmup", "0.3")
+
+
+def test_the_originals_words() -> None:
+    words = (
+        "--initial_threshold 0 --final_threshold 0.1 --initial_warmup 1 --final_warmup 2 "
+        "--pruning_method sigmoied_threshold --mask_init constant --mask_scale 0. "
+        "--regularization l1 --final_lambda 50 --mask_scores_learning_rate 1e-2 "
+        "--adapter_learning_rate 1e-3 --mask_block_rows 32 --mask_block_cols 32 "
+        "--num_splopa_prototypes 64 --splopa_prototype_rank 2 --splopa_prototypes_not_shared "
+        "--splopa_init_range 1e-4"
+    )
+    options = parsed("--method", "splopa", *words.split()).method_options
+    assert options.splopa_prototypes_not_shared and options.final_lambda == 50
+    null = parsed("--method", "splopa", "--regularization", "null").method_options
+    assert null.regularization is None
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("pruning")
+    model = tiny_bert(folder / "model")
+    pair_task(folder / "data" / "mrpc", {"train": 32, "validation": 16})
+    return [
+        "--model_name_or_path", str(model), "--data_dir", str(folder / "data"), "--task_name",
+        "mrpc", "--per_device_train_batch_size", "8", "--num_train_epochs", "2", "--disable_tqdm",
+        "--no_cache", "--max_length", "40", "--logging_steps", "1", "--num_warmup_steps", "2",
+        "--final_threshold", "0.5", "--mask_block_rows", "8", "--mask_block_cols", "16", "--base_dtype", "float32",
+    ]  # fmt: skip
+
+
+def test_a_run_has_the_density_that_was_asked_for(setting: list[str], tmp_path: Path) -> None:
+    """The warm-up of the learning rate is that of the schedule; a run can start from the result."""
+    out, method = tmp_path / "run", ["--method", "block_prune", "--mask_structure", "hybrid"]
+    words = [*setting, *method, "--output_dir", str(out), "--plots"]
+    assert program.run_main(main, words) == 0
+    log = lines(out / "log.jsonl")
+    # w = 2: of step 2 already that of the next one, half way between steps 2 and 4
+    assert [row["threshold"] for row in log if row["step"] <= 2] == [1.0, 0.5 + 0.5**4]
+    assert log[-1]["density"] == log[-1]["threshold"] == 0.5
+    found = results(out)
+    per_layer = 4 * 32 * 32 + 2 * 32 * 48
+    biases, norms = 4 * 32 + 48 + 32, 4 * 32
+    assert found["encoder_weights"] == 2 * (per_layer + biases + norms)
+    assert found["encoder_kept"] == 2 * (per_layer // 2 + biases - 24 + norms)
+    assert found["mask_bits"] == 2 * (4 * 8 + 48)
+    assert (out / "plots" / "masks.png").is_file()
+    again = evaluated([
+        *setting, *method, "--lora_path", str(out), "--output_dir", str(tmp_path / "b")
+    ])  # fmt: skip
+    assert again["eval_loss"] == pytest.approx(found["eval_loss"], abs=1e-6)
+    other = [*setting, "--method", "block_prune", "--lora_path", str(out)]
+    with pytest.raises(AssertionError):
+        evaluated([*other, "--output_dir", str(tmp_path / "c")])  # of another mask_structure

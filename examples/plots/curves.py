@@ -84,7 +84,7 @@ def rank_curve(
     path: Path,
     ranks: list[int],
     values: list[float],
-    chosen: dict[str, int],
+    chosen: dict[str, Any],
     metric: str,
     title: str,
     tolerance: float,
@@ -95,7 +95,7 @@ def rank_curve(
         path: of the PNG.
         ranks: ascending.
         values: of the metric, one per rank.
-        chosen: `best_rank` and `smallest_rank`, which are marked.
+        chosen: `best_rank` and `smallest_rank`, which are marked; `aurac_linear`, `aurac_log2`.
         metric: its name.
         title: the run in a few words.
         tolerance: the band below (for a loss, above) the best value that is shaded.
@@ -118,7 +118,8 @@ def rank_curve(
         label = f"{name.replace('_', ' ')}: {value:.4f} at {rank}"
         axes.plot(rank, value, marker, color="tab:blue", ms=size, mfc="none", ls="", label=label)
     axes.set_xticks(ranks)
-    axes.set_xlabel("rank")
+    areas = f"{chosen['aurac_linear']:.4f} linear, {chosen['aurac_log2']:.4f} over log₂ rank"
+    axes.set_xlabel(f"rank (area under the curve: {areas})")
     axes.set_ylabel(metric)
     figure.legend(loc="outside lower center", ncols=3, fontsize="small", frameon=False)
     axes.set_title(title, fontsize="medium")

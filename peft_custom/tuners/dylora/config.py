@@ -20,8 +20,10 @@ class DyLoraConfig(LoraConfig):
 
     Attributes:
         r_min: smallest rank that training samples.
-        dylora_mode: `"normal"`: rank b trains components 1 … b; `"frozen"`: only the b-th.
-        dylora_dist: `"uniform"`, or `"geometric(p)"` renormalised over r_min … r.
+        dylora_mode: `"normal"`: rank b trains components 1 … b; `"frozen"`: only the b-th;
+            `"matryoshka"`: no rank is drawn, every step trains Σ_b (α/b)·B[:, :b] A[:b] over
+            b = r_min … r, and rank b is the first b components of that.
+        dylora_dist: of the rank drawn: `"uniform"`, or `"geometric(p)"` over r_min … r.
         dylora_dense: let the optimiser move what a step does not train (by momentum and weight
             decay), as the published code does; off, such rows stay as they are to the last bit.
         finished: optimiser hooks sampled the ranks; False marks an adapter trained without them.

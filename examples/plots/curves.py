@@ -126,3 +126,33 @@ def rank_curve(
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
     return None
+
+
+def budget_curve(path: Path, content: dict[str, Any], title: str) -> str | None:
+    """Draws a metric over the number of singular values that are left of an adapter.
+
+    Args:
+        path: of the PNG.
+        content: `budgets`, `metric`, and `values` with `aurac_linear` of each of `global`
+            (one threshold for all matrices) and `uniform` (the same rank everywhere).
+        title: the run in a few words.
+
+    Returns:
+        Why there is no picture, or None.
+    """
+    try:
+        pyplot = canvas()
+    except ImportError as error:
+        return f"no budget curve: {error}"
+    figure, axes = pyplot.subplots(figsize=(6, 3.8), layout="constrained")
+    shown = {"global": ("one threshold", "o-"), "uniform": ("the same rank", "s--")}
+    for rule, (words, line) in shown.items():
+        label = f"{words} (area {content[rule]['aurac_linear']:.4f})"
+        axes.plot(content["budgets"], content[rule]["values"], line, ms=4, label=label)
+    axes.set_xlabel("singular values of all matrices together")
+    axes.set_ylabel(content["metric"])
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small", frameon=False)
+    axes.set_title(title, fontsize="medium")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return None

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from loralib import functional as lora
 
 from ..low_rank import LowRankLayer, linear_geometry
-from .pissa import principal_factors
+from .base_starts import base_factors, moves_base
+from .dora import dora_linear, row_lengths
 
 
 class Factor(nn.Module):
@@ -44,7 +45,7 @@ class LoraLayer(LowRankLayer):
         super().__init__(base_layer)
         self._rslora: dict[str, bool] = {}
         # PiSSA took s·B₀A₀ out of the base weight; kept to put it back, per adapter.
-        self.pissa_initial: dict[str, tuple[Tensor, Tensor, float]] = {}
+        self.taken_out: dict[str, tuple[Tensor, Tensor, float]] = {}
 
     def _make_containers(self) -> None:
         self.lora_A = nn.ModuleDict()
@@ -79,8 +80,8 @@ class LoraLayer(LowRankLayer):
         """Draws A and B as `LoraConfig.init_lora_weights` says."""
         A, B = self.factors(adapter)
         bound = 1.0 / math.sqrt(A[0].numel())  # kaiming_uniform(a=√5): 1/√fan_in
-        if isinstance(init, str) and init.startswith("pissa"):
-            self._initialise_pissa(adapter, init)
+        if moves_base(init):
+            self._start_from_base(adapter, str(init))
             return
         if init == "gaussian":
             A.normal_(0.0, 1.0 / self.r[adapter])
@@ -89,7 +90,7 @@ class LoraLayer(LowRankLayer):
         if init is False:  # B otherwise stays 0, and training starts from the base model
             B.uniform_(-1.0 / math.sqrt(self.r[adapter]), 1.0 / math.sqrt(self.r[adapter]))
 
-    def _initialise_pissa(self, adapter: str, init: str) -> None:
+    def _start_from_base(self, adapter: str, init: str) -> None:
         raise ValueError(
             f"init_lora_weights={init!r} is for linear layers, not {type(self.base_layer).__name__}"
         )
@@ -127,7 +128,7 @@ class Linear(LoraLayer):
         self.lora_B[adapter] = Factor((self.out_features, r), device)
 
     def bind(self, adapter: str) -> Bound | None:
-        if self.pissa_initial and (self.merged or adapter not in self.pissa_initial):
+        if self.taken_out and (self.merged or adapter not in self.taken_out):
             return None  # a PiSSA adapter's first part has to be added back, or taken away
         A, B = self.lora_A[adapter], self.lora_B[adapter]
         return Bound(A, B, self._scaling[adapter], self.lora_dropout[adapter])
@@ -150,7 +151,7 @@ class Linear(LoraLayer):
         self, x: Tensor, adapters: tuple[str, ...], *args: Any, **kwargs: Any
     ) -> Tensor:
         out = super().forward_several(x, adapters, *args, **kwargs)
-        for adapter, (A, B, scaling) in self.pissa_initial.items():
+        for adapter, (A, B, scaling) in self.taken_out.items():
             # Without its PiSSA adapter the layer is the original one: its first part is added back,
             # in a merged weight as well, and there taken away again where the adapter acts.
             if self.merged == (adapter in adapters):
@@ -164,19 +165,19 @@ class Linear(LoraLayer):
 
     def merged_weight(self, names: list[str]) -> Tensor:
         total = super().merged_weight(names)
-        for adapter, (A, B, scaling) in self.pissa_initial.items():
+        for adapter, (A, B, scaling) in self.taken_out.items():
             if adapter not in names:
                 total += lora.delta_weight(A, B, scaling, self.fan_in_fan_out).to(total)
         return total
 
-    def _initialise_pissa(self, adapter: str, init: str) -> None:
+    def _start_from_base(self, adapter: str, init: str) -> None:
         base = self.base_layer.weight
         if base.dtype in (torch.float16, torch.bfloat16):
             raise ValueError(
                 f"init_lora_weights={init!r} splits the base weight, which {base.dtype} cannot "
                 "hold exactly; load the base in float32"
             )
-        if self.pissa_initial or self.merged:
+        if self.taken_out or self.merged:
             raise ValueError(
                 "PiSSA starts from the original weight: no second PiSSA adapter, and "
                 "no merged one, on the same layer"
@@ -184,17 +185,17 @@ class Linear(LoraLayer):
         A, B = self.factors(adapter)
         weight = base.detach().T if self.fan_in_fan_out else base.detach()
         scaling = self._scaling[adapter]
-        A0, B0 = principal_factors(weight, self.r[adapter], scaling, init)
+        A0, B0 = base_factors(weight, self.r[adapter], scaling, init)
         A.copy_(A0)
         B.copy_(B0)
-        self.pissa_initial[adapter] = (A0.float(), B0.float(), scaling)
+        self.taken_out[adapter] = (A0.float(), B0.float(), scaling)
         base.data -= lora.delta_weight(A, B, scaling, self.fan_in_fan_out).to(base)
 
     @torch.no_grad()
     def restore_base(self, adapter: str | None = None) -> None:
-        for name in [adapter] if adapter is not None else list(self.pissa_initial):
-            if name in self.pissa_initial:
-                A, B, scaling = self.pissa_initial.pop(name)
+        for name in [adapter] if adapter is not None else list(self.taken_out):
+            if name in self.taken_out:
+                A, B, scaling = self.taken_out.pop(name)
                 self.base_layer.weight.data += lora.delta_weight(
                     A, B, scaling, self.fan_in_fan_out
                 ).to(self.base_layer.weight)
@@ -221,8 +222,8 @@ class Embedding(LoraLayer):
     @torch.no_grad()
     def initialise(self, adapter: str, init: bool | str) -> None:
         A, B = self.factors(adapter)
-        if isinstance(init, str) and init.startswith("pissa"):
-            self._initialise_pissa(adapter, init)
+        if moves_base(init):
+            self._start_from_base(adapter, str(init))
         B.normal_()
         if init is False:
             A.normal_()

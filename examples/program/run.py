@@ -20,6 +20,7 @@ from examples.data.batches import TrainingBatches
 from examples.data.encode import EncodedSplit
 from examples.data.readers import RawSplit
 from examples.errors import OptionError, RunError, as_user_error
+from examples.evaluation.forgetting import Forgetting
 from examples.evaluation.prediction import (
     Collate,
     EvaluationSet,
@@ -312,23 +313,29 @@ class Run:
 
     # -- reporting ------------------------------------------------------------------------------
 
-    def finish(self, metrics: dict[str, float], figures: dict[str, Any]) -> None:
+    def finish(
+        self,
+        metrics: dict[str, float],
+        figures: dict[str, Any],
+        more: dict[str, Any] | None = None,
+    ) -> None:
         """Writes `all_results.json` and the learning curve, and prints the final table.
 
         Args:
             metrics: of the result.
             figures: what `train` returned; empty where nothing was trained.
+            more: other figures to show and save.
         """
+        more = dict(more or {})
         results = {**metrics, **figures, **self._sizes()}
         self.accelerator.end_training()
         if not self.accelerator.is_main_process:
             return
         title = f"{self.title}, {self.options.method.name}"
-        more: dict[str, Any] = {}
         if self.adapted.summarize is not None and metrics:
             where = self.folder.path if figures else None
-            more = self.adapted.summarize(metrics, self.main_metric, title, where)
-            results |= more
+            more |= self.adapted.summarize(metrics, self.main_metric, title, where)
+        results |= more
         curve = self.folder.path / CURVE
         why_not = None
         if figures:
@@ -421,6 +428,10 @@ def _train_and_evaluate(
     sets = [data.evaluation_set(name, splits[split]) for split, name in data.evaluated.items()]
     train = data.training_batches(splits["train"]) if training.do_train else None
     collate = None if train is None else data.collate(splits["train"])
+    memory = None
+    if training.forgetting is not None and run.accelerator.is_main_process:
+        where = (training.forgetting, model, tokenizer, str(run.accelerator.device))
+        memory = as_user_error(Forgetting, *where)
     trainer = run.build(train, collate, sets, loss)
     figures: dict[str, Any] = {}
     if train is not None:
@@ -439,4 +450,5 @@ def _train_and_evaluate(
             folder = run.folder.path / SUBMISSION / variant
             path = write_predictions(folder, split, rows[split], prediction)
             print(f"predictions of {split}{f' at {variant}' if variant else ''}: {path}")
-    run.finish(metrics, figures)
+    more = {} if memory is None else memory.figures(trainer.unwrapped)
+    run.finish(metrics, figures, more)

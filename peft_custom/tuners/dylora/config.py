@@ -54,7 +54,8 @@ class DyLoraConfig(LoraConfig):
         if moves_base(self.init_lora_weights):
             raise ValueError(
                 f"init_lora_weights={self.init_lora_weights!r}: PiSSA and OLoRA move a part of the "
-                "weight into the adapter, where a lower rank would lack it; use True, False or 'gaussian'"
+                "weight into the adapter, where a lower rank would lack it; use True, False or "
+                "'gaussian'"
             )
         self.sampling  # noqa: B018  checks its options
 

@@ -75,6 +75,10 @@ class DyLoraModel(LoraModel):
         """
         return nested.batched_ranks(self.model, ranks, tokens)
 
+    def adapts(self, adapter: str) -> bool:
+        """Always: a step has a rank."""
+        return True
+
     # --- training -------------------------------------------------------------------------------
     def training_hooks(
         self,

@@ -1,9 +1,9 @@
 """Starts that move a part of W into the adapter; the base keeps the rest.
 
-| `init_lora_weights` | B₀ | A₀ | source |
+| `init_lora_weights` | B₀ | A₀ | of |
 |---|---|---|---|
-| `pissa`, `pissa_niter_<k>` | L √(S/s) | √(S/s) Rᵀ, of the r largest singular triplets W = L S Rᵀ | PiSSA |
-| `olora` | the first r columns of Q | the first r rows of R, W = Q R | OLoRA, arXiv 2406.01775 |
+| `pissa`, `pissa_niter_<k>` | L √(S/s) | √(S/s) Rᵀ | the r largest singular triplets, W = L S Rᵀ |
+| `olora` (arXiv 2406.01775) | r columns of Q | r rows of R | the first, W = Q R |
 
 Either way the base becomes W − s·B₀A₀.
 """

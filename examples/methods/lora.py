@@ -80,12 +80,27 @@ def build(source: ModelSource, options: LoraOptions) -> AdaptedModel:
             rank_from=options.rank_from,
             rho=options.rank_rho,
             rank_batches=options.rank_batches,
+            **_saved_ranks(options.lora_path),
         )
     start_from(adapted.model, options, source.print_once)
     if options.rank_from is not None:
         adapted.summarize = lambda *unused: _ranks_found(adapted.model)
         adapted.plot = lambda folder, title, rows: _plot(adapted.model, folder, title)
     return adapted
+
+
+def _saved_ranks(path: str | None) -> dict[str, Any]:
+    """The modules and their ranks where the adapter that a run starts from has several."""
+    from peft_custom.config import CONFIG_NAME, PATTERN_KEYS
+    from peft_custom.files import read_json
+    from peft_custom.save_and_load import adapter_folder
+
+    file = None if path is None else adapter_folder(path) / CONFIG_NAME
+    if file is None or not file.is_file():
+        return {}
+    saved = read_json(file)
+    found = {name: saved[name] for name in PATTERN_KEYS if saved.get(name)}
+    return {"target_modules": saved.get("target_modules"), **found} if found else {}
 
 
 def _ranks_found(model: PeftModel) -> dict[str, Any]:

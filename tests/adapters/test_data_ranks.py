@@ -74,11 +74,11 @@ def logits(model: nn.Module) -> Tensor:
 
 def test_activations_are_pefts_eva(tmp_path: Path) -> None:
     """Ranks, rows of A up to their sign, scales; from one batch, of which PEFT's pass is exact."""
-    data = batch(32)
+    data = {name: value for name, value in batch(32).items() if name != "labels"}
     options = {**OPTIONS, "target_modules": TARGETS[:3]}  # the head's rows are no tokens
     theirs = peft.get_peft_model(base(), peft.LoraConfig(**options, init_lora_weights="eva"))
     initialize_lora_eva_weights(theirs, [data], show_progress_bar=False)
-    mine, _, _ = prepared("activations", [data], target_modules=TARGETS[:3])
+    mine, _, _ = prepared("activations", [batch(32)], target_modules=TARGETS[:3])
     config = theirs.peft_config["default"]
     mine.eval().save_pretrained(tmp_path / "ours")
     ours = PeftModel.from_pretrained(base(), tmp_path / "ours")
@@ -170,6 +170,7 @@ def test_resumed_it_is_the_whole_run(source: str) -> None:
     more = attach(again, other, total_steps=4)
     with pytest.raises(RuntimeError, match="prepare"):
         step(again, other, 9)
+    other.zero_grad()
     with torch.no_grad():
         for name, p in own.items():
             p.copy_(factors[name])

@@ -155,6 +155,21 @@ def test_dora_dropout_acts_on_the_increment_alone() -> None:
     same(layer(x), expected)
 
 
+def test_dora_on_packed_rows_is_dora_on_padded_ones() -> None:
+    from transformers_patched import BertConfig, BertForSequenceClassification
+
+    sizes = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3}
+    config = BertConfig(vocab_size=31, intermediate_size=20, initializer_range=0.3, **sizes)
+    torch.manual_seed(0)
+    options = {**DORA, "target_modules": ["query", "dense"]}
+    model = randomised(get_peft_model(BertForSequenceClassification(config), LoraConfig(**options)))
+    ids, mask = torch.arange(10).view(2, 5) + 4, torch.ones(2, 5, dtype=torch.long)
+    mask[1, 3:] = 0
+    packed = {"cu_seqlens": torch.tensor([0, 5, 8], dtype=torch.int32), "max_seqlen": 5}
+    with torch.no_grad():
+        same(model(ids[mask.bool()], **packed).logits, model(ids, attention_mask=mask).logits)
+
+
 def test_what_dora_is_not_for() -> None:
     with pytest.raises(NotImplementedError, match="linear layers, not Embedding"):
         get_peft_model(base(), LoraConfig(**{**DORA, "target_modules": ["word_embeddings"]}))

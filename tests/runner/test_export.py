@@ -51,17 +51,25 @@ def test_a_budget_and_its_curve(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = home / "peft_custom"
-    cut = [str(run), "--rank_budget", "8", "--merged", "--out", str(tmp_path / "cut")]
-    assert export.main(cut) == 0
-    assert "8 of 12 singular values in 4 matrices" in capsys.readouterr().out
+    for name, more in (("adapter", []), ("cut", ["--merged"])):
+        cut = [str(run), "--rank_budget", "7", *more, "--out", str(tmp_path / name)]
+        assert export.main(cut) == 0
+        assert "7 of 12 singular values in 4 matrices" in capsys.readouterr().out
+    r = str(json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"])
+    own = ["--lora_path", str(tmp_path / "adapter"), "--lora_r", r, "--lora_alpha", r]
+    as_adapter = evaluated(words(home, "bert", tmp_path / "no", *own))
+    model = ["--task_name", "mrpc", "--data_dir", str(home), "--method", "full", *FAST[2:]]
+    model += ["--model_name_or_path", str(tmp_path / "cut"), "--output_dir", str(tmp_path / "n")]
+    assert evaluated(model)["eval_loss"] == pytest.approx(as_adapter["eval_loss"], abs=1e-5)
     loss = ["--curve", "--out", str(tmp_path / "curve")]
     assert export.main([str(run), *loss]) == 0
     curve = json.loads((tmp_path / "curve" / "budget_curve.json").read_text())
     assert curve["budgets"] == [4, 8, 12] and curve["mean_ranks"] == [1, 2, 3]
     assert curve["uniform"]["parameters"] == [4 * 64, 8 * 64, 12 * 64]
     assert curve["global"]["values"][2] == curve["uniform"]["values"][2]
-    model = ["--task_name", "mrpc", "--data_dir", str(home), "--method", "full", *FAST[2:]]
-    model += ["--model_name_or_path", str(tmp_path / "cut"), "--output_dir", str(tmp_path / "n")]
+    eight = [str(run), "--rank_budget", "8", "--merged", "--out", str(tmp_path / "eight")]
+    assert export.main(eight) == 0
+    model[model.index(str(tmp_path / "cut"))] = str(tmp_path / "eight")
     assert evaluated(model)[curve["metric"]] == pytest.approx(curve["global"]["values"][1])
     assert (tmp_path / "curve" / "budget_curve.png").read_bytes()[:4] == b"\x89PNG"
 

@@ -62,7 +62,7 @@ def run(home: Path, out: Path, model: str, *more: str) -> int:
         ["lora"],
         ["full"],
         ["lora", "--wiring", "loralib"],
-        ["dylora", "--dylora_mode", "matryoshka"],
+        ["dylora"],
     ],
     ids=" ".join,
 )

@@ -162,7 +162,7 @@ def _gradient_starts(
         W = weights[name].detach()
         worths[name] = (W * grad).abs().mean(dtype=torch.float64)
         G = grad.T if layers[name].fan_in_fan_out else grad  # (out, in)
-        starts[name] = principal_directions(G.float().T @ G.float(), most[name])[1]
+        starts[name] = principal_directions(G.double().T @ G.double(), most[name])[1]
     return starts, worths
 
 

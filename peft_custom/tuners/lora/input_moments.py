@@ -14,6 +14,7 @@ from ...rng import generator
 
 SMALL = 1024  # up to so many inputs the whole spectrum is computed
 SPARE, ROUNDS = 10, 12  # of subspace iteration beyond
+NOISE = 1e-6  # eigenvalues below this part of the first one are rounding
 
 
 class _Sums:
@@ -123,6 +124,7 @@ def principal_directions(scatter: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     Returns:
         (k,) shares, descending, and (k, in) rows of length 1, whose largest entry is positive.
+        Where there are fewer directions, shares are 0 and rows are drawn, orthogonal to the others.
     """
     C = scatter.double()
     n = C.shape[0]
@@ -136,6 +138,13 @@ def principal_directions(scatter: Tensor, k: int) -> tuple[Tensor, Tensor]:
             Q = torch.linalg.qr(C @ Q).Q
         values, small = torch.linalg.eigh(Q.T @ C @ Q)
         values, vectors = values.flip(0)[:k], (Q @ small.flip(1))[:, :k]
+    # what rounding alone distinguishes would differ between machines and numbers of processes
+    sure = int((values > NOISE * values[0]).sum())
+    values[sure:] = 0.0
+    fill = torch.randn(n, k - sure, generator=generator(1, n), dtype=C.dtype).to(C.device)
+    vectors = torch.cat((vectors[:, :sure], fill), dim=1)
+    if sure < k:
+        vectors = torch.cat((vectors[:, :sure], torch.linalg.qr(vectors).Q[:, sure:]), dim=1)
     rows = vectors.T
     largest = rows.gather(1, rows.abs().argmax(1, keepdim=True))  # (k, 1)
     shares = values.clamp(min=0.0) / C.trace().clamp(min=torch.finfo(C.dtype).tiny)

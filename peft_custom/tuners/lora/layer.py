@@ -316,8 +316,8 @@ class Linear(LoraLayer):
             )
         if self.taken_out or self.merged:
             raise ValueError(
-                "PiSSA and OLoRA start from the original weight: no second such adapter, and no "
-                "merged one, on the same layer"
+                "PiSSA and OLoRA start from the original weight: no second PiSSA or OLoRA adapter, "
+                "and no merged one, on the same layer"
             )
         A, B = self.factors(adapter)
         weight = base.detach().T if self.fan_in_fan_out else base.detach()

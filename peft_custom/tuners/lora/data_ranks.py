@@ -84,11 +84,6 @@ class DataRankHooks(TrainingHooks):
             layer.set_components(self.adapter, starts[name][: kept[name]])
 
     # --- reports and resuming --------------------------------------------------------------------
-    def kept(self) -> dict[str, int]:
-        """The rank of every module."""
-        masks = {name: layer.lora_ranks[self.adapter] for name, layer in self.layers.items()}
-        return {name: int(mask.keep.sum()) for name, mask in masks.items()}
-
     def state_dict(self) -> dict[str, Any]:
         """The masks."""
         return {"masks": {n: x.lora_ranks[self.adapter].keep for n, x in self.layers.items()}}

@@ -59,6 +59,10 @@ class LoraLayer(LowRankLayer):
         """A and B of one adapter, as parameters."""
         return self.lora_A[adapter].weight, self.lora_B[adapter].weight
 
+    def rank(self, adapter: str) -> int:
+        """How many components there are."""
+        return self.r[adapter]
+
     @property
     def magnitudes(self) -> Mapping[str, nn.Parameter]:
         """m of DoRA by adapter; of linear layers only."""
@@ -189,11 +193,9 @@ class Linear(LoraLayer):
         own = bound.A.weight, bound.B.weight, s, p
         if self.base_is_plain():
             where = x, base.weight, base.bias, *own, self.fan_in_fan_out
-            return (
-                dora_linear(*where, self._gain(bound.dora))
-                if bound.dora
-                else (lora.lora_linear(*where))
-            )
+            if bound.dora:
+                return dora_linear(*where, self._gain(bound.dora))
+            return lora.lora_linear(*where)
         out = base(x, *args, **kwargs)
         if bound.dora:
             return out + self.increment(x, bound.dora).to(out.dtype)
@@ -223,6 +225,10 @@ class Linear(LoraLayer):
     def has_rank_mask(self, adapter: str) -> bool:
         """Whether the adapter's ranks come from data."""
         return adapter in self.lora_ranks
+
+    def rank(self, adapter: str) -> int:
+        masked = self.has_rank_mask(adapter)
+        return int(self.lora_ranks[adapter].keep.sum()) if masked else self.r[adapter]
 
     @torch.no_grad()
     def set_components(self, adapter: str, rows: Tensor) -> None:

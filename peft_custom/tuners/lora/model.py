@@ -93,11 +93,14 @@ class LoraModel(BaseTuner[LoraConfig]):
         total_steps: int | None,
         *,
         seed: int = 0,
+        **options: Any,
     ) -> TrainingHooks | None:
         """Hooks whose `prepare` sets ranks and starts, where the adapter asks for that."""
         asking = [name for name in self.trained_adapters if self.adapts(name)]
         if not asking:
             return None
+        if options:
+            raise TypeError(f"attach: rank_from takes no {', '.join(options)}")
         if len(asking) > 1:
             raise ValueError(f"rank_from: adapters {asking} cannot be prepared at once")
         [adapter], config = asking, self.peft_config[asking[0]]
@@ -106,20 +109,13 @@ class LoraModel(BaseTuner[LoraConfig]):
         return DataRankHooks(model, layers, adapter, config, ranks, total_steps, seed)
 
     def _ranked_layers(self, adapter: str) -> dict[str, Linear]:
-        return {
-            n: x
-            for n, x in self.lora_layers()
-            if isinstance(x, Linear) and x.has_rank_mask(adapter)
-        }
+        linear = {n: x for n, x in self.lora_layers() if isinstance(x, Linear)}
+        return {n: x for n, x in linear.items() if x.has_rank_mask(adapter)}
 
     def ranks(self, adapter: str = "default") -> dict[str, int]:
         """The rank of every module, whether from data, by a pattern, or one for all."""
-        asked = self.adapts(adapter)
-        return {
-            name: int(layer.lora_ranks[adapter].keep.sum()) if asked else layer.r[adapter]
-            for name, layer in self.lora_layers()
-            if adapter in layer.adapters
-        }
+        layers = {name: layer for name, layer in self.lora_layers() if adapter in layer.adapters}
+        return {name: layer.rank(adapter) for name, layer in layers.items()}
 
     def special_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """LoRA+'s groups where an adapter in training has `loraplus_lr_ratio`; else none."""

@@ -66,7 +66,11 @@ FOR_PEFT: dict[str, dict[str, object]] = {
 }
 # Two processes: small steps, whose rounding stays small. With Adam's own 1e-8 a gradient that is
 # 0 but for rounding would move its weight.
-STEADY = {"adamw": "--learning_rate 2e-2 --adam_epsilon 1e-3", "ivon": "--learning_rate 0.5"}
+STEADY = {
+    "adamw": "--learning_rate 2e-2 --adam_epsilon 1e-3",
+    "ivon": "--learning_rate 0.5",
+    "matryoshka": "--learning_rate 2e-3",  # at rank 8 its first component has 22 times LoRA's scale
+}
 # Two processes: absolute difference of weights. Adam on the blocks' few features, before the run,
 # makes more of their rounding, and so do directions of nearly equal variance.
 CLOSE = {"bim_lora": 1e-5, "activations": 1e-4, "gradients": 1e-4}
@@ -113,7 +117,7 @@ def words(home: Path, out: Path, pair: tuple[str, str], still: bool = False) -> 
     model = "still" if still else "bert"
     tables = (SHORT, STEADY) if still else (SHORT,)
     method, options = VARIANTS.get(pair[0], (pair[0], ""))
-    names = (method, pair[1])
+    names = dict.fromkeys((method, pair[1], pair[0]))
     own = [word for name in names for table in tables for word in table.get(name, "").split()]
     where = ["--model_name_or_path", str(home / model), "--data_dir", str(home)]
     chosen = ["--method", method, "--optimizer", pair[1], *options.split()]

@@ -91,8 +91,9 @@ def budget_curve(run: FinishedRun, out: Path) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(
         run.where.tokenizer_name or run.where.model_name_or_path, revision=run.where.revision
     )
+    limit = data.options.max_eval_samples
     sets = [
-        data.evaluation_set(name, data.encode(data.read(split, None), tokenizer))
+        data.evaluation_set(name, data.encode(data.read(split, limit), tokenizer))
         for split, name in data.evaluated.items()
     ]
     accelerator = make_accelerator(run.training)

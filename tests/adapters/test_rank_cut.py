@@ -35,7 +35,11 @@ KINDS = {
         r=4, lora_alpha=7, target_modules=TARGETS, dylora_mode="matryoshka", r_min=2
     ),
     "adalora": lambda: AdaLoraConfig(
-        init_r=4, target_r=2, lora_alpha=7, target_modules=["query", "intermediate.dense"]
+        init_r=4,
+        target_r=2,
+        lora_alpha=7,
+        target_modules=["query", "intermediate.dense"],
+        rank_pattern={"bert.encoder.layer.1.attention.self.query": [True, False, True, True]},
     ),
 }
 

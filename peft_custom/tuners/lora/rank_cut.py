@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...config import typed_values
+from ...config import PATTERN_KEYS, typed_values
 from ..targets import pattern_value
 from .config import LoraConfig
 
@@ -205,7 +205,8 @@ def cut(
 def _cut_config(
     config: Mapping[str, Any], kept: Ranks, tensors: Mapping[str, Tensor]
 ) -> LoraConfig:
-    known = {field.name for field in dataclasses.fields(LoraConfig)}
+    # AdaLoRA's pattern has other values, and neither pattern is that of the result
+    known = {field.name for field in dataclasses.fields(LoraConfig)} - set(PATTERN_KEYS)
     values = typed_values(LoraConfig, {k: v for k, v in config.items() if k in known})
     most = max(kept.values())
     others = {name: rank for name, rank in kept.items() if rank != most}

@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from .config import PeftConfig
 from .hooks.owners import refuse_if_attached
-from .save_and_load import PREFIX, load_peft_weights, set_peft_model_state_dict, tuner_of
+from .save_and_load import (
+    PREFIX,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_peft_model_state_dict,
+    tuner_of,
+)
 from .tuners.base import BaseTuner, iter_adapters
 from .tuners.lora import LoraConfig, LoraLayer
 from .tuners.lora.base_starts import moves_base
@@ -50,6 +56,7 @@ def hotswap_adapter(
     state = load_peft_weights(model_name_or_path, None, subfolder, **hub)
     source = str(model_name_or_path)
     _check(tuner, adapter_name, current, config, state, source)
+    _check_heads(get_peft_model_state_dict(model, adapter_name=adapter_name), state, source)
     for name, layer in iter_adapters(tuner.model):
         if adapter_name in layer.merged_adapters:
             layer.unmerge()
@@ -92,10 +99,22 @@ def _check(
         differing = ", ".join(sorted(own ^ given)[:4])
         raise ValueError(f"{source} is of other modules: only one of the two has {differing}")
     for name, tensor in tuner.live_tensors(adapter).items():
-        shape, dim = list(tensor.shape), 1 if "_B" in name else 0
+        shape = list(tensor.shape)
         if tensor.dim() > 1:
-            module = name.partition(".lora_")[0]
+            module, _, factor = name.rpartition(".lora_")
+            dim = 1 if factor.startswith(("B", "embedding_B")) else 0
             shape[dim] = pattern_value(config.rank_pattern, module, config.r)
         if list(state[f"{PREFIX}{name}"].shape) != shape:
             found = tuple(state[f"{PREFIX}{name}"].shape)
             raise ValueError(f"{source}: {name}: file {found}, model {tuple(shape)}")
+
+
+def _check_heads(own: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str) -> None:
+    """Raises where what is saved in full beside the factors differs in names or shapes."""
+    ours, theirs = (
+        {name: tuple(tensor.shape) for name, tensor in state.items() if ".lora_" not in name}
+        for state in (own, given)
+    )
+    if ours != theirs:
+        differing = dict(sorted(set(ours.items()) ^ set(theirs.items())))
+        raise ValueError(f"{source}: what it trained in full is not the same here: {differing}")

@@ -238,6 +238,12 @@ def test_directions_of_wide_inputs_are_those_of_the_whole_spectrum(monkeypatch) 
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_layer_without_data_is_named(source: str) -> None:
+    with pytest.raises(ValueError, match="rank_from: bert.encoder.layer.0.attention.self.query"):
+        prepared(source, [])
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

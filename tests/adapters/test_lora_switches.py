@@ -255,6 +255,7 @@ def test_hotswap(tmp_path: Path) -> None:
         "c": {"r": 2, "lora_alpha": 4, "rank_pattern": {"query": 4}, "use_rslora": True},
         "dora": {"use_dora": True},
         "other": {"target_modules": TARGETS[1:]},
+        "head": {"r": 2, "modules_to_save": ["classifier.1"]},
     }.items():
         torch.manual_seed(len(made))
         config = LoraConfig(**{"r": 3, "lora_alpha": 5, "target_modules": TARGETS, **options})
@@ -276,7 +277,11 @@ def test_hotswap(tmp_path: Path) -> None:
     same(logits(model), made["c"])
     model.save_pretrained(tmp_path / "again")
     same(logits(PeftModel.from_pretrained(base(), tmp_path / "again")), made["c"])
-    for wrong, said in (("dora", "use_dora=True"), ("other", "is of other modules")):
+    for wrong, said in (
+        ("dora", "use_dora=True"),
+        ("other", "is of other modules"),
+        ("head", "in full is not the same here: .*classifier.1.weight': .3, 10"),
+    ):
         with pytest.raises(ValueError, match=said):
             hotswap_adapter(model, tmp_path / wrong)
     same(logits(model), made["c"])

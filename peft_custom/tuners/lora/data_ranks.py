@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...distributed import reduce_mean, world_size
+from ...distributed import reduce_mean, take_from_first, world_size
 from ...hooks import MicroBatch, TrainingHooks
 from .config import LoraConfig
 from .input_moments import InputMoments, principal_directions
@@ -82,16 +82,21 @@ class DataRankHooks(TrainingHooks):
             kept = shared_in_proportion({n: float(w) for n, w in worths.items()}, most, total)
         for name, layer in self.layers.items():
             layer.set_components(self.adapter, starts[name][: kept[name]])
+        factors = [x.factors(self.adapter)[0] for x in self.layers.values()]
+        take_from_first([*factors, *self._masks().values()])
 
     # --- reports and resuming --------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
         """The masks."""
-        return {"masks": {n: x.lora_ranks[self.adapter].keep for n, x in self.layers.items()}}
+        return {"masks": self._masks()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes them back."""
-        for name, keep in state["masks"].items():
-            self.layers[name].lora_ranks[self.adapter].keep.copy_(keep)
+        for name, mask in self._masks().items():
+            mask.copy_(state["masks"][name])
+
+    def _masks(self) -> dict[str, Tensor]:
+        return {name: x.lora_ranks[self.adapter].keep for name, x in self.layers.items()}
 
 
 def most_components(layer: LoraLayer, r: int, rho: float) -> int:
@@ -147,6 +152,9 @@ def _gradient_starts(
                 # of a step with several batches and processes the gradients are summed by weight
                 share = batch.weight * world_size() if isinstance(batch, MicroBatch) else 1.0
                 (forward_loss(batch) * share).backward()
+        silent = [name for name, weight in weights.items() if weight.grad is None]
+        if silent:
+            raise ValueError(f"rank_from: {', '.join(silent[:3])} got no gradient in the batches")
         names, grads = list(weights), [w.grad for w in weights.values()]
     finally:
         for weight in weights.values():

@@ -104,6 +104,7 @@ class Run:
     Attributes:
         folder: of the run.
         read: what was read to evaluate -> a key of its content.
+        extra: other figures to show and save at the end.
         checkpoint: that the run goes on from, or None.
         adapted: the model; from `build` on, as are the next two.
         built: the optimiser; None where nothing is trained and no posterior is asked.
@@ -128,6 +129,7 @@ class Run:
             {name: (method.folder, *method.files) for name, method in METHODS.items()},
         )
         self.read: dict[str, str] = {}
+        self.extra: dict[str, float] = {}
         self.checkpoint: Path | None = None
         if self.training.do_train or self.training.do_predict:
             self.checkpoint = self._claim()
@@ -313,20 +315,14 @@ class Run:
 
     # -- reporting ------------------------------------------------------------------------------
 
-    def finish(
-        self,
-        metrics: dict[str, float],
-        figures: dict[str, Any],
-        more: dict[str, Any] | None = None,
-    ) -> None:
+    def finish(self, metrics: dict[str, float], figures: dict[str, Any]) -> None:
         """Writes `all_results.json` and the learning curve, and prints the final table.
 
         Args:
             metrics: of the result.
             figures: what `train` returned; empty where nothing was trained.
-            more: other figures to show and save.
         """
-        more = dict(more or {})
+        more = dict(self.extra)
         results = {**metrics, **figures, **self._sizes()}
         self.accelerator.end_training()
         if not self.accelerator.is_main_process:
@@ -450,5 +446,6 @@ def _train_and_evaluate(
             folder = run.folder.path / SUBMISSION / variant
             path = write_predictions(folder, split, rows[split], prediction)
             print(f"predictions of {split}{f' at {variant}' if variant else ''}: {path}")
-    more = {} if memory is None else memory.figures(trainer.unwrapped)
-    run.finish(metrics, figures, more)
+    if memory is not None:
+        run.extra |= memory.figures(trainer.unwrapped)
+    run.finish(metrics, figures)

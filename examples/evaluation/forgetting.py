@@ -80,7 +80,8 @@ class Forgetting:
     def _language_model(self) -> Any:
         loader = AutoModelForCausalLM if self.causal else AutoModelForMaskedLM
         name = self.where.model_name_or_path
-        model, report = loader.from_pretrained(name, output_loading_info=True, **self.place)
+        with torch.random.fork_rng(devices=[]):  # the run draws what it would have drawn without
+            model, report = loader.from_pretrained(name, output_loading_info=True, **self.place)
         if report.missing:
             raise RunError(
                 f"--forgetting: {name} has no language-model head ({report.missing[0]} is not in "

@@ -256,7 +256,7 @@ def on_two(home: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        timeout=500,
+        timeout=900,
     )  # fmt: skip
     return out, done.stdout[-2000:] + done.stderr[-3000:]
 

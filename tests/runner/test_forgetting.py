@@ -98,6 +98,17 @@ def loss(model: torch.nn.Module, batches: list[dict[str, torch.Tensor]]) -> floa
     return sum(losses) / len(losses)
 
 
+def test_it_changes_nothing_of_the_training(home: Path, tmp_path: Path) -> None:
+    steps = ["--method", "lora", "--max_train_steps", "2", "--learning_rate", "0.02"]
+    for name, more in (("with", []), ("without", ["--forgetting", "none"])):
+        assert run(home, tmp_path / name, "bert", *steps, *more) == 0
+    one, two = (
+        (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes()
+        for name in ("with", "without")
+    )
+    assert one == two and "forgetting" not in results(tmp_path / "without")
+
+
 def test_which_tokens_are_hidden(home: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(home / "bert")
     batches = masked_batches(LINES, tokenizer)

@@ -52,7 +52,7 @@ class LoraOptions(IncrementOptions):
         }
         given = [f"--{name}" for name, used in injected.items() if used]
         if self.wiring == "loralib" and given:
-            raise OptionError(f"{', '.join(given)}: only with --wiring peft_custom")
+            raise OptionError(f"{', '.join(given)}: options of --wiring peft_custom")
         if self.rank_from is not None and self.lora_path is not None:
             raise OptionError(
                 "--rank_from makes a start, and so does --lora_path: leave one of them out"

@@ -43,7 +43,10 @@ NEIGHBOURS = {
     ("sweeps", "plots"),
 }
 # programs that are another one under an older name -> that one
-ALIASES = {"examples.run_glue_no_trainer": "examples.run_glue"}
+ALIASES = {
+    "examples.run_glue_no_trainer": "examples.run_glue",
+    "examples.export_adapter": "examples.export",
+}
 
 
 class Arrow(NamedTuple):

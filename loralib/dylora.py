@@ -11,6 +11,13 @@ Afterwards every b is an ordinary LoRA adapter of rank b with the same α.
     ...     model(x)
     >>> torch.save(lora.lora_state_dict(model, rank=3), "rank3.pt")  # lora.Linear(…, r=3) loads it
 
+MatryoshkaLoRA (arXiv 2605.07850) trains all ranks in every step instead of drawing one. The sum of
+all nested adapters is one product with a fixed diagonal between the factors,
+
+    Σ_b (α/b)·B[:, :b] A[:b] = B diag(α w) A,    w_i = Σ_{b ≥ i} 1/b
+
+and the adapter of rank b is its first b components (`NestedRank.weigh`).
+
 Ranks are 1-based everywhere. In evaluation mode the rank is R until `set_rank` says otherwise. In
 training mode it is the one sampled for the step, where something does so (`peft_custom.attach`), so
 evaluating at other ranks never disturbs a training step. The rank is no part of a state dict.
@@ -28,7 +35,7 @@ from torch import Tensor, nn
 
 from . import functional as lora
 from .base import LoRALayer, Shapes
-from .functional import ActiveRank
+from .functional import ActiveRank, Scaling
 from .layers import Embedding, Linear, MergedLinear, _LinearLayer
 
 
@@ -40,6 +47,7 @@ class NestedRank:
         chosen: what `set_rank` sets.
         sampled: the same for training mode, while something samples a rank for every step.
         batched: the ranks of a batch of several, within `batched_ranks`.
+        weights: w (R,) fp32, the diagonal over α; None: every component has 1/b at rank b.
         sampling_options: of what samples the ranks (`peft_custom.configure_dylora`), kept for it.
     """
 
@@ -48,7 +56,14 @@ class NestedRank:
         self.chosen = ActiveRank(0, largest)
         self.sampled: ActiveRank | None = None
         self.batched: BatchedRanks | None = None
+        self.weights: Tensor | None = None
+        self._scales: dict[tuple[float, torch.device], Tensor] = {}
         self.sampling_options: dict[str, int | str | bool] = {}
+
+    @property
+    def kind(self) -> tuple[int, tuple[float, ...] | None]:
+        """What layers have in common whose components have the same scales at every rank."""
+        return self.largest, None if self.weights is None else tuple(self.weights.tolist())
 
     def __getstate__(self) -> dict[str, Any]:
         # What samples the ranks of a model does not drive its copies, nor does a context.
@@ -68,19 +83,50 @@ class NestedRank:
         """The active rank of a layer in this mode."""
         return self.sampled if training and self.sampled is not None else self.chosen
 
+    def weigh(self, weights: Sequence[float] | None) -> None:
+        """Sets w, a fixed weight for every component, or None."""
+        if weights is not None and len(weights) != self.largest:
+            raise ValueError(f"{len(weights)} weights for R={self.largest} components")
+        self.weights = None if weights is None else torch.tensor(weights, dtype=torch.float32)
+        self._scales.clear()
+
+    def scaling(self, alpha: float, rank: int, device: torch.device) -> Scaling:
+        """s at this rank: α/b, or α w (R,)."""
+        if self.weights is None:
+            return alpha / rank
+        key = alpha, device
+        if key not in self._scales:
+            with torch.inference_mode(False):  # a later training step uses it too
+                self._scales[key] = (alpha * self.weights).to(device)
+        return self._scales[key]
+
+    def plain_factors(self, A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """Factors of the plain adapter of rank b with the same α, whose s is α/b.
+
+        Args:
+            A, B: (n R, in) and (m n, R), of n segments.
+            rank: b.
+
+        Returns:
+            (n b, in) and (m n, b).
+        """
+        A, B = lora.truncate(A, B, rank)
+        return (A, B) if self.weights is None else (A, B * (rank * self.weights[:rank]).to(B))
+
 
 class BatchedRanks:
     """K ranks for a batch of K equal parts: part k is computed with rank b_k.
 
     Args:
         ranks: b_1 … b_K.
-        largest: R.
+        nested: says R and the components' weights.
         tokens: of one part; needed only where an encoder appends filler rows.
     """
 
-    def __init__(self, ranks: Sequence[int], largest: int, tokens: int | None) -> None:
+    def __init__(self, ranks: Sequence[int], nested: NestedRank, tokens: int | None) -> None:
         b = torch.tensor(ranks)[:, None]  # (K, 1)
-        self.table = (torch.arange(largest) < b) / b  # (K, R) fp32
+        acts = torch.arange(nested.largest) < b
+        self.table = acts / b if nested.weights is None else acts * nested.weights  # (K, R) fp32
         self.tokens = tokens
         self._expanded: dict[tuple, Tensor] = {}
 
@@ -146,7 +192,13 @@ class DyLoRALayer(NestedLayer, LoRALayer):
             self.merge()
 
     def _acting(self) -> tuple[Tensor, Tensor]:
-        return lora.truncate(self.lora_A, self.lora_B, self.nested.chosen.rank)
+        return self.nested.plain_factors(self.lora_A, self.lora_B, self.nested.chosen.rank)
+
+    def weigh(self, weights: Sequence[float] | None) -> None:
+        """As `NestedRank.weigh`; a merged layer is merged again."""
+        self.nested.weigh(weights)
+        self._cached = None
+        self.rank_changed()
 
     def _evaluation_weight(self, x: Tensor) -> Tensor | None:
         if self.nested.batched is not None and not torch.is_grad_enabled():
@@ -168,7 +220,7 @@ class _DyLoRALinear(DyLoRALayer, _LinearLayer):
                 x, *factors, self.lora_alpha, rank_scales, segments, transposed
             )
         active = self.nested.current(self.training)
-        scaling = self.lora_alpha / active.rank
+        scaling = self.nested.scaling(self.lora_alpha, active.rank, x.device)
         return lora.lora_merged_linear(
             x, *factors, scaling, segments, self.dropout_now, transposed, active
         )
@@ -209,7 +261,7 @@ class DyLoRAEmbedding(DyLoRALayer, Embedding):
                 ids, *factors, self.lora_alpha, rank_scales=rank_scales, **options
             )
         active = self.nested.current(self.training)
-        scaling = self.lora_alpha / active.rank
+        scaling = self.nested.scaling(self.lora_alpha, active.rank, ids.device)
         return lora.lora_embedding(ids, *factors, scaling, active=active, **options)
 
 
@@ -319,14 +371,14 @@ def batched_ranks(
                 f"batched_ranks needs eval mode and no merged layer; a layer is {state}"
             )
     states = [nested for layer in layers for nested in layer.nested_ranks()]
-    by_largest: dict[int, BatchedRanks] = {}
+    tables: dict[tuple, BatchedRanks] = {}  # one for all layers that are alike
     for nested in states:
         checked = [nested.active_rank(rank).rank for rank in ranks]
-        if nested.largest not in by_largest:
-            by_largest[nested.largest] = BatchedRanks(checked, nested.largest, tokens)
+        if nested.kind not in tables:
+            tables[nested.kind] = BatchedRanks(checked, nested, tokens)
     before = [nested.batched for nested in states]
     for nested in states:
-        nested.batched = by_largest[nested.largest]
+        nested.batched = tables[nested.kind]
     try:
         yield
     finally:

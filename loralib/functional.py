@@ -42,6 +42,10 @@ class ActiveRank(NamedTuple):
     rank: int
 
 
+# s: one number, or one per component (r,), fp32 on the device of x, without a gradient.
+Scaling = float | Tensor
+
+
 def compute_dtype(x: Tensor, weight: Tensor | None = None) -> torch.dtype:
     """The type the map is computed in: autocast's, else the weight's (x's where there is none)."""
     own = x.dtype if weight is None else weight.dtype
@@ -76,6 +80,8 @@ class _LowRankLinear(torch.autograd.Function):
         ∂L/∂A   = dᵀ (K ∘ x)                                    (n r, in)
         ∂L/∂x   = g W + K ∘ (d A)                               (N, in)    into one buffer
 
+    s may be a vector (r,), a scale for every component (`Scaling`); h's columns have it.
+
     With an active rank (i, b) of nested factors (DyLoRA), A_j[:b] and B_j[:, :b] take the place of
     A_j and B_j: the other columns of h and d are 0, and so are the gradients' rows outside i … b.
     The products keep the shapes of rank r, so that every b uses the same compiled kernels.
@@ -92,7 +98,7 @@ class _LowRankLinear(torch.autograd.Function):
         bias: Tensor | None,
         A: Tensor,
         B: Tensor,
-        scaling: float,
+        scaling: Scaling,
         p: float,
         starts: tuple[int, ...],
         fan_in_fan_out: bool,
@@ -104,7 +110,7 @@ class _LowRankLinear(torch.autograd.Function):
         if p > 0.0:
             mask, t = draw_mask(tokens, p), scaling * scale_in_force(p, x.device)
         seen = tokens if mask is None else masked(tokens, mask)  # K ∘ x, (N, in)
-        h = (seen @ A.to(x.dtype).T).mul_(t)  # (N, n r)
+        h = _scaled(seen @ A.to(x.dtype).T, t)  # (N, n r)
         if active is not None and active.rank < r:
             h.unflatten(1, (-1, r))[..., active.rank :] = 0
         if weight is None:
@@ -143,7 +149,7 @@ class _LowRankLinear(torch.autograd.Function):
                 # n of (N, r)
                 products = [g_j @ B_low[j * m : (j + 1) * m] for j, g_j in enumerate(parts)]
                 d = products[0] if len(starts) == 1 else torch.cat(products, dim=1)  # (N, n r)
-                d = d.mul_(ctx.t)
+                d = _scaled(d, ctx.t)
                 if b < r:
                     d.unflatten(1, (-1, r))[..., b:] = 0
             if need_A:
@@ -158,6 +164,14 @@ class _LowRankLinear(torch.autograd.Function):
             if need_bias:
                 db = g.sum(0).to(bias.dtype)
         return dx, dW, db, dA, dB, *(None,) * 5
+
+
+def _scaled(h: Tensor, t: Scaling) -> Tensor:
+    """h (N, n r) times t, in place."""
+    if isinstance(t, Tensor):
+        h.unflatten(1, (-1, len(t))).mul_(t)
+        return h
+    return h.mul_(t)
 
 
 def truncate(A: Tensor, B: Tensor, b: int) -> tuple[Tensor, Tensor]:
@@ -197,7 +211,7 @@ def lora_linear(
     bias: Tensor | None,
     A: Tensor,
     B: Tensor,
-    scaling: float,
+    scaling: Scaling,
     p: float = 0.0,
     fan_in_fan_out: bool = False,
     active: ActiveRank | None = None,
@@ -209,7 +223,7 @@ def lora_linear(
         weight: W (out, in), or (in, out) with `fan_in_fan_out`. Usually frozen.
         bias: b (out,) or None.
         A, B: (r, in) and (out, r).
-        scaling: s.
+        scaling: s, or one for every component (r,).
         p: dropout probability (0 in evaluation), on the low-rank branch's input only.
         fan_in_fan_out: whether the weight is stored transposed, as GPT-2's Conv1D does.
         active: (i, b) of nested factors: A[:b] and B[:, :b] act, components from i on get
@@ -226,7 +240,7 @@ def lora_update(
     x: Tensor,
     A: Tensor,
     B: Tensor,
-    scaling: float,
+    scaling: Scaling,
     p: float = 0.0,
     active: ActiveRank | None = None,
 ) -> Tensor:
@@ -241,7 +255,7 @@ def lora_merged_linear(
     bias: Tensor | None,
     A: Tensor,
     B: Tensor,
-    scaling: float,
+    scaling: Scaling,
     enabled: Sequence[bool],
     p: float = 0.0,
     fan_in_fan_out: bool = False,
@@ -323,7 +337,7 @@ def lora_embedding(
     ids: Tensor,
     A: Tensor,
     B: Tensor,
-    scaling: float,
+    scaling: Scaling,
     *,
     padding_idx: int | None = None,
     max_norm: float | None = None,
@@ -341,6 +355,8 @@ def lora_embedding(
     found = F.embedding(ids, A.T, padding_idx, max_norm, norm_type, scale_grad_by_freq)  # (..., r)
     if rank_scales is not None:
         found = found * rank_scales.view(found.shape)
+    if isinstance(scaling, Tensor):
+        found, scaling = found * scaling, 1.0
     if active is None:
         return (found @ B.T) * scaling
     i, b = active

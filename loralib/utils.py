@@ -8,7 +8,6 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .dylora import DyLoRALayer
-from .functional import truncate
 
 BIAS_CHOICES = ("none", "all", "lora_only")
 
@@ -65,6 +64,7 @@ def lora_state_dict(
         if isinstance(layer, DyLoRALayer) and layer.adapted:
             b = layer.nested.active_rank(rank).rank
             prefix = f"{name}." if name else ""
-            A, B = truncate(tensors[f"{prefix}lora_A"], tensors[f"{prefix}lora_B"], b)
+            factors = tensors[f"{prefix}lora_A"], tensors[f"{prefix}lora_B"]
+            A, B = layer.nested.plain_factors(*factors, b)
             tensors |= {f"{prefix}lora_A": A.clone(), f"{prefix}lora_B": B.clone()}
     return tensors

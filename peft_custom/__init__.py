@@ -10,6 +10,7 @@ Usage:
 
 from .config import PeftConfig, PeftType, TaskType
 from .hooks import TrainingHooks, attach, attached_hooks
+from .hotswap import hotswap_adapter
 from .mapping import get_peft_model, inject_adapter_in_model
 from .peft_model import PeftModel
 from .save_and_load import (
@@ -112,6 +113,7 @@ __all__ = [
     "get_model_status",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "hotswap_adapter",
     "inject_adapter_in_model",
     "iter_adapters",
     "load_bim_lora_model",

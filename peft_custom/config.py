@@ -22,9 +22,10 @@ SAFETENSORS_NAME = "adapter_model.safetensors"
 BIN_NAME = "adapter_model.bin"
 
 # Keys newer PEFT releases write whose inert default is not an empty value. Any other unknown key is
-# inert when it is None, False or empty; `peft_version` only says who wrote the file.
+# inert when it is None, False or empty; `peft_version` only
+# says who wrote the file, `eva_config` where its start came from.
 INERT_VALUES: dict[str, tuple[Any, ...]] = {"qalora_group_size": (16,)}
-INFORMATIVE_KEYS = frozenset({"peft_version"})
+INFORMATIVE_KEYS = frozenset({"peft_version", "eva_config"})
 
 PATTERN_KEYS = ("rank_pattern", "alpha_pattern")  # options whose keys are patterns
 

@@ -37,3 +37,12 @@ def reduce_mean(tensors: Sequence[Tensor]) -> list[Tensor]:
         part.view(tensor.shape).to(tensor.dtype)
         for part, tensor in zip(parts, tensors, strict=True)
     ]
+
+
+@torch.no_grad()
+def take_from_first(tensors: Sequence[Tensor]) -> None:
+    """Overwrites the tensors by those of process 0: what a decomposition finds may differ between
+    machines in its last bits."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor.detach(), src=0)

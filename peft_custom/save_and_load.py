@@ -409,6 +409,16 @@ def save_adapter(
     config.inference_mode = True
     warn_if_unfinished(tuner, config, adapter)
     state = _complete(model, tuner, adapter, tensors, state_dict, save_embedding_layers)
+    write_adapter(folder, config, state, safe_serialization)
+
+
+def write_adapter(
+    folder: Path,
+    config: PeftConfig,
+    state: Mapping[str, Tensor],
+    safe_serialization: bool = True,
+) -> None:
+    """Writes an adapter's files, tensors under the names that files have."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {key: value.cpu().contiguous().clone() for key, value in state.items()}
     name, other = (

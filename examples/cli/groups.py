@@ -175,6 +175,11 @@ class TrainingOptions:
         False,
         "NLL, calibration error and entropy of classes; always where predictions are averaged",
     )
+    forgetting: str | None = option(
+        None,
+        "held-out text file, a text a line: how much the model's loss as a language model rises "
+        "there by this training",
+    )
     plots: bool = option(
         False, "what method and optimiser have to show, as pictures in plots/ of the run"
     )

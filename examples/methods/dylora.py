@@ -22,8 +22,9 @@ class DyLoraOptions(IncrementOptions):
 
     dylora_mode: str = option(
         "normal",
-        "what a step at rank b trains: rows 1 to b (normal) or row b alone (frozen)",
-        choices=("normal", "frozen"),
+        "what a step at rank b trains: rows 1 to b (normal) or row b alone (frozen); matryoshka: "
+        "no rank is drawn, every step trains the sum of all",
+        choices=("normal", "frozen", "matryoshka"),
     )
     dylora_dist: str = option(
         "uniform", "how ranks are drawn: uniform, or geometric(p) such as geometric(0.15)"
@@ -47,6 +48,8 @@ class DyLoraOptions(IncrementOptions):
                 f"--dylora_r_min {self.dylora_r_min} is above --lora_r {self.lora_r}: ranks are "
                 "drawn between them"
             )
+        if self.dylora_mode == "matryoshka" and self.dylora_dist != "uniform":
+            raise OptionError("--dylora_dist: --dylora_mode matryoshka draws no ranks")
         for word in self.dylora_eval_ranks:
             if not word.isdecimal() or not 1 <= int(word) <= self.lora_r:
                 raise OptionError(

@@ -1,13 +1,16 @@
 """DyLoRA evaluated at several ranks in one forward pass, and what is reported of them.
 
 Metrics at rank b are `eval_r<b>_METRIC`; the plain `eval_METRIC` are those of the whole adapter,
-rank R, and choose the weights. At the end of a run the best of the evaluated ranks and the smallest
-one that is nearly as good are reported, with `rank_curve.json` and its picture.
+rank R, and choose the weights. At the end of a run the best of the evaluated ranks, the smallest
+one that is nearly as good and the area under the metric over the rank (AURAC) are reported, with
+`rank_curve.json` and its picture.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -98,10 +101,11 @@ class RankReport:
     def __call__(
         self, metrics: dict[str, float], main: str, title: str, folder: Path | None
     ) -> dict[str, Any]:
-        """The best rank and the smallest good one; the curve goes into `folder`."""
+        """The best rank, the smallest good one, the areas; the curve goes into `folder`."""
         ranks, tolerance = self.ranks(True), self.tolerance
         values = [metrics[variant_metric(main, f"r{b}")] for b in ranks]
-        found = chosen_ranks(ranks, values, tolerance, smaller=main.endswith("loss"))
+        found: dict[str, Any] = chosen_ranks(ranks, values, tolerance, main.endswith("loss"))
+        found |= areas(ranks, values)
         if folder is None:
             return found
         names = [n for n in metrics if all(variant_metric(n, f"r{b}") in metrics for b in ranks)]
@@ -112,6 +116,25 @@ class RankReport:
         if why_not := rank_curve(picture, ranks, values, found, main, title, tolerance):
             print(why_not)
         return found
+
+
+def areas(ranks: list[int], values: list[float]) -> dict[str, float]:
+    """AURAC: the area under the metric over the rank, in the metric's own unit.
+
+    ∫ m(b) db / (b_K − b_1) by trapezoids, and the same over log₂ b, where every doubling of the
+    rank counts alike. Of a single rank it is its value.
+
+    Args:
+        ranks: b_1 … b_K, ascending.
+        values: m, one per rank.
+    """
+    found = {}
+    for name, places in (("aurac_linear", ranks), ("aurac_log2", [math.log2(b) for b in ranks])):
+        pieces = zip(itertools.pairwise(places), itertools.pairwise(values), strict=True)
+        area = sum((right - left) * (one + two) / 2 for (left, right), (one, two) in pieces)
+        span = places[-1] - places[0]
+        found[name] = area / span if span else values[0]
+    return found
 
 
 def chosen_ranks(

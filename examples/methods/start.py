@@ -10,6 +10,7 @@ from torch import nn
 from peft_custom.save_and_load import LoadReport, load_adapter, read_adapter
 from transformers_patched import CheckpointError
 
+WEIGHED = "matryoshka"  # the mode whose components have fixed weights
 FIXED_RANK = {"r": "lora_r", "lora_alpha": "lora_alpha"}
 
 
@@ -41,6 +42,14 @@ def start_from(
         file = read_adapter(options.lora_path)
     except (ValueError, OSError) as error:
         raise CheckpointError(f"--lora_path: {error}") from error
+    # factors of the one kind mean another increment in the other (see loralib.dylora)
+    if (file.config.get("dylora_mode") == WEIGHED) != (
+        getattr(options, "dylora_mode", None) == WEIGHED
+    ):
+        raise CheckpointError(
+            f"{file.path}: an adapter trained with --dylora_mode {WEIGHED} goes on with that mode, "
+            "and no other does; write it as a plain one first: python -m examples.export RUN --rank"
+        )
     for field, option in agree.items():
         saved = file.config.get(field, getattr(options, option))
         if saved != getattr(options, option):

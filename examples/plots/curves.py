@@ -84,7 +84,7 @@ def rank_curve(
     path: Path,
     ranks: list[int],
     values: list[float],
-    chosen: dict[str, int],
+    chosen: dict[str, Any],
     metric: str,
     title: str,
     tolerance: float,
@@ -95,7 +95,7 @@ def rank_curve(
         path: of the PNG.
         ranks: ascending.
         values: of the metric, one per rank.
-        chosen: `best_rank` and `smallest_rank`, which are marked.
+        chosen: `best_rank` and `smallest_rank`, which are marked; `aurac_linear`, `aurac_log2`.
         metric: its name.
         title: the run in a few words.
         tolerance: the band below (for a loss, above) the best value that is shaded.
@@ -118,9 +118,40 @@ def rank_curve(
         label = f"{name.replace('_', ' ')}: {value:.4f} at {rank}"
         axes.plot(rank, value, marker, color="tab:blue", ms=size, mfc="none", ls="", label=label)
     axes.set_xticks(ranks)
-    axes.set_xlabel("rank")
+    areas = f"{chosen['aurac_linear']:.4f} linear, {chosen['aurac_log2']:.4f} over log₂ rank"
+    axes.set_xlabel(f"rank (area under the curve: {areas})")
     axes.set_ylabel(metric)
     figure.legend(loc="outside lower center", ncols=3, fontsize="small", frameon=False)
+    axes.set_title(title, fontsize="medium")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return None
+
+
+def budget_curve(path: Path, content: dict[str, Any], title: str) -> str | None:
+    """Draws a metric over the number of singular values that are left of an adapter.
+
+    Args:
+        path: of the PNG.
+        content: `budgets`, `metric`, and `values` with `aurac_linear` of each of `global`
+            (one threshold for all matrices) and `uniform` (the same rank everywhere).
+        title: the run in a few words.
+
+    Returns:
+        Why there is no picture, or None.
+    """
+    try:
+        pyplot = canvas()
+    except ImportError as error:
+        return f"no budget curve: {error}"
+    figure, axes = pyplot.subplots(figsize=(6, 3.8), layout="constrained")
+    shown = {"global": ("one threshold", "o-"), "uniform": ("the same rank", "s--")}
+    for rule, (words, line) in shown.items():
+        label = f"{words} (area {content[rule]['aurac_linear']:.4f})"
+        axes.plot(content["budgets"], content[rule]["values"], line, ms=4, label=label)
+    axes.set_xlabel("singular values of all matrices together")
+    axes.set_ylabel(content["metric"])
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small", frameon=False)
     axes.set_title(title, fontsize="medium")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -20,6 +20,7 @@ from examples.data.batches import TrainingBatches
 from examples.data.encode import EncodedSplit
 from examples.data.readers import RawSplit
 from examples.errors import OptionError, RunError, as_user_error
+from examples.evaluation.forgetting import Forgetting
 from examples.evaluation.prediction import (
     Collate,
     EvaluationSet,
@@ -109,6 +110,7 @@ class Run:
         folder: of the run.
         read: what was read to evaluate -> a key of its content.
         test_metrics: of test splits, where their answers are known.
+        extra: other figures to show and save at the end.
         checkpoint: that the run goes on from, or None.
         adapted: the model; from `build` on, as are the next two.
         built: the optimiser; None where nothing is trained and no posterior is asked.
@@ -135,6 +137,7 @@ class Run:
         )
         self.read: dict[str, str] = {}
         self.test_metrics: dict[str, float] = {}
+        self.extra: dict[str, float] = {}
         self.checkpoint: Path | None = None
         if self.training.do_train or self.training.do_predict:
             self.checkpoint = self._claim()
@@ -332,16 +335,16 @@ class Run:
             metrics: of the result.
             figures: what `train` returned; empty where nothing was trained.
         """
+        more = dict(self.extra)
         results = {**metrics, **self.test_metrics, **figures, **self._sizes()}
         self.accelerator.end_training()
         if not self.accelerator.is_main_process:
             return
         title = f"{self.title}, {self.options.method.name}"
-        more: dict[str, Any] = {}
         if self.adapted.summarize is not None and metrics:
             where = self.folder.path if figures else None
-            more = self.adapted.summarize(metrics, self.main_metric, title, where)
-            results |= more
+            more |= self.adapted.summarize(metrics, self.main_metric, title, where)
+        results |= more
         curve = self.folder.path / CURVE
         why_not = None
         if figures:
@@ -448,6 +451,10 @@ def _train_and_evaluate(
         run.read["teacher"] = source.key
         collate, loss = source.teach(train, collate, loss)
         run.print_once(source.message)
+    memory = None
+    if training.forgetting is not None and run.accelerator.is_main_process:
+        where = (training.forgetting, model, tokenizer, str(run.accelerator.device))
+        memory = as_user_error(Forgetting, *where)
     trainer = run.build(train, collate, sets, loss)
     figures: dict[str, Any] = {}
     if train is not None:
@@ -469,4 +476,6 @@ def _train_and_evaluate(
             folder = run.folder.path / SUBMISSION / variant
             path = write_predictions(folder, split, rows[split], prediction)
             print(f"predictions of {split}{f' at {variant}' if variant else ''}: {path}")
+    if memory is not None:
+        run.extra |= memory.figures(trainer.unwrapped)
     run.finish(metrics, figures)

@@ -35,6 +35,8 @@ def schedule_finished(tuner: BaseTuner, adapter: str | None = None) -> bool:
         return True
     if adapter is None:
         return all(schedule_finished(tuner, name) for name in tuner.active_adapters)
+    if hasattr(type(tuner), "adapts") and not tuner.adapts(adapter):
+        return True  # a method that adapts by some options only
     hooks = _hooks_of(tuner, adapter)
     return tuner.finished_adapters.get(adapter, False) if hooks is None else hooks.finished
 

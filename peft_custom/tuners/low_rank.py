@@ -5,10 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+import torch
 from torch import Tensor, nn
 
 from .targets import is_conv1d
 from .tuner_layer import BaseTunerLayer
+
+
+class RankMask(nn.Module):
+    """m (r,), ones and zeros: which components there are; a module, so that it moves along."""
+
+    keep: Tensor
+
+    def __init__(self, r: int, device: torch.device) -> None:
+        super().__init__()
+        self.register_buffer("keep", torch.ones(r, device=device))
 
 
 class LowRankLayer(BaseTunerLayer):

@@ -171,8 +171,8 @@ def test_keys_of_newer_configurations(tmp_path, monkeypatch) -> None:
                        ("trainable_token_indices", [1, 2])]:  # fmt: skip
         with pytest.raises(ValueError, match=key):
             PeftConfig.from_dict({**values, **new, key: value})
-    with pytest.raises(NotImplementedError, match="use_dora"):
-        PeftConfig.from_dict({**values, "use_dora": True})
+    with pytest.raises(NotImplementedError, match="megatron_config"):
+        PeftConfig.from_dict({**values, "megatron_config": {"a": 1}})
     assert PeftConfig.from_dict({**values, "init_lora_weights": "eva"}).init_lora_weights is True
     with pytest.raises(ValueError, match="'LOHA' is not supported here; known types:.*LORA"):
         PeftConfig.from_dict({**values, "peft_type": "LOHA"})

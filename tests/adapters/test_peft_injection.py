@@ -128,11 +128,10 @@ def test_what_matches_nothing_is_an_error_and_leaves_the_model_alone(options, me
         ({"target_modules": "(", }, ValueError, "not a regular expression"),
         ({"target_modules": ".*", "layers_to_transform": [1]}, ValueError, "list of target"),
         ({"layers_pattern": "layer"}, ValueError, "layers_to_transform"),
-        ({"use_dora": True}, NotImplementedError, "use_dora"),
         ({"loftq_config": {"loftq_bits": 4}}, NotImplementedError, "loftq_config"),
         ({"layer_replication": [(0, 2)]}, NotImplementedError, "layer_replication"),
         ({"megatron_config": {"a": 1}}, NotImplementedError, "megatron_config"),
-        ({"init_lora_weights": "olora"}, NotImplementedError, "olora"),
+        ({"init_lora_weights": "corda"}, NotImplementedError, "corda"),
         ({"init_lora_weights": "loftq"}, NotImplementedError, "loftq"),
     ],
 )  # fmt: skip

@@ -50,9 +50,19 @@ SHORT["vilora"] = SHORT["adalora"]
 PRUNING = "--final_threshold 0.5 --pruning_warmup 1 --mask_block_rows 4 --mask_block_cols 8"
 SHORT |= dict.fromkeys(("splora", "block_prune"), PRUNING)
 SHORT["splopa"] = f"{PRUNING} --num_splopa_prototypes 5"
+# What options make of a method: a name for it -> the method and the options.
+VARIANTS = {
+    "matryoshka": ("dylora", "--dylora_mode matryoshka"),
+    "dora": ("lora", "--use_dora"),
+    "loraplus": ("lora", "--loraplus_lr_ratio 4"),
+    "olora": ("lora", "--init_lora_weights olora"),
+    "activations": ("lora", "--rank_from activations --rank_batches 2"),
+    "gradients": ("lora", "--rank_from gradients --rank_batches 2"),
+}
 # How the library writes an adapter for PEFT where the saved one is not PEFT's already.
 FOR_PEFT: dict[str, dict[str, object]] = {
     "dylora": {"rank": 8},
+    "matryoshka": {"rank": 8},
     "adalora": {"format": "lora"},
     "vilora": {"format": "lora"},
     "bim_lora": {"as_lora": True},
@@ -62,10 +72,14 @@ FOR_PEFT: dict[str, dict[str, object]] = {
 }
 # Two processes: small steps, whose rounding stays small. With Adam's own 1e-8 a gradient that is
 # 0 but for rounding would move its weight.
-STEADY = {"adamw": "--learning_rate 2e-2 --adam_epsilon 1e-3", "ivon": "--learning_rate 0.5"}
+STEADY = {
+    "adamw": "--learning_rate 2e-2 --adam_epsilon 1e-3",
+    "ivon": "--learning_rate 0.5",
+    "matryoshka": "--learning_rate 2e-3",  # at rank 8 its first component has 22 times LoRA's scale
+}
 # Two processes: absolute difference of weights. Adam on the blocks' few features, before the run,
-# makes more of their rounding.
-CLOSE = {"bim_lora": 1e-5}
+# makes more of their rounding, and so do directions of nearly equal variance.
+CLOSE = {"bim_lora": 1e-5, "activations": 1e-4, "gradients": 1e-4}
 DIFFERENT_EACH_TIME = re.compile("seconds|memory|tokens_per")
 
 
@@ -89,7 +103,7 @@ def pairs() -> list[tuple[str, str]]:
     return found
 
 
-PAIRS = pairs()
+PAIRS = [*pairs(), *((name, "adamw") for name in VARIANTS)]
 each_pair = pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 
 
@@ -108,10 +122,12 @@ def words(home: Path, out: Path, pair: tuple[str, str], still: bool = False) -> 
     """A run of `pair`; `still`: without dropout, and with steps that rounding hardly changes."""
     model = "still" if still else "bert"
     tables = (SHORT, STEADY) if still else (SHORT,)
-    own = [word for name in pair for table in tables for word in table.get(name, "").split()]
+    method, options = VARIANTS.get(pair[0], (pair[0], ""))
+    names = dict.fromkeys((method, pair[1], pair[0]))
+    own = [word for name in names for table in tables for word in table.get(name, "").split()]
     where = ["--model_name_or_path", str(home / model), "--data_dir", str(home)]
-    names = ["--method", pair[0], "--optimizer", pair[1]]
-    return [*RUN, *where, *names, *own, "--output_dir", str(out)]
+    chosen = ["--method", method, "--optimizer", pair[1], *options.split()]
+    return [*RUN, *where, *chosen, *own, "--output_dir", str(out)]
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +262,7 @@ def on_two(home: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        timeout=500,
+        timeout=900,
     )  # fmt: skip
     return out, done.stdout[-2000:] + done.stderr[-3000:]
 
@@ -281,7 +297,8 @@ def test_every_option_is_shown_and_saved(
     assert main(["--help"]) == 0
     shown = set(re.findall(r"--(\w+)", capsys.readouterr().out))
     saved = json.loads((trained(pair) / "config.json").read_text("utf-8"))
-    for options in (METHODS[pair[0]].options, OPTIMIZERS[pair[1]].options):
+    method = VARIANTS.get(pair[0], pair)[0]
+    for options in (METHODS[method].options, OPTIMIZERS[pair[1]].options):
         names = {item.name for item in dataclasses.fields(options)}
         assert names <= shown and names <= saved.keys()
-    assert (saved["method"], saved["optimizer"]) == pair
+    assert (saved["method"], saved["optimizer"]) == (method, pair[1])

@@ -9,11 +9,15 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from support.paths import ROOT
 
 import peft_custom
+from examples import program
+from examples.cli.groups import OPTION_CLASSES
 from examples.methods import pruning
 from examples.methods.adalora import AdaLoraOptions, ViLoraOptions
 from examples.methods.bim_lora import SAME, BimLoraOptions
@@ -52,7 +56,15 @@ CASES = {
     "lora": (
         LoraOptions,
         peft_custom.LoraConfig,
-        {**FIXED_RANK, "use_rslora": "use_rslora"},
+        {
+            **FIXED_RANK,
+            "use_rslora": "use_rslora",
+            "use_dora": "use_dora",
+            "loraplus_lr_ratio": "loraplus_lr_ratio",
+            "rank_from": "rank_from",
+            "rank_rho": "rho",
+            "rank_batches": "rank_batches",
+        },
         {"lora_alpha": (16.0, 8)},  # 2·r, as most scripts have it; the field's default is PEFT's
     ),
     "dylora": (
@@ -145,3 +157,23 @@ def test_the_originals_bim_lora_differs_where_it_says() -> None:
         "block_size", "collection_steps", "mlp_batch_size", "mlp_epochs", "mlp_lr",
         "num_train_epochs", "target_modules",
     }  # fmt: skip
+
+
+SWITCHES = sorted((ROOT / "hparams" / "switches").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("sheet", SWITCHES, ids=lambda path: path.stem)
+def test_a_sheet_of_switches_goes_on_top_of_a_script(sheet: Path) -> None:
+    """Each turns on what it is named for, and says where its values come from."""
+    words = ["--task_name", "mrpc", "--model_name_or_path", "m", "--output_dir", "o"]
+    words += ["--config", str(sheet), "--lora_r", "8", "--learning_rate", "4e-4"]
+    options = program.parse(words, "run_glue", "", OPTION_CLASSES, "task_name")
+    assert options is not None and options.config_file == str(sheet)
+    own = dataclasses.asdict(options.method_options)
+    plain = dataclasses.asdict(type(options.method_options)())
+    assert any(own[name] != plain[name] for name in own if name not in ("lora_r", "lora_alpha"))
+    assert sheet.read_text("utf-8").startswith("# ")
+
+
+def test_there_are_sheets_of_switches() -> None:
+    assert len(SWITCHES) == 6

@@ -230,7 +230,7 @@ def test_exports_that_cannot_be(home, runs, tmp_path, capsys):
     for words, message in (
         ([str(runs / "start"), "--rank", "6", "--out", new], "has the ranks 1 to 5"),
         ([str(runs / "start"), "--rank", "1", "--out", str(tmp_path)], "choose another folder"),
-        ([str(plain), "--rank", "1", "--out", new], "run of --method lora, whose adapter"),
+        ([str(plain), "--rank", "6", "--out", new], "the adapter has the ranks 1 to 5"),
         ([str(tmp_path), "--rank", "1", "--out", new], "is no finished run"),
     ):
         assert program.run_main(export_adapter.main, words) == 2

@@ -59,6 +59,11 @@ class AdaLoraConfig(LoraConfig):
     train_pooler: bool = True
     finished: bool = True
 
+    unsupported: ClassVar[dict[str, Any]] = LoraConfig.unsupported | {
+        "use_dora": False,
+        "rank_from": None,
+        "loraplus_lr_ratio": None,
+    }
     omit_at_default: ClassVar[frozenset[str]] = LoraConfig.omit_at_default | {
         "criterion", "sensitivity_timing", "rescore_at_end", "train_pooler", "finished",
     }  # fmt: skip

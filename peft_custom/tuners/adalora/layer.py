@@ -20,20 +20,10 @@ from torch import Tensor, nn
 
 from loralib import functional as lora
 
-from ..low_rank import LowRankLayer, linear_geometry
+from ..low_rank import LowRankLayer, RankMask, linear_geometry
 from .functional import svd_linear, svd_update
 
 STD = 0.02  # of A and B at the start (Zhang et al. 2023), and of E where PEFT 0.11 draws it
-
-
-class RankMask(nn.Module):
-    """m (r,), in a module so that moving the layer between devices moves it along."""
-
-    keep: Tensor
-
-    def __init__(self, r: int, device: torch.device) -> None:
-        super().__init__()
-        self.register_buffer("keep", torch.ones(r, device=device))
 
 
 class Bound(NamedTuple):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from ..lora.base_starts import moves_base
 from ..lora.config import LoraConfig
 from .sampling import RankSampling
 
@@ -20,8 +21,10 @@ class DyLoraConfig(LoraConfig):
 
     Attributes:
         r_min: smallest rank that training samples.
-        dylora_mode: `"normal"`: rank b trains components 1 … b; `"frozen"`: only the b-th.
-        dylora_dist: `"uniform"`, or `"geometric(p)"` renormalised over r_min … r.
+        dylora_mode: `"normal"`: rank b trains components 1 … b; `"frozen"`: only the b-th;
+            `"matryoshka"`: no rank is drawn, every step trains Σ_b (α/b)·B[:, :b] A[:b] over
+            b = r_min … r, and rank b is the first b components of that.
+        dylora_dist: of the rank drawn: `"uniform"`, or `"geometric(p)"` over r_min … r.
         dylora_dense: let the optimiser move what a step does not train (by momentum and weight
             decay), as the published code does; off, such rows stay as they are to the last bit.
         finished: optimiser hooks sampled the ranks; False marks an adapter trained without them.
@@ -34,6 +37,10 @@ class DyLoraConfig(LoraConfig):
     dylora_dense: bool = False
     finished: bool = True
 
+    unsupported: ClassVar[dict[str, Any]] = LoraConfig.unsupported | {
+        "use_dora": False,
+        "rank_from": None,
+    }
     omit_at_default: ClassVar[frozenset[str]] = LoraConfig.omit_at_default | {"finished"}
 
     def __post_init__(self) -> None:
@@ -44,10 +51,11 @@ class DyLoraConfig(LoraConfig):
                     f"{name}={getattr(self, name)!r}: a DyLoRA adapter has one rank for all layers "
                     "and the scale lora_alpha / rank; leave it out"
                 )
-        if str(self.init_lora_weights).startswith("pissa"):
+        if moves_base(self.init_lora_weights):
             raise ValueError(
-                f"init_lora_weights={self.init_lora_weights!r}: PiSSA moves part of the weight "
-                "into the adapter, where a lower rank would lack it; use True, False or 'gaussian'"
+                f"init_lora_weights={self.init_lora_weights!r}: PiSSA and OLoRA move a part of the "
+                "weight into the adapter, where a lower rank would lack it; use True, False or "
+                "'gaussian'"
             )
         self.sampling  # noqa: B018  checks its options
 

@@ -56,7 +56,7 @@ class DyLoraLayer(NestedLayer, plain.LoraLayer):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW at the rank of evaluation."""
         b = self.nested[adapter].chosen.rank
-        A, B = lora.truncate(*self.factors(adapter), b)
+        A, B = self.nested[adapter].plain_factors(*self.factors(adapter), b)
         transposed = getattr(self, "fan_in_fan_out", True)  # an embedding's table is (num, dim)
         return lora.delta_weight(A, B, self._alpha(adapter) / b, transposed)
 
@@ -126,7 +126,8 @@ class Linear(DyLoraLayer, plain.Linear):
                 x, weight, bias, A, B, alpha, rank_scales, fan_in_fan_out=transposed
             )
         active = nested.current(self.training)
-        return lora.lora_linear(x, weight, bias, A, B, alpha / active.rank, p, transposed, active)
+        scaling = nested.scaling(alpha, active.rank, x.device)
+        return lora.lora_linear(x, weight, bias, A, B, scaling, p, transposed, active)
 
     def _update(
         self, x: Tensor, A: Tensor, B: Tensor, alpha: float, p: float, nested: NestedRank
@@ -153,4 +154,5 @@ class Embedding(DyLoraLayer, plain.Embedding):
             rank_scales = nested.batched.scales(x, x.numel())
             return lora.lora_embedding(x, A, B, alpha, padding_idx=padding, rank_scales=rank_scales)
         active = nested.current(self.training)
-        return lora.lora_embedding(x, A, B, alpha / active.rank, padding_idx=padding, active=active)
+        scaling = nested.scaling(alpha, active.rank, x.device)
+        return lora.lora_embedding(x, A, B, scaling, padding_idx=padding, active=active)

@@ -57,7 +57,7 @@ def configure_dylora(model: nn.Module, **options: int | str | bool) -> None:
     layers = LoralibLayers.layers_in(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no loralib DyLoRA layers to configure")
-    for layer in layers:
-        RankSampling(layer.nested.largest, **options)
-    for layer in layers:
+    weights = [RankSampling(layer.nested.largest, **options).weights for layer in layers]
+    for layer, own in zip(layers, weights, strict=True):
         layer.nested.sampling_options = dict(options)
+        layer.weigh(own)

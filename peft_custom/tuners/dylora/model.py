@@ -35,6 +35,14 @@ class DyLoraModel(LoraModel):
         kind = kinds.get(type(super().new_layer(base, name, config)))
         return None if kind is None else kind(base)
 
+    def add_to_layer(
+        self, layer: BaseTunerLayer, adapter: str, name: str, config: DyLoraConfig
+    ) -> None:
+        """Adds the adapter, with the weights of its components where the mode has some."""
+        super().add_to_layer(layer, adapter, name, config)
+        assert isinstance(layer, DyLoraLayer)
+        layer.nested[adapter].weigh(config.sampling.weights)
+
     # --- ranks ----------------------------------------------------------------------------------
     def set_rank(self, rank: int, frozen: bool = False) -> None:
         """Computes with rank `rank` from now on; merged layers are merged again at that rank.
@@ -66,6 +74,10 @@ class DyLoraModel(LoraModel):
             tokens: of one part; only for encoders that append filler rows.
         """
         return nested.batched_ranks(self.model, ranks, tokens)
+
+    def adapts(self, adapter: str) -> bool:
+        """Always: a step has a rank."""
+        return True
 
     # --- training -------------------------------------------------------------------------------
     def training_hooks(
@@ -99,9 +111,11 @@ class DyLoraModel(LoraModel):
             return config, tensors
         for name, layer in self.lora_layers():
             if isinstance(layer, DyLoraLayer) and adapter in layer.nested:
-                b = layer.nested[adapter].active_rank(rank).rank
-                key_A, key_B = (f"{name}.{key}" for key in layer.adapter_tensors(adapter))
-                tensors[key_A], tensors[key_B] = tensors[key_A][:b], tensors[key_B][:, :b]
+                nested = layer.nested[adapter]
+                b = nested.active_rank(rank).rank
+                keys = [f"{name}.{key}" for key in layer.adapter_tensors(adapter)]
+                factors = nested.plain_factors(*(tensors[key].detach() for key in keys), b)
+                tensors.update(zip(keys, factors, strict=True))
         return config.at_rank(rank), tensors
 
     def add_weighted_adapter(self, *args: object, **kwargs: object) -> None:

@@ -10,7 +10,7 @@ from itertools import accumulate
 
 from ... import rng
 
-MODES = ("normal", "frozen")
+MODES = ("normal", "frozen", "matryoshka")
 DISTRIBUTIONS = "'uniform' or 'geometric(p)' with 0 < p < 1, such as 'geometric(0.15)'"
 
 
@@ -24,7 +24,8 @@ class RankSampling:
     Attributes:
         largest: R.
         r_min: the smallest rank sampled.
-        dylora_mode: "normal" trains all components of the rank, "frozen" the last of them.
+        dylora_mode: "normal" trains all components of the rank, "frozen" the last of them;
+            "matryoshka" draws none: a step trains the sum of all ranks from r_min on.
         dylora_dist: p_B.
         dylora_dense: the optimiser also moves the rows that a step does not train, by their
             momentum and weight decay, as the published code does.
@@ -43,7 +44,14 @@ class RankSampling:
                 f"r_min={r_min!r}: the smallest rank is a whole number from 1 to r={self.largest}"
             )
         if self.dylora_mode not in MODES:
-            raise ValueError(f"dylora_mode={self.dylora_mode!r}: use 'normal' or 'frozen'")
+            raise ValueError(
+                f"dylora_mode={self.dylora_mode!r}: use 'normal', 'frozen' or 'matryoshka'"
+            )
+        if self.weights and self.dylora_dist != "uniform":
+            raise ValueError(
+                f"dylora_dist={self.dylora_dist!r}: dylora_mode='matryoshka' draws no ranks; leave "
+                "it out"
+            )
         if self.dylora_dist != "uniform" and not 0.0 < self._p < 1.0:
             raise ValueError(f"dylora_dist={self.dylora_dist!r}: use {DISTRIBUTIONS}")
 
@@ -66,11 +74,21 @@ class RankSampling:
 
     def rank(self, seed: int, step: int) -> int:
         """The rank of a step: the same on every process and after a resume."""
+        if self.weights:
+            return self.largest
         if self.dylora_dist == "uniform":
             return rng.integer(self.r_min, self.largest, seed, step)
         bounds = list(accumulate(self.probabilities.values()))
         place = bisect_right(bounds, rng.uniform(seed, step))
         return min(self.r_min + place, self.largest)
+
+    @cached_property
+    def weights(self) -> list[float] | None:
+        """w_i = Σ 1/b over the ranks b ≥ i from r_min to R; None where a rank is drawn."""
+        if self.dylora_mode != "matryoshka":
+            return None
+        ranks = range(self.r_min, self.largest + 1)
+        return [sum(1.0 / b for b in ranks if b >= i) for i in range(1, self.largest + 1)]
 
     @property
     def frozen(self) -> bool:

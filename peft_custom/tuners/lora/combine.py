@@ -186,9 +186,11 @@ def combined_adapter(
         how = dataclasses.replace(how, kind="linear")
     results: dict[str, Factors] = {}
     for name, layer in layers:
-        if any(source in layer.pissa_initial for source, _ in sources):
+        if any(source in layer.magnitudes for source, _ in sources):
+            raise ValueError("a DoRA adapter is no increment of W alone: it cannot be combined")
+        if any(source in layer.taken_out for source, _ in sources):
             raise ValueError(
-                "a PiSSA adapter counts from a base of its own; save it with "
+                "a PiSSA or OLoRA adapter counts from a base of its own; save it with "
                 "convert_pissa_to_lora=True, load that, and combine it then"
             )
         here = [(source, weight) for source, weight in sources if source in layer.adapters]

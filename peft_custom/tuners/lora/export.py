@@ -1,4 +1,4 @@
-"""A PiSSA adapter as a plain LoRA adapter, for files."""
+"""An adapter that took a part of W (PiSSA, OLoRA) as a plain LoRA adapter, for files."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def as_plain_lora(
     """
     result = dict(tensors)
     for name, layer in layers:
-        if adapter in layer.pissa_initial:
-            A0, B0, _ = layer.pissa_initial[adapter]
+        if adapter in layer.taken_out:
+            A0, B0, _ = layer.taken_out[adapter]
             key_A, key_B = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
             result[key_A] = torch.cat([tensors[key_A], A0])
             result[key_B] = torch.cat([tensors[key_B], -B0], dim=1)

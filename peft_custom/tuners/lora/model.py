@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from ...hooks import TrainingHooks
 from ..base import BaseTuner, BaseTunerLayer, iter_adapters, register_tuner
 from ..low_rank import two_sides
 from ..modules_to_save import ModulesToSaveWrapper
 from ..targets import check_patterns, is_conv1d, pattern_value
+from .base_starts import moves_base
 from .combine import Combination, combined_adapter
 from .config import LoraConfig
+from .data_ranks import DataRankHooks, cut_to_masks, most_components
 from .export import as_plain_lora
 from .layer import Conv2d, Embedding, Linear, LoraLayer
+from .loraplus import loraplus_groups
 
 
 @register_tuner("LORA", LoraConfig)
@@ -49,14 +55,21 @@ class LoraModel(BaseTuner[LoraConfig]):
     ) -> None:
         """Adds the adapter with this module's rank and α."""
         assert isinstance(layer, LoraLayer)
+        r = pattern_value(config.rank_pattern, name, config.r)
+        alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
+        room = r if config.rank_from is None else most_components(layer, r, config.rho)
         layer.add_adapter(
             adapter,
-            r=pattern_value(config.rank_pattern, name, config.r),
-            lora_alpha=pattern_value(config.alpha_pattern, name, config.lora_alpha),
+            r=room,
+            lora_alpha=alpha if room == r else alpha * room / r,
             lora_dropout=config.lora_dropout,
             use_rslora=config.use_rslora,
             init_lora_weights=config.init_lora_weights,
         )
+        if config.rank_from is not None:
+            layer.add_rank_mask(adapter, r)
+        if config.use_dora:
+            layer.add_magnitude(adapter)
 
     def check_config(self, config: LoraConfig, names: list[str]) -> None:
         """Every key of `rank_pattern` and `alpha_pattern` must fit a chosen module."""
@@ -67,6 +80,51 @@ class LoraModel(BaseTuner[LoraConfig]):
         """Numbers in A and B of the rank that this module gets."""
         rank = pattern_value(config.rank_pattern, name, config.r)
         return rank * two_sides(weight)
+
+    # --- ranks from data ------------------------------------------------------------------------
+    def adapts(self, adapter: str) -> bool:
+        """Whether something has to be done around training: ranks from data."""
+        return self.peft_config[adapter].rank_from is not None
+
+    def training_hooks(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        total_steps: int | None,
+        *,
+        seed: int = 0,
+        **options: Any,
+    ) -> TrainingHooks | None:
+        """Hooks whose `prepare` sets ranks and starts, where the adapter asks for that."""
+        asking = [name for name in self.trained_adapters if self.adapts(name)]
+        if not asking:
+            return None
+        if options:
+            raise TypeError(f"attach: rank_from takes no {', '.join(options)}")
+        if len(asking) > 1:
+            raise ValueError(f"rank_from: adapters {asking} cannot be prepared at once")
+        [adapter], config = asking, self.peft_config[asking[0]]
+        layers = self._ranked_layers(adapter)
+        ranks = {n: pattern_value(config.rank_pattern, n, config.r) for n in layers}
+        return DataRankHooks(model, layers, adapter, config, ranks, total_steps, seed)
+
+    def _ranked_layers(self, adapter: str) -> dict[str, Linear]:
+        linear = {n: x for n, x in self.lora_layers() if isinstance(x, Linear)}
+        return {n: x for n, x in linear.items() if x.has_rank_mask(adapter)}
+
+    def ranks(self, adapter: str = "default") -> dict[str, int]:
+        """The rank of every module, whether from data, by a pattern, or one for all."""
+        layers = {name: layer for name, layer in self.lora_layers() if adapter in layer.adapters}
+        return {name: layer.rank(adapter) for name, layer in layers.items()}
+
+    def special_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """LoRA+'s groups where an adapter in training has `loraplus_lr_ratio`; else none."""
+        configs = [self.peft_config[name] for name in self.trained_adapters]
+        rates = {(c.loraplus_lr_ratio, c.loraplus_lr_embedding) for c in configs}
+        rates = {pair for pair in rates if pair[0] is not None}
+        if len(rates) > 1:
+            raise ValueError(f"adapters that train together have different LoRA+ rates: {rates}")
+        return [g for pair in rates for g in loraplus_groups(self.model, lr, weight_decay, *pair)]
 
     def lora_layers(self) -> Iterator[tuple[str, LoraLayer]]:
         """Names and adapted layers."""
@@ -79,20 +137,25 @@ class LoraModel(BaseTuner[LoraConfig]):
     ) -> tuple[LoraConfig, dict[str, Tensor]]:
         """Configuration and tensors as they go into a file.
 
-        A PiSSA adapter is relative to the residual base. An adapter of kind `"pissa"` is written as
-        it is: loading it repeats the SVD and finds the same residual. A randomised SVD cannot be
-        repeated, so `"pissa_niter_<k>"`, and any kind with `convert_pissa_to_lora=True`, becomes a
-        plain LoRA adapter of twice the rank for the original base.
+        A PiSSA or OLoRA adapter is relative to the residual base. An adapter of kind `"pissa"` or
+        `"olora"` is written as it is: loading it repeats the SVD or QR and finds the same residual.
+        A randomised SVD cannot be repeated, so `"pissa_niter_<k>"`, and any kind with
+        `convert_pissa_to_lora=True`, becomes a plain LoRA adapter of twice the rank for the
+        original base.
         """
         config, tensors = super().export(adapter)
+        if config.rank_from is not None:
+            return cut_to_masks(self._ranked_layers(adapter), adapter, config, tensors)
         init = str(config.init_lora_weights)
         convert = convert_pissa_to_lora
         if convert is None:
             convert = init.startswith("pissa_niter")
-        if convert and init.startswith("pissa"):
+        if convert and moves_base(init):
             return as_plain_lora(self.lora_layers(), adapter, config, tensors)
         if convert:
-            raise ValueError(f"convert_pissa_to_lora: adapter {adapter!r} did not start from PiSSA")
+            raise ValueError(
+                f"convert_pissa_to_lora: adapter {adapter!r} did not start from PiSSA or OLoRA"
+            )
         return config, tensors
 
     def import_state(self, adapter: str, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -1,0 +1,92 @@
+"""`examples.export` on whole runs: budgets, energies, ranks, merged models, the curve."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from support.runner_cases import evaluated, pair_task, results, tiny_bert
+
+from examples import export, program
+from examples.run_glue import main
+
+FAST = "--task_name mrpc --max_length 40 --no_cache --disable_tqdm".split()
+TRAIN = "--base_dtype float32 --learning_rate 2e-2 --max_train_steps 4 --lora_r 3".split()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("home")
+    tiny_bert(folder / "bert", initializer_range=0.2)
+    pair_task(folder / "mrpc", {"train": 24, "validation": 11})
+    for wiring in ("peft_custom", "loralib"):
+        run = words(folder, "bert", folder / wiring, *TRAIN, "--wiring", wiring)
+        assert program.run_main(main, run) == 0
+    return folder
+
+
+def words(home: Path, model: str, out: Path, *more: str) -> list[str]:
+    where = ["--model_name_or_path", str(home / model), "--data_dir", str(home)]
+    return [*FAST, *where, "--output_dir", str(out), *more]
+
+
+@pytest.mark.parametrize("wiring", ["peft_custom", "loralib"])
+def test_uncut_it_is_the_run(home: Path, tmp_path: Path, wiring: str) -> None:
+    """4 matrices of rank 3; as an adapter, and merged into the model."""
+    for name, cut in (("adapter", ["--energy", "1"]), ("merged", ["--rank", "3", "--merged"])):
+        assert export.main([str(home / wiring), *cut, "--out", str(tmp_path / name)]) == 0
+    values = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (values["peft_type"], values["r"], values["lora_alpha"]) == ("LORA", 3, 3)
+    expected = results(home / wiring)["eval_loss"]
+    own = ["--lora_path", str(tmp_path / "adapter"), "--lora_r", "3", "--lora_alpha", "3"]
+    found = evaluated(words(home, "bert", tmp_path / "no", *own))
+    assert found["eval_loss"] == pytest.approx(expected, abs=1e-6)
+    model = ["--task_name", "mrpc", "--data_dir", str(home), "--method", "full", *FAST[2:]]
+    model += ["--model_name_or_path", str(tmp_path / "merged"), "--output_dir", str(tmp_path / "n")]
+    assert evaluated(model)["eval_loss"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_budget_and_its_curve(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = home / "peft_custom"
+    for name, more in (("adapter", []), ("cut", ["--merged"])):
+        cut = [str(run), "--rank_budget", "7", *more, "--out", str(tmp_path / name)]
+        assert export.main(cut) == 0
+        assert "7 of 12 singular values in 4 matrices" in capsys.readouterr().out
+    r = str(json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"])
+    own = ["--lora_path", str(tmp_path / "adapter"), "--lora_r", r, "--lora_alpha", r]
+    as_adapter = evaluated(words(home, "bert", tmp_path / "no", *own))
+    model = ["--task_name", "mrpc", "--data_dir", str(home), "--method", "full", *FAST[2:]]
+    model += ["--model_name_or_path", str(tmp_path / "cut"), "--output_dir", str(tmp_path / "n")]
+    assert evaluated(model)["eval_loss"] == pytest.approx(as_adapter["eval_loss"], abs=1e-5)
+    loss = ["--curve", "--out", str(tmp_path / "curve")]
+    assert export.main([str(run), *loss]) == 0
+    curve = json.loads((tmp_path / "curve" / "budget_curve.json").read_text())
+    assert curve["budgets"] == [4, 8, 12] and curve["mean_ranks"] == [1, 2, 3]
+    assert curve["uniform"]["parameters"] == [4 * 64, 8 * 64, 12 * 64]
+    assert curve["global"]["values"][2] == curve["uniform"]["values"][2]
+    eight = [str(run), "--rank_budget", "8", "--merged", "--out", str(tmp_path / "eight")]
+    assert export.main(eight) == 0
+    model[model.index(str(tmp_path / "cut"))] = str(tmp_path / "eight")
+    assert evaluated(model)[curve["metric"]] == pytest.approx(curve["global"]["values"][1])
+    assert (tmp_path / "curve" / "budget_curve.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    ("cut", "said"),
+    [
+        (["--rank_budget", "13"], "give 1 to 12"),
+        (["--energy", "2"], "above 0 to 1"),
+        (["--rank", "4"], "ranks 1 to 3"),
+        (["--curve", "--merged"], "leave --merged out"),
+    ],
+)
+def test_mistakes(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], cut: list[str], said: str
+) -> None:
+    out = tmp_path / "new"
+    asked = [str(home / "peft_custom"), *cut, "--out", str(out)]
+    assert program.run_main(export.main, asked) == 2
+    assert said in capsys.readouterr().err and not out.exists()

@@ -121,11 +121,12 @@ class SpaLayer(BaseTunerLayer):
     def _adapted(self, f: Factors, training: bool) -> Tensor:
         """W' under the mask of its blocks; of a convolution ΔW is the centre of the kernel."""
         weight = self._stored()
-        if f.blocks is not None:
-            return f.increment.masked(weight, f.blocks.now(training))
-        if not self.convolution:
-            return f.increment(weight)
-        return weight.float() + self._centred(f.increment.delta())
+        with torch.autocast(weight.device.type, enabled=False):  # weights are formed in fp32
+            if f.blocks is not None:
+                return f.increment.masked(weight, f.blocks.now(training))
+            if not self.convolution:
+                return f.increment(weight)
+            return weight.float() + self._centred(f.increment.delta())
 
     def _centred(self, delta: Tensor) -> Tensor:
         """(out, in) → (out, in, *kernel), 0 around the centre."""

@@ -20,7 +20,7 @@ from peft_custom import (
     get_peft_model,
 )
 from peft_custom.tuners.spa import criteria, regularise
-from peft_custom.tuners.spa.prototypes import mixture
+from peft_custom.tuners.spa.functional import apply_blocks, masked_mixture, mixture
 from peft_custom.tuners.spa.schedule import Cubic
 
 S10 = [0.5, -1, 2, 0.1, 0, -0.3, 1.5, 0.7, -2, 0.05]
@@ -156,6 +156,24 @@ def test_fact_7_the_product_is_the_sum_of_kronecker_products() -> None:
     torch.testing.assert_close(delta, wanted)
     one = mixture(B[:1], P[:1])[5:10, 6:12]
     assert torch.linalg.matrix_rank(one) <= 2
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_masked_mixture_and_its_gradients(transposed: bool) -> None:
+    """Against autograd through the formula, all blocks' masks included."""
+    torch.manual_seed(0)
+    fp64 = {"dtype": torch.float64}
+    W = torch.randn(12, 15, **fp64).T if transposed else torch.randn(15, 12, **fp64)
+    B, P = torch.randn(4, 3, 2, **fp64), torch.randn(4, 5, 6, **fp64)
+    M = torch.tensor([[1.0, 0.0], [0.3, 1.0], [0.0, 1.0]], **fp64)
+    B, P, M = (t.requires_grad_() for t in (B, P, M))
+    plain = apply_blocks(W + mixture(B, P), M)
+    fused = masked_mixture(W, B, P, M)
+    torch.testing.assert_close(fused, plain)
+    G = torch.randn(15, 12, **fp64)
+    wanted = torch.autograd.grad(plain, (B, P, M), G)
+    for found, gradient in zip(torch.autograd.grad(fused, (B, P, M), G), wanted, strict=True):
+        torch.testing.assert_close(found, gradient)
 
 
 def example_b(**options: Any) -> nn.Module:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from support.bim_tiny import base, batches, logits
-from support.spa_tiny import PROTOTYPES, go_on, linear, parameter, tiny, train
+from support.spa_tiny import CONFIGS, PROTOTYPES, SHORT, go_on, linear, parameter, tiny, train
 
-from peft_custom import PeftModel, SplopaConfig, attach
+from peft_custom import PeftModel, SplopaConfig, attach, get_peft_model
 from peft_custom.hooks import load_hooks_state, save_hooks_state
 
 EVERY = [
@@ -239,3 +239,22 @@ def test_two_adapters_are_never_mixed() -> None:
     model.set_adapter(["default", "other"])
     with pytest.raises(ValueError, match="only one can be"):
         model(torch.ones(4))
+
+
+@pytest.mark.parametrize("structure", ["blocks", "linked"])
+@pytest.mark.parametrize("method", ["block_prune", "splopa", "splora"])
+def test_low_precision(method: str, structure: str) -> None:
+    """A bf16 base with fp32 adapters, and autocast around fp32: weights are formed in fp32."""
+    [batch] = batches(1)
+    for low in (True, False):
+        config = CONFIGS[method](task_type="SEQ_CLS", mask_structure=structure, **SHORT)
+        net = base().to(torch.bfloat16) if low else base()
+        model = get_peft_model(net, config)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        with torch.autocast("cpu", torch.bfloat16, enabled=not low):
+            loss = model.train()(**batch).loss
+        loss.backward()
+        assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in trained)
+        wanted = logits(model.eval())
+        with torch.autocast("cpu", torch.bfloat16, enabled=not low):
+            torch.testing.assert_close(logits(model).float(), wanted.float(), atol=0.02, rtol=0.05)

@@ -15,6 +15,7 @@ import transformers_patched as ours
 from peft_custom import LoraConfig, PeftModel, SploraConfig, attach, get_peft_model
 from peft_custom.tuners.spa import SplopaConfig
 from peft_custom.tuners.spa.compact import cut
+from transformers_patched.generation import generate
 
 KINDS = ("Bert", "Roberta", "DebertaV2", "GPT2")
 SIZES = {
@@ -180,3 +181,12 @@ def test_models_of_transformers_become_smaller_but_cannot_say_so() -> None:
     with pytest.warns(UserWarning, match="cannot be loaded by from_pretrained"):
         small = model.compact()
     torch.testing.assert_close(logits(small), logits(model), atol=1e-5, rtol=1e-5)
+
+
+def test_generation_says_that_heads_are_missing() -> None:
+    config = ours.GPT2Config(**GPT2, layer_shapes=[[6, 32], [5, 32]])
+    model = ours.GPT2LMHeadModel(config).eval()
+    with pytest.raises(ValueError, match="heads in every layer"):
+        generate(model, [[1, 2]], max_new_tokens=2)
+    units = ours.GPT2LMHeadModel(ours.GPT2Config(**GPT2, layer_shapes=[[6, 9], [6, 1]])).eval()
+    assert len(generate(units, [[1, 2]], max_new_tokens=2, eos_token_id=None)[0]) == 2

@@ -53,7 +53,8 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "--model_name_or_path", str(model), "--data_dir", str(folder / "data"), "--task_name",
         "mrpc", "--per_device_train_batch_size", "8", "--num_train_epochs", "2", "--disable_tqdm",
         "--no_cache", "--max_length", "40", "--logging_steps", "1", "--num_warmup_steps", "2",
-        "--final_threshold", "0.5", "--mask_block_rows", "8", "--mask_block_cols", "16", "--base_dtype", "float32",
+        "--final_threshold", "0.5", "--mask_block_rows", "8", "--mask_block_cols", "16",
+        "--base_dtype", "float32",
     ]  # fmt: skip
 
 

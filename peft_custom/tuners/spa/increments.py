@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from .config import SplopaConfig, SploraConfig, SpparaConfig
-from .prototypes import Positions, Prototypes, draw_low_rank, mixture
+from .functional import apply_blocks, masked_mixture, mixture
+from .prototypes import Positions, Prototypes, draw_low_rank
 
 
 class Increment(nn.Module):
@@ -22,6 +23,10 @@ class Increment(nn.Module):
     def delta(self) -> Tensor:
         """ΔW."""
         raise NotImplementedError
+
+    def masked(self, weight: Tensor, mask: Tensor) -> Tensor:
+        """E(M) ∘ W', M (out/p, in/q)."""
+        return apply_blocks(self(weight), mask)
 
     def tensors(self) -> list[Tensor]:
         """What ΔW is made of, parameters of other layers included."""
@@ -83,6 +88,10 @@ class Mixture(Increment):
     def delta(self) -> Tensor:
         positions, prototypes = self._parts
         return mixture(positions.position_weights, prototypes())
+
+    def masked(self, weight: Tensor, mask: Tensor) -> Tensor:
+        positions, prototypes = self._parts
+        return masked_mixture(weight, positions.position_weights, prototypes(), mask)
 
     def tensors(self) -> list[Tensor]:
         return [p for part in self._parts for p in part.parameters()]

@@ -22,7 +22,7 @@ from loralib.weight_cache import Kept, kept_weight
 from ..low_rank import linear_geometry
 from ..tuner_layer import BaseTunerLayer
 from .increments import Dense, Increment, LowRank
-from .masks import Mask, Masks, apply_blocks
+from .masks import Mask, Masks
 
 
 class Factors(nn.Module):
@@ -118,12 +118,15 @@ class SpaLayer(BaseTunerLayer):
         weight = self.base_layer.weight if self._kept is None else self._kept
         return weight.T if self.fan_in_fan_out else weight
 
-    def _adapted(self, f: Factors) -> Tensor:
-        """W', with a graph; for convolutions the increment is the centre of the kernel."""
+    def _adapted(self, f: Factors, training: bool) -> Tensor:
+        """W' under the mask of its blocks; of a convolution ΔW is the centre of the kernel."""
         weight = self._stored()
-        if not self.convolution:
-            return f.increment(weight)
-        return weight.float() + self._centred(f.increment.delta())
+        with torch.autocast(weight.device.type, enabled=False):  # weights are formed in fp32
+            if f.blocks is not None:
+                return f.increment.masked(weight, f.blocks.now(training))
+            if not self.convolution:
+                return f.increment(weight)
+            return weight.float() + self._centred(f.increment.delta())
 
     def _centred(self, delta: Tensor) -> Tensor:
         """(out, in) → (out, in, *kernel), 0 around the centre."""
@@ -134,7 +137,10 @@ class SpaLayer(BaseTunerLayer):
     @torch.no_grad()
     def adapted_weight(self, adapter: str) -> Tensor:
         """W' as a matrix (out, everything else)."""
-        return self._adapted(self.spa[adapter]).flatten(1)
+        increment = self.spa[adapter].increment
+        if self.convolution:
+            return (self._stored().float() + self._centred(increment.delta())).flatten(1)
+        return increment(self._stored())
 
     def weight_parts(self, adapter: str) -> list[Tensor]:
         """What W' is made of."""
@@ -145,9 +151,7 @@ class SpaLayer(BaseTunerLayer):
         """Ŵ with the final masks, dead rows included: (out, in) or (out, in, *kernel)."""
         f = self.spa[adapter]
         f.masks.refresh()
-        weight = self._adapted(f)
-        if f.blocks is not None:
-            weight = apply_blocks(weight, f.blocks.now(training=False))
+        weight = self._adapted(f, training=False)
         if f.inputs is not None:
             weight = weight * f.inputs.units(training=False)
         rows = f.final_rows()
@@ -188,9 +192,7 @@ class SpaLayer(BaseTunerLayer):
             y = self._product(x, self._stored(), bias)  # no gradient of a whole matrix
             y = y + f.increment.update(x.to(f.increment.rows.dtype)).to(y.dtype)
         else:
-            weight = self._adapted(f)
-            if f.blocks is not None:
-                weight = apply_blocks(weight, f.blocks.now(training))
+            weight = self._adapted(f, training)
             y = self._product(x, weight, bias)
         if f.outputs is not None:
             m = f.outputs.units(training).to(y.dtype)

@@ -123,13 +123,6 @@ class Mask(nn.Module):
         return f"{tuple(self.mask_scores.shape)} of {self.size}"
 
 
-def apply_blocks(weight: Tensor, mask: Tensor) -> Tensor:
-    """E(M) ∘ W: (out, in) and (out/p, in/q) → (out, in)."""
-    a, b = mask.shape
-    blocks = weight.unflatten(1, (b, -1)).unflatten(0, (a, -1))  # (a, p, b, q)
-    return (blocks * mask[:, None, :, None]).flatten(2).flatten(0, 1)
-
-
 class Masks:
     """All masks of one adapter.
 

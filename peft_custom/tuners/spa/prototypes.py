@@ -48,10 +48,3 @@ def draw_low_rank(cols: nn.Parameter, rows: nn.Parameter, init_range: float) -> 
     nn.init.uniform_(rows, -1.0 / math.sqrt(r * inputs), 1.0 / math.sqrt(r * inputs))
     bound = init_range or 1.0 / math.sqrt(r * outputs)
     nn.init.uniform_(cols, -bound, bound)
-
-
-def mixture(B: Tensor, P: Tensor) -> Tensor:
-    """Σ_k B_k ⊗ P_k: (K, a, b) and (K, p, q) → (a·p, b·q)."""
-    (K, a, b), (_, p, q) = B.shape, P.shape
-    blocks = B.view(K, a * b).T @ P.reshape(K, p * q)  # (a·b, p·q)
-    return blocks.view(a, b, p, q).transpose(1, 2).reshape(a * p, b * q)

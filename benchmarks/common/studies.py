@@ -10,7 +10,10 @@ from typing import Any
 from examples.sweeps.drawing import dots
 from examples.sweeps.records import Row, read
 
-METRIC = {"mrpc": "f1", "cola": "matthews_correlation", "stsb": "pearson", "sst2": "accuracy"}
+METRIC = {
+    "mrpc": "f1", "cola": "matthews_correlation", "stsb": "pearson", "sst2": "accuracy",
+    "arc_easy": "accuracy",
+}  # fmt: skip
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 

@@ -89,9 +89,9 @@ def call(command: Sequence[str]) -> None:
         raise subprocess.CalledProcessError(process.returncode, command)
 
 
-def run_glue(words: Sequence[str], folder: Path) -> Row:
-    """Runs `examples.run_glue` into `folder`; its history of evaluations and its figures."""
-    command = [sys.executable, "-m", "examples.run_glue", *words, "--output_dir", str(folder)]
+def run_glue(words: Sequence[str], folder: Path, program: str = "examples.run_glue") -> Row:
+    """Runs a program into `folder`; its history of evaluations and its figures."""
+    command = [sys.executable, "-m", program, *words, "--output_dir", str(folder)]
     call(command)
     result = json.loads((folder / "all_results.json").read_text())
     return {

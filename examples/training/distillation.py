@@ -19,6 +19,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from transformers_patched.heads import LOGITS_AT_ONCE
 
 TARGETS = "teacher_logits"  # among a batch's arguments; no model gets it
 ANSWERS = ("labels", "start_positions", "end_positions")  # what a teacher need not know
@@ -123,6 +126,32 @@ class Spans:
             return arguments["attention_mask"].sum(1)
         rows, length = output.start_logits.shape
         return torch.full((rows,), length, device=output.start_logits.device)
+
+
+def token_divergence(
+    student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], temperature: float
+) -> Tensor:
+    """Mean of D over the scored places of a language model.
+
+    Logits are formed a slice of places at a time, and again in the backward pass, so that the
+    (N, vocabulary) ones never exist in one piece.
+
+    Args:
+        student: (N, H) last hidden states at the scored places, and the (vocabulary, H) head.
+        teacher: the same of the teacher, (N, H') and (vocabulary, H').
+        temperature: T.
+    """
+    (own, head), (other, their_head) = student, teacher
+    rows = max(1, LOGITS_AT_ONCE // len(head))
+
+    def of_slice(h: Tensor, t: Tensor, weight: Tensor) -> Tensor:
+        logits = h.to(weight.dtype) @ weight.T  # (n, vocabulary)
+        targets = t.to(their_head.dtype) @ their_head.T
+        return divergence(logits, targets, temperature, None).sum()
+
+    pieces = zip(own.split(rows), other.detach().split(rows), strict=True)
+    sums = [checkpoint(of_slice, h, t, head, use_reentrant=False) for h, t in pieces]
+    return torch.stack(sums).sum() / max(1, len(own))
 
 
 def distilled_loss(

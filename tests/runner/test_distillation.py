@@ -9,7 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from examples.training.distillation import TARGETS, Classes, Spans, distilled_loss, for_the_model
+from examples.training import distillation
+from examples.training.distillation import (
+    TARGETS,
+    Classes,
+    Spans,
+    distilled_loss,
+    for_the_model,
+    token_divergence,
+)
 
 LENGTHS = (4, 7, 2)
 
@@ -107,6 +115,19 @@ def test_spans_padded_at_either_end_and_packed_are_the_rows_alone() -> None:
         torch.testing.assert_close(value, wanted, atol=0, rtol=1e-12)
         [grad] = torch.autograd.grad(value, student, retain_graph=True)
         torch.testing.assert_close(grad, gradient, atol=1e-14, rtol=1e-10)
+
+
+def test_tokens_in_slices_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models of different widths; gradients of hidden states and head."""
+    monkeypatch.setattr(distillation, "LOGITS_AT_ONCE", 3 * 11)  # three places at a time
+    own, head = random(7, 4).requires_grad_(), random(11, 4, seed=1).requires_grad_()
+    other, their_head = random(7, 6, seed=2), random(11, 6, seed=3)
+    value = token_divergence((own, head), (other, their_head), 2.0)
+    rows = zip(other @ their_head.T, own @ head.T, strict=True)
+    wanted = sum(kl(t, s, 2.0) for t, s in rows) / 7
+    torch.testing.assert_close(value, wanted, atol=0, rtol=1e-10)
+    found, plain = (torch.autograd.grad(x, (own, head)) for x in (value, wanted))
+    torch.testing.assert_close(found, plain, atol=1e-12, rtol=1e-8)
 
 
 def test_no_model_is_given_the_teachers_logits() -> None:

@@ -25,7 +25,7 @@ from benchmarks.common.studies import (
     metrics_of,
     options,
 )
-from examples.sweeps.records import Row, once, read, run_glue
+from examples.sweeps.records import Row, once, read, run_program
 from examples.sweeps.statistics import mean_and_interval
 
 TASK, METRIC = "arc_easy", "accuracy"
@@ -77,7 +77,7 @@ def go(o: argparse.Namespace) -> None:
 
             def run(folder: Path, words: list[str] = words) -> Row:
                 every = [*where, *SETTINGS, *words, *o.more]
-                return run_glue(every, folder / "run", "examples.run_multiple_choice")
+                return run_program("examples.run_multiple_choice", every, folder / "run")
 
             row = once(o.out, key, run)
             print(json.dumps({**key, METRIC: round(row["final"][METRIC], 4)}), flush=True)

@@ -89,16 +89,21 @@ def call(command: Sequence[str]) -> None:
         raise subprocess.CalledProcessError(process.returncode, command)
 
 
-def run_glue(words: Sequence[str], folder: Path, program: str = "examples.run_glue") -> Row:
+def run_glue(words: Sequence[str], folder: Path) -> Row:
+    """Runs `examples.run_glue` into `folder`; its history of evaluations and its figures."""
+    return run_program("examples.run_glue", words, folder)
+
+
+def run_program(program: str, words: Sequence[str], folder: Path) -> Row:
     """Runs a program into `folder`; its history of evaluations and its figures."""
-    command = [sys.executable, "-m", program, *words, "--output_dir", str(folder)]
-    call(command)
+    call([sys.executable, "-m", program, *words, "--output_dir", str(folder)])
     result = json.loads((folder / "all_results.json").read_text())
     return {
         "history": [_metrics(row) for row in read(folder / "metrics.jsonl")],
         "final": _metrics(result),
         "train_seconds": result["train_seconds"],
         "trainable": result["trainable_parameters"],
+        "peak_memory_bytes": result["peak_memory_bytes"],
     }
 
 

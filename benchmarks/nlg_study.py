@@ -60,7 +60,7 @@ E2E = (
     "--task_name e2e --max_eval_samples 500 --num_train_epochs 1 --num_beams 10 "
     "--length_penalty 0.8 --no_repeat_ngram_size 4 --max_new_tokens 100"
 ).split()
-BOOLQ = "--task_name boolq --num_train_epochs 3 --num_beams 1 --max_new_tokens 4".split()
+BOOLQ = "--task_name boolq --num_train_epochs 2 --num_beams 1 --max_new_tokens 4".split()
 
 
 def jobs(part: str, rows: list[Row], seeds: list[int]) -> Iterator[tuple[Row, list[str]]]:

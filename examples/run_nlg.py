@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from examples import program
-from examples.cli.groups import OPTION_CLASSES, ModelOptions, TrainingOptions
+from examples.cli.groups import OPTION_CLASSES, ModelOptions, TeacherOptions, TrainingOptions
 from examples.cli.nlg import DecodingOptions, NlgOptions
 from examples.data.tasks.nlg import NLG_TASKS
 
@@ -26,6 +26,11 @@ def main(argv: Sequence[str]) -> int:
     )
     if options is None:
         return 0
+    if options[TeacherOptions].teacher is not None:
+        raise program.OptionError(
+            "--teacher: texts are learned from their own words alone; leave it out (run_glue, "
+            "run_squad and run_multiple_choice have teachers)"
+        )
     model: ModelOptions = options[ModelOptions]
     accelerator = program.make_accelerator(options[TrainingOptions])
     data = program.NlgData(

@@ -21,6 +21,7 @@ from examples.evaluation.squad import METRICS, Scorer
 from examples.evaluation.squad_answers import Answers, Decoding, decode, write_answers
 from examples.methods.source import ModelSource
 from examples.program.task_data import TaskData
+from examples.training.distillation import Spans
 from examples.training.run_folder import SUBMISSION
 
 
@@ -32,6 +33,7 @@ class SquadData(TaskData):
     """
 
     options: SquadOptions
+    distilled = Spans()  # type: ignore[assignment]
 
     def _find_task(self) -> Task:
         """SQuAD 1.1 or 2.0, or a task of the same kind."""

@@ -39,11 +39,10 @@ class TaskData:
     Attributes:
         task: what is trained on.
         found: what data of one's own was found to hold, in one line for people, else "".
-        distilled: where the distributions are that a teacher teaches.
+        distilled: where the distributions are that a teacher teaches; None: there are none.
         tokenizer_options: what the tokenizer is loaded with, beside what its files say.
     """
 
-    distilled: Distilled = Classes()
     tokenizer_options: Mapping[str, Any] = {}
 
     def __init__(
@@ -58,6 +57,11 @@ class TaskData:
         self._training_rows: RawSplit | None = None  # where reading the task has read them
         self.task = self._find_task()
         self.found = "" if self._training_rows is None else self._training_rows.found
+
+    @property
+    def distilled(self) -> Distilled | None:
+        """The classes; a regression has none."""
+        return None if self.task.regression else Classes()
 
     def _find_task(self) -> Task:
         """The task; columns and labels of one's own data come from its training split."""

@@ -65,7 +65,7 @@ class Teacher:
     ) -> None:
         self.options, self.data, self.accelerator = options, data, accelerator
         self.name = str(options.teacher)
-        if data.task.regression:
+        if data.distilled is None:
             raise OptionError(
                 f"--teacher: {data.task.name} is a regression, which has no distribution to learn"
             )

@@ -31,6 +31,8 @@ SHORT = {
     "adalora": "--adalora_init_r 3 --adalora_target_r 2 --adalora_tinit 1 --adalora_tfinal 3 "
     "--adalora_delta_t 1",
     "bim_lora": "--block_size 4",
+    "splopa": "--mask_block_rows 8 --mask_block_cols 16",
+    "block_prune": "--mask_block_rows 8 --mask_block_cols 16",
 }
 SHORT["vilora"] = SHORT["adalora"] + " --learning_rate 50"
 

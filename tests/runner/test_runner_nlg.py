@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from support.gpt2_tiny import tiny_gpt2
 from support.processes import launch_two
@@ -18,6 +19,7 @@ from support.runner_cases import lines, results
 from examples import evaluate_nlg, program
 from examples.data import prepare_nlg
 from examples.run_nlg import main
+from peft_custom import PeftModel
 from transformers_patched import GPT2LMHeadModel
 
 NAMES, FOODS = ("Aro", "Blue Bay", "Cup"), ("fish", "tea and cake", "ham")
@@ -150,6 +152,56 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(home: Path, tmp_path: Path, met
     ends = [results(tmp_path / name) for name in ("whole", "stopped")]
     ends = [{k: v for k, v in end.items() if not TIMES.search(k)} for end in ends]
     assert ends[0] == ends[1]
+
+
+PRUNING = {
+    "splora": "--mask_structure blocks --lora_r 2",
+    "splopa": "--num_splopa_prototypes 4",
+    "block_prune": "--pruning_method magnitude",
+}
+
+
+@pytest.mark.parametrize("method", PRUNING)
+def test_a_pruned_gpt2_is_transformers_model(home: Path, tmp_path: Path, method: str) -> None:
+    """Blocks of 36 × 8 fit c_attn's 72 outputs × 24 inputs, not the (24, 72) that it keeps."""
+    more = "--lora_modules c_attn --mask_block_rows 36 --mask_block_cols 8 --final_threshold 0.5"
+    out = run(home, tmp_path / "run", "--method", method, *more.split(), *PRUNING[method].split())
+    base = GPT2LMHeadModel.from_pretrained(home / "gpt2")
+    folder = tmp_path / "merged"
+    shutil.copytree(home / "gpt2", folder)
+    PeftModel.from_pretrained(base, out / "adapter").merge_and_unload().save_pretrained(folder)
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
+    for layer in theirs.transformer.h:
+        blocks = layer.attn.c_attn.weight.T.unflatten(1, (3, 8)).unflatten(0, (2, 36))
+        open_ones = (blocks != 0).sum((1, 3))  # (2, 3)
+        assert sorted(open_ones.flatten().tolist()) == [0, 0, 0, 288, 288, 288]
+    assert results(out)["eval_loss"] == pytest.approx(plain_loss(theirs, home), rel=1e-5)
+
+
+def plain_loss(model: transformers.GPT2LMHeadModel, home: Path) -> float:
+    """Per scored token of the validation rows, one row at a time."""
+    from examples.data.nlg import encoded_pairs, read_pairs, token_ids
+    from examples.data.tasks.nlg import NLG_TASKS
+    from transformers_patched import AutoTokenizer
+
+    pairs = read_pairs(NLG_TASKS["e2e"], home / "e2e" / "valid.txt")
+    rows = encoded_pairs(token_ids(pairs, AutoTokenizer.from_pretrained(home / "gpt2")), "")
+    total, tokens = 0.0, 0
+    for i in range(len(rows)):
+        context, completion = rows.context(i), rows.completion(i)
+        ids = torch.tensor(context + completion)
+        with torch.no_grad():
+            logs = model(ids[None]).logits[0, len(context) - 1 : -1].log_softmax(1)
+        total -= float(logs.gather(1, ids[len(context) :, None]).sum())
+        tokens += len(completion)
+    return total / tokens
+
+
+def test_texts_have_no_teacher(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    more = ["--teacher", str(home / "gpt2")]
+    said = error(capsys, *words(home, tmp_path / "run", *more))
+    assert said.startswith("error: --teacher: ") and said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_ranks_of_the_built_in_wiring_are_decoded(home: Path, tmp_path: Path) -> None:

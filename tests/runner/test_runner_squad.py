@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from support.squad_cases import squad_task
 
 from examples import evaluate_squad, program
 from examples.run_squad import main
+from peft_custom import PeftModel
+from transformers_patched import AutoModelForQuestionAnswering
 
 OPTIONS = (
     "--base_dtype float32 --learning_rate 2e-2 --num_train_epochs 2 --max_length 24 "
@@ -30,6 +33,12 @@ METHODS = {
     "vilora": ["--adalora_tinit", "0.1", "--adalora_tfinal", "0.3", "--ivon_infer_mc_samples", "2"],
     "bim_lora": ["--block_size", "4"],
 }  # fmt: skip
+BLOCKS = "--mask_block_rows 8 --mask_block_cols 16 --final_threshold 0.5".split()
+PRUNING = {
+    "splora": [],
+    "splopa": ["--pruning_method", "sigmoied_threshold"],
+    "block_prune": ["--mask_structure", "hybrid"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +117,26 @@ def test_every_method(home: Path, tmp_path: Path, method: str) -> None:
         assert found["eval_r4_loss"] == pytest.approx(found["eval_loss"])
         path = out / "submission/r4/validation/predictions.json"
         assert json.loads(path.read_text()) == answers(out)
+
+
+@pytest.mark.parametrize("method", PRUNING)
+def test_a_pruned_model_answers_alike_when_it_is_loaded(
+    home: Path, tmp_path: Path, method: str
+) -> None:
+    more = ["--method", method, *BLOCKS, *PRUNING[method]]
+    out = run(home, tmp_path / "run", *more)
+    found = results(out)
+    assert 0.4 < found["density"] < 0.6
+    whole = home / "bert"
+    model = AutoModelForQuestionAnswering.from_pretrained(whole)
+    pruned = PeftModel.from_pretrained(model, out / "adapter").merge_and_unload()
+    shutil.copytree(whole, tmp_path / "merged")
+    pruned.save_pretrained(tmp_path / "merged")
+    zeros = sum(int((p == 0).sum()) for n, p in pruned.named_parameters() if "layer" in n)
+    assert zeros >= found["encoder_weights"] - found["encoder_kept"]
+    again = ["--model_name_or_path", str(tmp_path / "merged"), "--eval_only", "--do_predict"]
+    other = run(home, tmp_path / "again", *again)
+    assert answers(other) == answers(out)
 
 
 def test_averaged_predictions_have_the_loss_of_their_logits(home: Path, tmp_path: Path) -> None:

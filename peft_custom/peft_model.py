@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .base_weights import refuse_other_base
 from .config import PeftConfig, TaskType
 from .forward_signature import counts_items, like_base
 from .hooks import set_finished
@@ -400,9 +401,14 @@ class PeftModel(nn.Module):
             config: use this configuration instead of the file's.
             subfolder: folder below `model_id`.
             hub: `revision=`, `token=` and the like for hub ids.
+
+        Raises:
+            ValueError: there is no such adapter, it is damaged, or of another model; the base stays
+                as it was.
         """
         if config is None:
             config = PeftConfig.from_pretrained(model_id, subfolder, **hub)
+        refuse_other_base(Path(model_id, subfolder or ""), model)
         config = copy.deepcopy(config)
         config.inference_mode = not is_trainable
         file = weights_file(model_id, subfolder, **hub)

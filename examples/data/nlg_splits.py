@@ -38,13 +38,15 @@ class FoundRows:
         pairs: the texts, None where there are only ids.
         encoded: the file of ids, None where there are only texts.
         source: the file or hub id.
-        most: only so many rows are used; None: all.
+        most: only the first so many rows are used, or contexts; None: all.
+        by_context: it counts distinct contexts.
     """
 
     pairs: list[Pair] | None
     encoded: Path | None
     source: str
     most: int | None = None
+    by_context: bool = False
 
 
 @dataclass(frozen=True)
@@ -177,21 +179,24 @@ def encode_rows(
                 f"{rows.encoded} has {len(whole):,} rows, but {_texts_beside(rows.encoded)} has "
                 f"{len(rows.pairs):,}: prepare the data again"
             )
-        whole = first_rows(whole, rows.most)
     else:
-        pairs = rows.pairs[: rows.most]
+        pairs = rows.pairs if rows.by_context else rows.pairs[: rows.most]
         whole = nlg.encoded_pairs(nlg.token_ids(pairs, tokenizer), rows.source)
-    return replace(cut(whole, max_length, end), pairs=rows.pairs and rows.pairs[: rows.most])
+    kept = rows_kept(whole, rows.most, rows.by_context)
+    pairs = rows.pairs and [rows.pairs[i] for i in kept]
+    if len(kept) < len(whole):
+        texts = ((whole.context(i), whole.completion(i)) for i in kept)
+        whole = nlg.encoded_pairs(texts, rows.source)
+    return replace(cut(whole, max_length, end), pairs=pairs)
 
 
-def first_rows(pairs: EncodedPairs, most: int | None) -> EncodedPairs:
-    """The first `most` rows; None: all."""
-    if most is None or most >= len(pairs):
-        return pairs
-    end = pairs.offsets[most]
-    return EncodedPairs(
-        pairs.tokens[:end], pairs.offsets[: most + 1], pairs.first[:most], pairs.source
-    )
+def rows_kept(whole: EncodedPairs, most: int | None, by_context: bool) -> Sequence[int]:
+    """Numbers of the first `most` rows, or of all rows of the first `most` contexts; None: all."""
+    if most is None or not by_context:
+        return range(len(whole))[:most]
+    contexts = [tuple(whole.context(i)) for i in range(len(whole))]
+    first = {*list(dict.fromkeys(contexts))[:most]}
+    return [i for i, context in enumerate(contexts) if context in first]
 
 
 def cut(whole: EncodedPairs, max_length: int, end: int) -> EncodedTexts:
@@ -294,11 +299,3 @@ def texts_of(split: EncodedTexts, tokenizer: PreTrainedTokenizer) -> Sequence[Pa
         )
         for i in range(len(whole))
     ]
-
-
-def first_contexts(rows: FoundRows, most: int | None) -> FoundRows:
-    """The rows up to the last one of the first `most` distinct contexts; without texts, rows."""
-    if most is None or rows.pairs is None:
-        return replace(rows, most=most)
-    kept = nlg.instances(rows.pairs)[:most]
-    return replace(rows, most=1 + max(max(instance.rows) for instance in kept))

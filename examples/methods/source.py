@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 import transformers_patched
+from peft_custom.base_weights import BaseWeights, describe, refuse_other_base
 from peft_custom.digest import digest
-from peft_custom.save_and_load import adapter_tensors
+from peft_custom.save_and_load import adapter_folder, adapter_tensors
 from transformers_patched import PreTrainedModel
 
 
@@ -27,6 +28,8 @@ class ModelSource:
         verbose: print what was not in the checkpoint (one process of several does).
         note_weights: add a key of the frozen weights to `read`.
         read: what the run has read -> a key of its content.
+        adapter: what the run starts from; it must have been trained over these weights.
+        base: the frozen weights, where `note_weights` asks for them.
     """
 
     name_or_path: str
@@ -37,6 +40,8 @@ class ModelSource:
     verbose: bool = True
     note_weights: bool = False
     read: dict[str, str] = field(default_factory=dict)
+    adapter: str | None = None
+    base: BaseWeights | None = None
 
     def load(self, *, frozen: bool, **overrides: Any) -> PreTrainedModel:
         """Loads the model; `frozen` freezes its base and keeps it in the base dtype."""
@@ -52,8 +57,13 @@ class ModelSource:
             )
         increments = adapter_tensors(model)  # where the modelling file builds them
         fresh = [name for name in report.missing if name not in increments]
+        new = {*report.missing, *report.mismatched}
+        if frozen and self.adapter is not None:
+            refuse_other_base(adapter_folder(self.adapter), model, without=new)
         if frozen and self.note_weights:
-            new = {*report.missing, *report.mismatched}
+            base = describe(model, self.name_or_path, without=new)
+            ours = {name.removeprefix(f"{model.base_model_prefix}.") for name in increments}
+            self.base = replace(base, without=tuple(sorted({*base.without} - ours)))
             found = {name: t for name, t in model.state_dict().items() if name not in new}
             self.read |= {"base weights": digest(found), "base dtype": str(model.dtype)}
         for what, names in (

@@ -25,7 +25,6 @@ from examples.data.nlg_splits import (
     cut,
     encode_rows,
     find_split,
-    first_contexts,
     given_answers,
     read_own,
     texts_of,
@@ -147,7 +146,7 @@ class NlgData(TaskData):
                 more = "; --no_do_eval trains without" if split == "valid" else ""
                 raise OptionError(f"--{name}_file is needed{more}")
             rows = read_own(Path(files[split]).expanduser())
-        return first_contexts(rows, most) if split in self.tests else replace(rows, most=most)
+        return replace(rows, most=most, by_context=split in self.tests)
 
     def encode(self, rows: FoundRows, tokenizer: Any) -> EncodedTexts:  # type: ignore[override]
         """Token ids of the rows, cut to `max_length`."""

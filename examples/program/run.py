@@ -47,6 +47,7 @@ from examples.training.run_folder import (
 )
 from examples.training.schedules import clr, cycle, schedule
 from examples.training.trainer import Trainer
+from peft_custom import base_weights
 from transformers_patched import AutoTokenizer
 
 Loss = Callable[[Any, dict[str, Any]], torch.Tensor]
@@ -181,6 +182,7 @@ class Run:
         self.source.verbose = self.accelerator.is_main_process
         self.source.note_weights = train is not None
         options = self.options
+        self.source.adapter = options.resolved().get("lora_path")
         self.adapted = as_user_error(options.method.build, self.source, options.method_options)
         if self.training.gradient_checkpointing:
             self.adapted.model.gradient_checkpointing_enable()
@@ -298,6 +300,8 @@ class Run:
             self.adapted.save(folder)
             if self.built is not None and self.built.posterior is not None:
                 self.built.posterior.save(folder, self.adapted.model)
+            if self.source.base is not None:
+                base_weights.write(folder, self.source.base)
             if tokenizer is not None and self.options.method.folder == "model":
                 tokenizer.save_pretrained(folder)
         except Exception as error:

@@ -9,21 +9,22 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib/environment.sh"
 
-common=(--method lora --num_train_epochs 12 --warmup_ratio 0.06 --packing --seed 0)
+common=(--method lora --warmup_ratio 0.06 --packing --seed 0)
 if [[ ${1-} == e2e ]]; then
   shift
   environment plots,nlg
   program=run_nlg last=show_texts run=$root/runs/quickstart_e2e base=$root/models/gpt2-mini
-  defaults=(--task_name e2e --lora_r 32 --lora_alpha 128 --lora_modules all-linear
-    --learning_rate 5e-3 --per_device_train_batch_size 16 --do_predict --num_beams 10
-    --length_penalty 0.8 --max_new_tokens 96 "${common[@]}")
+  defaults=(--task_name e2e --num_train_epochs 10 --lora_r 32 --lora_alpha 128
+    --lora_modules all-linear --learning_rate 5e-3 --per_device_train_batch_size 16 --do_predict
+    --num_beams 10 --length_penalty 0.8 --max_new_tokens 96 "${common[@]}")
   [[ " $* " == *" --data_dir"* ]] ||
     defaults+=(--data_dir "$root/examples/data/embedded/museums")
 else
   environment plots
   program=run_glue last=next_steps run=$root/runs/quickstart
-  defaults=(--task_name wording --lora_r 8 --lora_alpha 16 --lora_modules query,key,value
-    --learning_rate 1.5e-3 --per_device_train_batch_size 48 "${common[@]}")
+  defaults=(--task_name wording --num_train_epochs 12 --lora_r 8 --lora_alpha 16
+    --lora_modules query,key,value --learning_rate 1.5e-3
+    --per_device_train_batch_size 48 "${common[@]}")
 fi
 [[ " $* " == *" --model_name_or_path"* ]] ||
   defaults+=(--model_name_or_path "${base:-$(python -m examples.backbone)}")

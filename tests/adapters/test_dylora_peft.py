@@ -219,7 +219,7 @@ def test_mixed_adapters_at_their_own_ranks() -> None:
         ({"r_min": 0}, "r_min=0: the smallest rank is a whole number from 1 to r=8"),
         ({"r_min": 9}, "r_min=9"),
         ({"r_min": True}, "r_min=True"),
-        ({"dylora_mode": "half"}, "dylora_mode='half': use 'normal' or 'frozen'"),
+        ({"dylora_mode": "half"}, "dylora_mode='half': use 'normal', 'frozen' or 'matryoshka'"),
         ({"dylora_dist": "geometric"}, r"dylora_dist='geometric': use 'uniform' or 'geometric\(p"),
         ({"dylora_dist": "geometric(1.5)"}, "0 < p < 1"),
         ({"dylora_dist": "geometric(1e)"}, "0 < p < 1"),

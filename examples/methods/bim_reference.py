@@ -118,7 +118,7 @@ def get_default_config(task_name: str = "sst2") -> BIMLoRAConfig:
     if task_name in _NAMED:
         return BIMLoRAConfig(task_name=task_name, **_NAMED[task_name])
     if task_name not in _TABLE:
-        known = ", ".join(sorted({*_TABLE, *_NAMED, *_GENERATION}))
+        known = ", ".join([*sorted(_TABLE), *sorted({*_NAMED, *_GENERATION})])
         raise OptionError(f"get_default_config({task_name!r}): one of {known}")
     epochs, rate, dropout, steps, mlp_epochs, every = _TABLE[task_name]
     return BIMLoRAConfig(

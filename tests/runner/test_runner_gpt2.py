@@ -31,6 +31,7 @@ SHORT = {
     "adalora": "--adalora_init_r 3 --adalora_target_r 2 --adalora_delta_t 1",
     "bim_lora": "--lora_r 4 --block_size 8",
 }
+SHORT["splopa"] = SHORT["block_prune"] = "--mask_block_rows 8 --mask_block_cols 12"
 SHORT["vilora"] = f"{SHORT['adalora']} --learning_rate 50"
 
 

@@ -7,13 +7,13 @@
 
 Every run is a process of its own and one line of `--out`; a run that has its line is not repeated.
 Unknown options go to `examples.run_squad`. All figures are those of the last weights on the first
-2,000 questions of the development set. `--lanes 2` does two runs at a time (with
+1,000 questions of the development set. `--lanes 2` does two runs at a time (with
 OMP_NUM_THREADS=1).
 
-    tune    each method's rate: three of them, on the first 1,000 training questions; the others
+    tune    each method's rate: three of them, on the first 500 training questions; the others
             need it
-    main    each method at its rate, on the first 4,000 questions
-    more    LoRA at its rate, on the first 20,000
+    main    each method at its rate, on the first 2,000 questions
+    more    LoRA at its rate, on the first 6,000
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from benchmarks.common.studies import carry_out, markdown, options
 from examples.sweeps.records import Row, in_lanes, once, read, run_program
 from examples.sweeps.statistics import mean_and_interval
 
-QUESTIONS = {"tune": 1000, "main": 4000, "more": 20000}
+QUESTIONS = {"tune": 500, "main": 2000, "more": 6000}
 RATES = {
     "full": (3e-5, 1e-4, 3e-4),
     "lora": (1e-3, 2e-3, 4e-3),
@@ -37,8 +37,8 @@ RATES = {
     "bim_lora": (1e-3, 2e-3, 4e-3),
 }
 SETTINGS = (
-    "--num_train_epochs 2 --per_device_train_batch_size 16 --weight_decay 0 --warmup_ratio 0.06 "
-    "--max_eval_samples 2000 --load_best_model_at_end false --save_strategy no --eval_strategy no "
+    "--num_train_epochs 2 --per_device_train_batch_size 8 --weight_decay 0 --warmup_ratio 0.06 "
+    "--max_eval_samples 1000 --load_best_model_at_end false --save_strategy no --eval_strategy no "
     "--packing --group_by_length true"
 ).split()
 ADAPTED = "--lora_modules all-linear --lora_r 8 --lora_alpha 8".split()
@@ -70,7 +70,7 @@ def jobs(part: str, rows: list[Row], seeds: Sequence[int], methods: Sequence[str
 
 
 def tuned(rows: list[Row], method: str) -> float:
-    """The rate whose last weights were best on 1,000 questions."""
+    """The rate whose last weights were best on 500 questions."""
     own = [row for row in rows if (row["part"], row["method"]) == ("tune", method)]
     tried = {row["rate"]: row["final"][METRIC] for row in own}
     if missing := set(RATES[method]) - set(tried):
@@ -101,7 +101,7 @@ def go(o: argparse.Namespace) -> None:
 def table(rows: list[Row]) -> str:
     """Rates, and the parts with their costs, as far as they have run."""
     tables = (
-        ("F1 at three rates, 1,000 questions", ["method", "rates", "F1"], tuning(rows)),
+        ("F1 at three rates, 500 questions", ["method", "rates", "F1"], tuning(rows)),
         (
             "Methods at their rates (mean, 95 % interval over seeds)",
             ["questions", "method", "rate", "trained", "EM", "F1", "training seconds", "MiB"],

@@ -12,7 +12,7 @@ OMP_NUM_THREADS=1).
 
     tune    each method's rate: three of them, on the first 500 training questions; the others
             need it
-    main    each method at its rate, on the first 2,000 questions
+    main    each method at its rate, on the first 1,500 questions
     more    LoRA at its rate, on the first 6,000
 """
 
@@ -28,7 +28,7 @@ from benchmarks.common.studies import carry_out, markdown, options
 from examples.sweeps.records import Row, in_lanes, once, read, run_program
 from examples.sweeps.statistics import mean_and_interval
 
-QUESTIONS = {"tune": 500, "main": 2000, "more": 6000}
+QUESTIONS = {"tune": 500, "main": 1500, "more": 6000}
 RATES = {
     "full": (3e-5, 1e-4, 3e-4),
     "lora": (1e-3, 2e-3, 4e-3),

@@ -20,6 +20,7 @@ SIZES = {
         "intermediate_size": 3072, "vocab_size": 50265, "max_position_embeddings": 514,
         "type_vocab_size": 1, "pad_token_id": 1,
     },
+    "bert-base": {"vocab_size": 30522},  # BertConfig's own defaults otherwise
 }  # fmt: skip
 SHORTEST, LONGEST = 25, 90  # tokens of MRPC's rows; the longest is not drawn
 SIX_MAPS = [
@@ -74,9 +75,9 @@ def packed(batch: Tokens, copies: int = 1, device: str = "cpu") -> dict[str, Any
     }
 
 
-def padded(batch: Tokens, pad: int) -> dict[str, Tensor]:
-    """The batch's tokens as rows (B, L), filled with `pad`."""
-    longest = max(map(len, batch))
+def padded(batch: Tokens, pad: int, longest: int = 0) -> dict[str, Tensor]:
+    """The batch's tokens as rows (B, L), filled with `pad`; L is the longest row or `longest`."""
+    longest = max([longest, *map(len, batch)])
     mask = [[1] * len(row) + [0] * (longest - len(row)) for row in batch]
     return {
         "input_ids": torch.tensor([row + [pad] * (longest - len(row)) for row in batch]),

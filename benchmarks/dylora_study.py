@@ -4,11 +4,12 @@
     python -m benchmarks.dylora_study --table    # of results/dylora_study.jsonl
     python -m benchmarks.dylora_study --plot FILE.png
 
-Per task and seed six runs, each a process of its own and one line of `--out`; a run that has its
-line is not repeated. Unknown options go to `examples.run_glue`. All figures are those of the last
-weights on the development set: no epoch is chosen by looking at it.
+Per task and seed seven runs (`--runs` names some), each a process of its own and one line of
+`--out`; a run that has its line is not repeated. Unknown options go to `examples.run_glue`. All
+figures are those of the last weights on the development set: no epoch is chosen by looking at it.
 
     normal, frozen     DyLoRA, R = 8, evaluated at every rank b
+    matryoshka         the same nested factors without a draw, all ranks trained in every step
     cut, cut_kept      the LoRA of rank 8, of which the first b components are kept: scaled by
                        alpha / b, as DyLoRA does it, or by its own alpha / 8
     separate           LoRA trained at b = 1, 2, 4 and 8
@@ -29,6 +30,7 @@ from typing import Any
 from benchmarks.common.studies import METRIC, carry_out, comma_separated, markdown, options
 from examples.cli.fields import option
 from examples.methods import lora
+from examples.methods.dylora_ranks import areas
 from examples.methods.registry import register_method
 from examples.sweeps.records import Row, once, run_glue
 from examples.sweeps.statistics import half_interval, mean_and_interval
@@ -43,12 +45,18 @@ SETTINGS = (
 RUNS = {
     "dylora_normal": ["--method", "dylora", "--lora_r", str(R), "--dylora_mode", "normal"],
     "dylora_frozen": ["--method", "dylora", "--lora_r", str(R), "--dylora_mode", "frozen"],
+    # fp32: these ran on a processor without bf16
+    "dylora_matryoshka": [
+        *("--method", "dylora", "--lora_r", str(R), "--dylora_mode", "matryoshka"),
+        *("--base_dtype", "float32"),
+    ],
     **{f"lora_{b}": ["--method", "lora", "--lora_r", str(b)] for b in (8, 1, 2, 4)},
 }
 TITLE = {"mrpc": "MRPC", "cola": "CoLA"}
 CURVES = {
     "normal": "DyLoRA",
     "frozen": "DyLoRA, frozen",
+    "matryoshka": "matryoshka",
     "cut": "LoRA of rank 8, cut to b, scale α/b",
     "cut_kept": "LoRA of rank 8, cut to b, scale α/8",
     "separate": "LoRA trained at b",
@@ -129,7 +137,7 @@ def go(o: argparse.Namespace) -> None:
         for task in o.tasks:
             common = ["--task_name", task, "--model_name_or_path", o.model, *SETTINGS]
             common += ["--data_dir", o.data_dir, *o.more]
-            for name, own in RUNS.items():
+            for name, own in ((name, RUNS[name]) for name in o.runs):
 
                 def run(folder: Path, name=name, own=own, common=common, seed=seed) -> Row:
                     words = [*common, *own, "--seed", str(seed), "--num_train_epochs"]
@@ -173,6 +181,7 @@ def table(rows: list[Row]) -> str:
             [str(b), *(mean_and_interval(v[b]) if b in v else "" for v in found.values())]
             for b in RANKS
         ]
+        cells += [_areas(found)]
         lines += [markdown(["b", *(CURVES[curve] for curve in found)], cells), ""]
         for name in RUNS:
             own = [row for row in rows if (row["task"], row["run"]) == (task, name)]
@@ -186,6 +195,16 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def _areas(found: dict[str, dict[int, list[float]]]) -> list[str]:
+    """The table's line of areas under the curves (AURAC over log₂ b), of each seed's own curve."""
+    cells = []
+    for by_rank in found.values():
+        ranks = sorted(by_rank)
+        seeds = zip(*(by_rank[b] for b in ranks), strict=True)
+        cells.append(mean_and_interval([areas(ranks, list(v))["aurac_log2"] for v in seeds]))
+    return ["AURAC, log₂", *cells]
+
+
 def plot(rows: list[Row], path: Path) -> None:
     from examples.plots.canvas import canvas
 
@@ -194,7 +213,7 @@ def plot(rows: list[Row], path: Path) -> None:
     figure, every = pyplot.subplots(
         1, len(tasks), figsize=(1 + 4.5 * len(tasks), 4.2), layout="constrained", squeeze=False
     )
-    colours = ("tab:blue", "tab:cyan", "tab:red", "tab:orange", "0.25")
+    colours = ("tab:blue", "tab:cyan", "tab:green", "tab:red", "tab:orange", "0.25")
     for axes, task in zip(every[0], tasks, strict=True):
         shown = zip(curves(rows, task).items(), colours, strict=False)
         for place, ((curve, by_rank), colour) in enumerate(shown):
@@ -223,6 +242,7 @@ def plot(rows: list[Row], path: Path) -> None:
 def main() -> None:
     parser = options(__doc__, "dylora_study")
     parser.add_argument("--tasks", default=["mrpc", "cola"], type=comma_separated)
+    parser.add_argument("--runs", default=list(RUNS), type=comma_separated)
     parser.add_argument("--epochs", type=int, default=5)
     carry_out(parser, go, table, plot)
 

@@ -68,23 +68,14 @@ def tuned(rows: list[Row], method: str) -> float:
 
 
 def cut(common: list[str], words: list[str], folder: Path) -> Row:
-    """Trains, cuts the adapter by one threshold and everywhere alike, and evaluates both."""
+    """Trains, and evaluates what cuts to every budget leave, by one threshold and one rank."""
     row = run_glue([*common, *words], folder / "run")
-    row["whole"] = row["final"]
-    for name, rule in (
-        ("final", ["--rank_budget", RANK * MODULES]),
-        ("uniform", ["--rank", RANK]),
-    ):
-        out = folder / name
-        export = ["-m", "examples.export", folder / "run", *rule, "--out", out]
-        call([sys.executable, *map(str, export)])
-        adapter = ["--method", "lora", "--lora_path", str(out), "--eval_only"]
-        found = folder / f"{name}-evaluated"
-        call([sys.executable, "-m", "examples.run_glue", *common, *adapter,
-              "--output_dir", str(found)])  # fmt: skip
-        metrics = json.loads((found / "all_results.json").read_text())
-        row[name] = {k.removeprefix("eval_"): v for k, v in metrics.items() if k.startswith("eval")}
-    return row
+    export = ["-m", "examples.export", folder / "run", "--curve", "--out", folder / "curve"]
+    call([sys.executable, *map(str, export)])
+    curve = json.loads((folder / "curve" / "budget_curve.json").read_text())
+    at, name = curve["budgets"].index(RANK * MODULES), METRIC[TASK]
+    found = {rule: {name: curve[rule]["values"][at]} for rule in ("global", "uniform")}
+    return {**row, "whole": row["final"], "final": found["global"], "uniform": found["uniform"]}
 
 
 def go(o: argparse.Namespace) -> None:

@@ -5,9 +5,10 @@
 
 Every run is a process of its own and one line of `--out`; a run that has its line is not repeated.
 Unknown options go to `examples.run_multiple_choice`. 1,000 training questions, 2 epochs. Part tune
-tries rates by one seed each; part main takes the best of them, or the middle one where tune has not
-run, for the seeds (`--seeds` for LoRA, the first of them for the others). All figures are those of
-the last weights on the 549 validation questions. Always answering alike gives .25, and by chance .018 more or less.
+tries rates by one seed each; part main takes the best of them, or the middle one where tune has
+not run, for the seeds (`--seeds` for LoRA, the first of them for the others). All figures are those
+of the last weights on the 549 validation questions. Always answering alike gives .25, and by chance
+.018 more or less.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ METHODS = {
 }
 TUNING_SEED = 100
 SETTINGS = (
-    "--task_name arc_easy --max_train_samples 1000 --num_train_epochs 2 "
-    "--per_device_train_batch_size 8 --packing --max_length 128 --warmup_ratio 0.06 --weight_decay 0 --load_best_model_at_end false "
-    "--save_strategy no --eval_strategy no"  # but at the end
+    "--task_name arc_easy --max_train_samples 1000 --num_train_epochs 2 --max_length 128 --packing "
+    "--per_device_train_batch_size 8 --warmup_ratio 0.06 --weight_decay 0 --save_strategy no "
+    "--load_best_model_at_end false --eval_strategy no"  # but at the end
 ).split()
 
 

@@ -54,7 +54,10 @@ def test_every_command_is_covered_here() -> None:
         the_command("quickstart.sh", "mrpc"),
         the_command("roberta_base_mrpc.sh"),
         the_command("accelerate launch"),
-        the_command("download.sh"),
+        the_command("download.sh", "squad"),
+        the_command("bert_base_squad.sh"),
+        the_command("evaluate_squad"),
+        the_command("download.sh", "e2e"),
         the_command("gpt2_medium_e2e.sh"),
         the_command("evaluate_nlg"),
         "conda env create -f environment.yml",
@@ -79,13 +82,32 @@ def test_run_glue_and_its_own_config_again(tmp_path: Path, minilm_dir: Path) -> 
         assert (tmp_path / "runs" / name / "adapter" / "adapter_model.safetensors").is_file()
 
 
+def copy_of_the_project(folder: Path) -> None:
+    """Links to all but what a user's commands make."""
+    for entry in ROOT.iterdir():
+        if not entry.name.startswith(".") and entry.name not in ("checkpoints", "data", "runs"):
+            (folder / entry.name).symlink_to(entry)
+
+
+def test_question_answering(tmp_path: Path) -> None:
+    """In a copy of the project, where download.sh would have put a model and a task."""
+    from support.runner_cases import tiny_bert
+    from support.squad_cases import squad_task
+
+    copy_of_the_project(tmp_path)
+    tiny_bert(tmp_path / "checkpoints" / "bert-base-uncased")
+    squad_task(tmp_path / "data" / "squad", {"train-v1.1": 16, "dev-v1.1": 8})
+    short = "--max_train_steps 2 --max_length 24 --doc_stride 6 --max_query_length 8"
+    shell(f"{the_command('bert_base_squad.sh')} {short}", tmp_path, PYTHONPATH="")
+    told = shell(the_command("evaluate_squad"), tmp_path, PYTHONPATH=str(tmp_path))
+    assert "f1" in told and (tmp_path / "squad.json").is_file()
+
+
 def test_text_generation(tmp_path: Path) -> None:
     """In a copy of the project, where download.sh would have put a model and a task."""
     from support.gpt2_tiny import tiny_gpt2
 
-    for entry in ROOT.iterdir():
-        if not entry.name.startswith(".") and entry.name not in ("checkpoints", "data", "runs"):
-            (tmp_path / entry.name).symlink_to(entry)
+    copy_of_the_project(tmp_path)
     tiny_gpt2(tmp_path / "checkpoints" / "gpt2-medium")
     (tmp_path / "data" / "e2e").mkdir(parents=True)
     for split in ("train", "valid", "test"):
@@ -132,8 +154,10 @@ def test_gpu_hub_and_conda_commands_parse() -> None:
     from examples import download
     from examples.data.tasks.nlg import NLG_TASKS
 
-    wanted = shlex.split(the_command("download.sh"))[2:]
+    wanted = shlex.split(the_command("download.sh", "e2e"))[2:]
     assert download.names(wanted) == ["openai-community/gpt2-medium", NLG_TASKS["e2e"]]
+    wanted = shlex.split(the_command("download.sh", "squad"))[2:]
+    assert download.names(wanted)[0] == "google-bert/bert-base-uncased"
     script = ROOT / shlex.split(the_command("roberta_base_mrpc.sh"))[1]
     subprocess.run(["bash", "-n", script], check=True)
     file = ROOT / shlex.split("conda env create -f environment.yml")[-1]

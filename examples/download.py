@@ -4,11 +4,11 @@
 
 A NAME that is a task of GLUE (`mrpc`, `STS-B`, or `glue` for all nine) becomes JSON lines in
 `data/<task>/`; one of text generation (`e2e`, or `nlg` for all five) becomes its raw files there,
-for `examples.data.prepare_nlg`. An adapter that was published with LoRA (`gpt2_md_lora_e2e`)
-becomes one file in `checkpoints/`, for `--lora_path`. Any other NAME is a model on the hub and
-becomes `checkpoints/<name>/`: configuration, tokenizer, weights. Whatever has the final name is
-complete: everything is written aside first. After a download that broke off, the next call fetches
-only the files of the model that are not there.
+for `examples.data.prepare_nlg`; `squad` and `squad_v2` their official files. An adapter that was
+published with LoRA (`gpt2_md_lora_e2e`) becomes one file in `checkpoints/`, for `--lora_path`. Any
+other NAME is a model on the hub and becomes `checkpoints/<name>/`: configuration, tokenizer,
+weights. Whatever has the final name is complete: everything is written aside first. After a
+download that broke off, the next call fetches only the files of the model that are not there.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from examples.data.fetch_nlg import fetch_nlg, fetch_url
+from examples.data.fetch_squad import fetch_squad
 from examples.data.readers import RawSplit, find_split, read_hub, read_split
 from examples.data.tables import DataError, write_table
 from examples.data.tasks import GLUE_TASKS, TASKS, Task, plain_name
 from examples.data.tasks.nlg import NLG_TASKS, NlgTask, nlg_task
+from examples.data.tasks.squad import SQUAD_TASKS, SquadTask, squad_task
 from examples.errors import DownloadError, UserError
 
 SMALL_FILES = (
@@ -54,7 +56,7 @@ ADAPTERS = {
 MODEL_CARDS = {"gpt2.sm": "gpt2", "gpt2.md": "gpt2-medium", "gpt2.lg": "gpt2-large"}
 GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 NLG_NAMES = {plain_name(n) for task in NLG_TASKS.values() for n in (task.name, *task.folders)}
-KNOWN = f"{', '.join(GLUE_TASKS)}, {', '.join(NLG_TASKS)}"
+KNOWN = ", ".join([*GLUE_TASKS, *NLG_TASKS, *SQUAD_TASKS])
 
 
 def endpoint() -> str:
@@ -274,9 +276,9 @@ def fetch_adapter(name: str, parent: Path) -> Path:
 # -- the program --------------------------------------------------------------------------------
 
 
-def names(words: Sequence[str]) -> list[Task | NlgTask | str]:
+def names(words: Sequence[str]) -> list[Task | NlgTask | SquadTask | str]:
     """Tasks, and names of models and adapters."""
-    found: list[Task | NlgTask | str] = []
+    found: list[Task | NlgTask | SquadTask | str] = []
     for word in words:
         task = TASKS.get(plain_name(word))
         stem = word.removesuffix(".pt").removesuffix(".bin")
@@ -287,6 +289,8 @@ def names(words: Sequence[str]) -> list[Task | NlgTask | str]:
             found += NLG_TASKS.values()
         elif plain_name(word) in NLG_NAMES:
             found.append(nlg_task(word))
+        elif plain_name(word) in map(plain_name, SQUAD_TASKS):
+            found.append(squad_task(word))
         elif stem in ADAPTERS:
             found.append(stem)
         elif task is not None and task.hub is None:
@@ -298,7 +302,7 @@ def names(words: Sequence[str]) -> list[Task | NlgTask | str]:
     return found
 
 
-def fetch(name: Task | NlgTask | str, o: argparse.Namespace) -> None:
+def fetch(name: Task | NlgTask | SquadTask | str, o: argparse.Namespace) -> None:
     """Fetches one of `names` to where the options say."""
     data, checkpoints = o.to or o.home / "data", o.to or o.home / "checkpoints"
     if isinstance(name, Task):
@@ -308,6 +312,8 @@ def fetch(name: Task | NlgTask | str, o: argparse.Namespace) -> None:
             _need_datasets(name.name)
             endpoint()
         fetch_nlg(name, data, o.source)
+    elif isinstance(name, SquadTask):
+        fetch_squad(name, data, o.source)
     elif o.source is not None:
         raise DownloadError(f"{name}: no task ({KNOWN}), and --from is for tasks")
     elif name in ADAPTERS:

@@ -359,6 +359,7 @@ def web(tmp_path: Path, monkeypatch) -> Iterator[Path]:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr("examples.data.fetch_nlg.NLG_DATA", f"{url}/data")
+    monkeypatch.setattr("examples.data.fetch_squad.SITE", f"{url}/squad")
     monkeypatch.setitem(download.ADAPTERS, "gpt2_md_lora_e2e", f"{url}/gpt2_md_lora_e2e.pt")
     monkeypatch.setitem(download.ADAPTERS, "cut", f"{url}/cut.pt")
     yield folder
@@ -391,6 +392,25 @@ def test_published_files_are_known(real_data, tmp_path: Path, capsys) -> None:
     assert "xsum" in shown and "(no train, no valid, 1,000 test)" in shown
     test = (source / "e2e/test.txt").read_bytes()
     assert (tmp_path / "e2e/test.txt").read_bytes() == test
+
+
+def test_squad_comes_whole_or_not_at_all(web: Path, tmp_path: Path, capsys) -> None:
+    from support.squad_cases import squad_task
+
+    words = ["SQuAD", "--home", str(tmp_path / "home")]
+    squad_task(web / "squad", {"train-v1.1": 5})
+    assert download.main(words) == 2  # there is no dev-v1.1.json
+    assert "dev-v1.1.json: cannot be fetched" in capsys.readouterr().err
+    assert list((tmp_path / "home" / "data").iterdir()) == []
+    squad_task(web / "squad", {"dev-v1.1": 3})
+    assert download.main(words) == 0
+    assert "(5 train, 3 dev)" in capsys.readouterr().out
+    got = tmp_path / "home" / "data" / "squad" / "dev-v1.1.json"
+    assert got.read_bytes() == (web / "squad" / got.name).read_bytes()
+    assert download.main(words) == 0 and "is there already" in capsys.readouterr().out
+    (web / "squad" / got.name).write_text("{")
+    assert download.main(["squad", "--from", str(web), "--to", str(tmp_path / "to")]) == 2
+    assert got.name in capsys.readouterr().err and not (tmp_path / "to" / "squad").exists()
 
 
 def test_boolq_comes_from_the_hub(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ MODEL, OWNER = "bert-base-uncased", "google-bert"
 # The results to compare with the sheet's, in the run's all_results.json.
 METRICS = {
     "squad": ("eval_exact", "eval_f1"),
-    "mnli": ("eval_accuracy", "eval_mm_accuracy"),
+    "mnli": ("eval_matched_accuracy", "eval_mismatched_accuracy"),
     "qqp": ("eval_accuracy", "eval_f1"),
 }
 TAIL = 15  # lines of a failed run's log that are shown
@@ -102,7 +102,9 @@ def arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]
     add("--jobs", type=int, help="runs at a time (1, or as many as --gpus)")
     add("--gpus", default="", help="GPUs, one to a run: 0,1")
     add("--model_name_or_path", help=f"instead of {MODEL}")
-    add("--data_dir", help="folder with the task's folder; else data/ beside scripts/, else the hub")
+    add(
+        "--data_dir", help="folder with the task's folder; else data/ beside scripts/, else the hub"
+    )
     add("--output_dir", type=Path, default=Path("runs") / "workbook", help="folder of the runs")
     return parser.parse_known_args(argv)
 
@@ -242,7 +244,9 @@ class Runner:
 def compared(job: Job) -> str:
     """What the row's run has reached, beside what was published."""
     found: dict[str, Any] = json.loads((job.folder / "all_results.json").read_text("utf-8"))
-    own = [f"{n.removeprefix('eval_')} {found[n]:.4g}" for n in METRICS[job.row.sheet] if n in found]
+    own = [
+        f"{n.removeprefix('eval_')} {found[n]:.4g}" for n in METRICS[job.row.sheet] if n in found
+    ]
     if "encoder_kept" in found:
         own.append(f"remaining {100 * found['encoder_kept'] / found['encoder_weights']:.2f} %")
     return f"{job.row}\n    here: {', '.join(own)}"

@@ -74,8 +74,8 @@ class PruningOptions:
     final_lambda: float = option(0.0, "its weight at the end of the schedule", low=0)
     clip_regularization: bool = option(
         False,
-        "clip its gradient with the others by --max_grad_norm, as the originals do (a large λ makes "
-        "all steps smaller); by default it is added after clipping",
+        "clip its gradient with the others by --max_grad_norm, as the originals do (a large λ "
+        "makes all steps smaller); by default it is added after clipping",
     )
     mask_scores_learning_rate: float | None = option(
         None, "rate of the scores; none: 0.01, for l0 0.1", low=0

@@ -34,8 +34,8 @@ class TrainingHooks:
 
     A tuner overrides what it needs and returns an instance from `BaseTuner.training_hooks`. The
     order in step t: `begin_step`, forward and backward passes, `before_clipping` where the loop
-    calls it, `enter_step`, `before_step`, the optimiser's update, `after_step`; then t grows by one. All of them run without gradient
-    recording.
+    calls it, `enter_step`, `before_step`, the optimiser's update, `after_step`; then t grows by
+    one. All of them run without gradient recording.
 
     Attributes:
         t: index of the current step, 0-based; in `after_step` still that of the step just applied.

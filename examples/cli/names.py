@@ -70,6 +70,11 @@ SWITCHES = {
     "eval_all_checkpoints": ("eval_strategy", "epoch"),
 }
 # Options of the originals that have no meaning here, and why.
+NO_AMPERE = (
+    "2:4 patterns are not offered: the original lays them along the output side, where no hardware "
+    "multiplies them faster, and no published run has them"
+)
+NO_SHUFFLING = "channels are not shuffled: no published run did it"
 GONE = {
     "use_slow_tokenizer": "every tokenizer is the fast one",
     "use_fast_tokenizer": "every tokenizer is the fast one",
@@ -87,6 +92,21 @@ GONE = {
     "roll_lr": "the original does nothing with it",
     "roll_step": "the original does nothing with it",
     "eval_epoch": "the original does nothing with it; --eval_strategy epoch evaluates every epoch",
+    "identifier": "the original does nothing with it; --output_dir names a run",
+    "do_lower_case": "the tokenizer's own files say it (run_squad has the option)",
+    "global_topk_frequency_compute": "the ranking of all matrices is made anew in every step",
+    "ampere_pruning_method": NO_AMPERE,
+    "ampere_mask_init": NO_AMPERE,
+    "ampere_mask_scale": NO_AMPERE,
+    "ampere_learning_rate": NO_AMPERE,
+    "initial_ampere_temperature": NO_AMPERE,
+    "final_ampere_temperature": NO_AMPERE,
+    "shuffling_method": NO_SHUFFLING,
+    "shuffling_learning_rate": NO_SHUFFLING,
+    "in_shuffling_group": NO_SHUFFLING,
+    "out_shuffling_group": NO_SHUFFLING,
+    "initial_shuffling_temperature": NO_SHUFFLING,
+    "final_shuffling_temperature": NO_SHUFFLING,
     "teacher_type": "the teacher's own config.json says what it is",
     "model_type": "the checkpoint's config.json says it",
     "config_name": "the checkpoint's own config.json is read",

@@ -18,8 +18,8 @@ SAME = (
     "mask_structure", "mask_block_rows", "mask_block_cols", "pruning_method", "global_topk",
     "initial_threshold", "final_threshold", "initial_warmup", "final_warmup",
     "initial_temperature", "final_temperature", "mask_init", "mask_scale", "regularization",
-    "final_lambda", "mask_scores_learning_rate", "mask_scores_max_grad_norm",
-    "adapter_learning_rate", "reference_compat",
+    "final_lambda", "clip_regularization", "mask_scores_learning_rate",
+    "mask_scores_max_grad_norm", "adapter_learning_rate", "reference_compat",
 )  # fmt: skip
 WARMUP = 0.1  # of training, where neither the pruning nor the learning rate has a warm-up
 
@@ -72,6 +72,11 @@ class PruningOptions:
         None, "l1: mean of σ(scores); l0: mean probability of an open gate", choices=("l0", "l1")
     )
     final_lambda: float = option(0.0, "its weight at the end of the schedule", low=0)
+    clip_regularization: bool = option(
+        False,
+        "clip its gradient with the others by --max_grad_norm, as the originals do (a large λ "
+        "makes all steps smaller); by default it is added after clipping",
+    )
     mask_scores_learning_rate: float | None = option(
         None, "rate of the scores; none: 0.01, for l0 0.1", low=0
     )

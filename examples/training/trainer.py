@@ -190,7 +190,8 @@ class Trainer:
         for _ in range(RETRIES):  # once, but under fp16
             loss = self._passes(batch)
             self.accelerator.unscale_gradients()
-            # In the order of accumulate, unscale, clip, step; the hooks run within `step`.
+            # In the order of accumulate, unscale, clip, step; the other hooks run within `step`.
+            self.hooks.before_clipping()
             for parameters, norm in self.clip_groups:
                 torch.nn.utils.clip_grad_norm_(parameters, norm)
             self.optimizer.step()

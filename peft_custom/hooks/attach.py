@@ -61,6 +61,12 @@ class AttachedHooks(TrainingHooks):
 
     # --- driven by the optimiser ----------------------------------------------------------------
     @torch.no_grad()
+    def before_clipping(self) -> None:
+        """Every part's `before_clipping`; a loop that clips gradients may call it just before."""
+        for part in self.parts:
+            part.before_clipping()
+
+    @torch.no_grad()
     def enter_step(self) -> None:
         """Every part's `enter_step`."""
         self._refuse_unprepared()

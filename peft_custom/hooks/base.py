@@ -33,9 +33,9 @@ class TrainingHooks:
     """What a tuner does around every applied optimiser step; the base class does nothing.
 
     A tuner overrides what it needs and returns an instance from `BaseTuner.training_hooks`. The
-    order in step t: `begin_step`, forward and backward passes, `enter_step`, `before_step`, the
-    optimiser's update, `after_step`; then t grows by one. All of them run without gradient
-    recording.
+    order in step t: `begin_step`, forward and backward passes, `before_clipping` where the loop
+    calls it, `enter_step`, `before_step`, the optimiser's update, `after_step`; then t grows by
+    one. All of them run without gradient recording.
 
     Attributes:
         t: index of the current step, 0-based; in `after_step` still that of the step just applied.
@@ -72,6 +72,13 @@ class TrainingHooks:
 
         Called on attaching, after every applied step and after loading a state: a rank drawn from
         (seed, t), a temperature. Calling it twice must be the same as once.
+        """
+
+    def before_clipping(self) -> None:
+        """Gradients are reduced and unscaled: add those that are to be clipped with them.
+
+        An optimiser knows no such moment, so a loop calls this itself, after the last backward pass
+        of a step; again where the step is repeated. Where it does not, `before_step` adds them.
         """
 
     def enter_step(self) -> None:

@@ -25,11 +25,12 @@ glue() {
 }
 
 # run_glue OWNER MODEL TASK NAME [ARGUMENT ...]: the run, with the array flags; NAME names its folder.
+# name_on_hub is set where it is another one than MODEL.
 run_glue() {
   local owner=$1 model=$2 task=$3 name=$4 data=${DATA_DIR:-}
   shift 4
   [ -n "$data" ] || [ ! -d "$root/data/$task" ] || data=$root/data
-  flags=(--task_name "$task" --model_name_or_path "$(pretrained "$owner" "$model")"
+  flags=(--task_name "$task" --model_name_or_path "$(pretrained "$owner" "${name_on_hub:-$model}")"
     ${data:+--data_dir "$data"} --output_dir "${OUTPUT_DIR:-$root/runs/${model}_${task}_$name}"
     "${flags[@]}")
   packages data accelerate tokenizers

@@ -113,6 +113,49 @@ def test_the_regularisers_gradient_is_added_after_clipping() -> None:
         torch.testing.assert_close(without - with_penalty, torch.full_like(without, 0.01 * slope))
 
 
+def test_scores_are_clipped_with_the_others_where_their_regulariser_is() -> None:
+    for options, own in (
+        ({}, 0.0),
+        ({"clip_regularization": True}, None),
+        ({"clip_regularization": True, "mask_scores_max_grad_norm": 2.0}, 2.0),
+    ):
+        groups = {g["name"]: g for g in tiny(**options).parameter_groups(1e-3, 0.0)}
+        assert groups["mask_scores"].get("max_grad_norm") == own
+
+
+@pytest.mark.parametrize("called", [True, False], ids=["before", "after"])
+def test_the_regulariser_is_clipped_where_the_loop_says_when(called: bool) -> None:
+    """The originals' way: the norm is that of all gradients, λ's among them."""
+    soft = {"pruning_method": "sigmoied_threshold", "final_threshold": None, "regularization": "l1"}
+    model = tiny(**soft, final_lambda=300.0, clip_regularization=True)
+    optimizer = torch.optim.SGD(model.parameter_groups(1.0, 0.0))
+    hooks = attach(model, optimizer, total_steps=8)
+    hooks.parts[0].threshold = 0.1  # that of the end
+    model(**batches(1)[0]).loss.backward()
+    scores = [m.mask_scores for m in model.base_model.masks["default"]]
+    loss_grads = [p.grad.clone() for p in scores]
+    others = [
+        p for p in model.parameters() if p.grad is not None and all(p is not s for s in scores)
+    ]
+    other_grads = [p.grad.clone() for p in others]
+    if called:
+        hooks.before_clipping()
+        hooks.before_clipping()  # as in a step that is repeated, with gradients made anew
+        for p, g in zip(scores, loss_grads, strict=True):
+            p.grad.copy_(g)
+        hooks.before_clipping()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    slopes = [300.0 * 0.25 / (p.numel() * len(scores)) for p in scores]  # S = 0
+    both = [g + slope for g, slope in zip(loss_grads, slopes, strict=True)]
+    counted = [*other_grads, *(both if called else loss_grads)]
+    assert float(norm) == pytest.approx(float(torch.cat([g.flatten() for g in counted]).norm()))
+    factor = min(1.0, 1.0 / float(norm))
+    for p, g, slope in zip(scores, loss_grads, slopes, strict=True):
+        wanted = (g + slope) * factor if called else g * factor + slope
+        torch.testing.assert_close(p.grad, wanted, atol=1e-7, rtol=1e-4)
+
+
 def test_fact_22_groups_and_what_moves() -> None:
     for criterion in ("topK", "magnitude"):
         model = tiny(pruning_method=criterion)

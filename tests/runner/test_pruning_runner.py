@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 from support.runner_cases import evaluated, lines, pair_task, results, tiny_bert
 
 from examples import program
@@ -42,6 +43,47 @@ def test_the_originals_words() -> None:
     assert options.splopa_prototypes_not_shared and options.final_lambda == 50
     null = parsed("--method", "splopa", "--regularization", "null").method_options
     assert null.regularization is None
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("identifier", "does nothing"), ("global_topk_frequency_compute", "every step"),
+        ("ampere_pruning_method", "2:4"), ("final_ampere_temperature", "2:4"),
+        ("shuffling_method", "not shuffled"), ("in_shuffling_group", "not shuffled"),
+        ("do_lower_case", "tokenizer"),
+    ],
+)  # fmt: skip
+def test_words_of_the_originals_without_a_meaning_say_why(name: str, reason: str) -> None:
+    with pytest.raises(program.OptionError, match=f"--{name} has no meaning here: .*{reason}"):
+        parsed("--method", "splopa", f"--{name}", "1")
+
+
+def test_the_trainer_clips_the_regulariser_where_it_is_asked_for(
+    setting: list[str], tmp_path: Path
+) -> None:
+    """A λ so large that its clipped gradient leaves the other weights hardly any step."""
+    words = [*setting, "--method", "block_prune", "--pruning_method", "sigmoied_threshold"]
+    words += ["--final_threshold", "0.1", "--initial_threshold", "0.1", "--regularization", "l1"]
+    words += [
+        "--final_lambda",
+        "1e6",
+        "--max_train_steps",
+        "4",
+        "--pruning_warmup",
+        "1",
+        "--mask_scores_learning_rate",
+        "0",
+    ]
+    words += ["--learning_rate", "1e-3", "--adam_epsilon", "1e-2"]  # a step of the gradient's size
+    moved = []
+    for i, more in enumerate(([], ["--clip_regularization"])):
+        out = tmp_path / str(i)
+        assert program.run_main(main, [*words, *more, "--output_dir", str(out)]) == 0
+        weights = load_file(out / "adapter" / "adapter_model.safetensors")
+        [head] = [t for name, t in weights.items() if name.endswith("classifier.bias")]
+        moved.append(float(head.abs().max()))
+    assert 0 < moved[1] < 0.1 * moved[0]
 
 
 @pytest.fixture(scope="module")

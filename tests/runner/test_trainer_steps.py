@@ -139,6 +139,17 @@ def test_a_groups_own_norm_clips_it_by_itself(tmp_path: Path) -> None:
         torch.testing.assert_close(found, share * slope)
 
 
+def test_hooks_may_add_gradients_that_are_clipped_with_the_others(tmp_path: Path) -> None:
+    """Four times a part's gradient, before clipping: norms 12, 6, 9, 12 instead of 3, 6, 9, 12."""
+    made = trainer(tmp_path, max_grad_norm=1.0)
+    first = made.unwrapped.parts[0]
+    made.hooks.before_clipping = lambda: first.grad.mul_(4.0)
+    moved = one_step(made)
+    norm = math.sqrt(144 + 36 + 81 + 144)
+    for k, slope in enumerate(Parts().slopes):
+        torch.testing.assert_close(moved[k], (4.0 if k == 0 else 1.0) * slope / norm)
+
+
 def test_every_group_has_its_rate_times_the_schedule(tmp_path: Path) -> None:
     def groups(model: Parts) -> list[dict[str, Any]]:
         return [{"params": [p], "lr": 0.1 * (k + 1)} for k, p in enumerate(model.parts)]

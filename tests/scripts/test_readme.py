@@ -53,9 +53,11 @@ def test_every_command_is_covered_here() -> None:
         the_command("--config runs/wording/config.json"),
         the_command("quickstart.sh", "mrpc"),
         the_command("roberta_base_mrpc.sh"),
+        the_command("run_squad_from_excel_sheet.py"),
+        the_command("bert_base_squad.sh lora"),
         the_command("accelerate launch"),
         the_command("download.sh", "squad"),
-        the_command("bert_base_squad.sh"),
+        the_command("bert_base_squad.sh lora"),
         the_command("evaluate_squad"),
         the_command("download.sh", "e2e"),
         the_command("gpt2_medium_e2e.sh"),
@@ -118,6 +120,17 @@ def test_text_generation(tmp_path: Path) -> None:
     shell(f"{the_command('gpt2_medium_e2e.sh')} {short}", tmp_path, PYTHONPATH="")
     told = shell(the_command("evaluate_nlg"), tmp_path, PYTHONPATH=str(tmp_path))
     assert "BLEU" in told and (tmp_path / "e2e.json").is_file()
+
+
+def test_the_row_of_the_workbook_and_the_script_beside_it(tmp_path: Path) -> None:
+    """The first is run; what the second calls is the script's own test."""
+    pytest.importorskip("openpyxl")
+    command = the_command("run_squad_from_excel_sheet.py").replace("scripts/", f"{ROOT}/scripts/")
+    told = shell(command, tmp_path)
+    assert told.startswith("python -m examples.run_squad") and "--final_threshold 0.3" in told
+    subprocess.run(
+        ["bash", "-n", ROOT / shlex.split(the_command("bert_base_squad.sh lora"))[1]], check=True
+    )
 
 
 @pytest.mark.slow

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 from examples import program, run_nlg
 from examples.cli.groups import TrainingOptions
@@ -83,3 +86,13 @@ def rows_per_step(options: program.Options, processes: int) -> int:
     training = options[TrainingOptions]
     at_once = program.rows_at_once(training, processes)
     return at_once * program.accumulation(training, processes) * processes
+
+
+def script_module(name: str) -> ModuleType:
+    """scripts/NAME.py as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # its dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    return module

@@ -60,6 +60,10 @@ class SpaConfig(PeftConfig):
             `"kaiming"`. None: 0, for `l0` 2.197.
         regularization: None, `"l1"` (the mean of σ(S)) or `"l0"` (the probability of an open gate).
         final_lambda: its weight λ at the end; before, λ·τ/τ_final.
+        clip_regularization: its gradient is clipped with those of the loss, as in the originals,
+            where a large λ makes all other steps smaller; by default it is added afterwards, and
+            scores are not clipped. Only in loops that call `hooks.before_clipping()` before they
+            clip, as our trainer does.
         mask_scores_learning_rate: None: 0.01, for `l0` 0.1.
         mask_scores_max_grad_norm: norm to which the scores' gradient is clipped by itself; 0: not.
         adapter_learning_rate: of what an adapter adds to the weights; None: the common rate.
@@ -91,6 +95,7 @@ class SpaConfig(PeftConfig):
     mask_scale: float | None = None
     regularization: str | None = None
     final_lambda: float = 0.0
+    clip_regularization: bool = False
     mask_scores_learning_rate: float | None = None
     mask_scores_max_grad_norm: float = 0.0
     adapter_learning_rate: float | None = None

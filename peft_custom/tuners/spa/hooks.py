@@ -15,7 +15,8 @@ from .schedule import Cubic
 class SpaHooks(TrainingHooks):
     """Step t = 0, 1, … trains with the threshold τ(t + 1) of the schedule.
 
-    The regulariser's gradient is added to gradients that are final, so it is not clipped with them.
+    The regulariser's gradient is added to gradients that are final, so it is not clipped with them;
+    with `clip_regularization` it is added before, by loops that call `before_clipping`.
 
     Attributes:
         masks: of the adapter.
@@ -32,6 +33,7 @@ class SpaHooks(TrainingHooks):
         self.cubic = Cubic.of(self.total_steps, warmup, *ends)
         self.threshold = config.initial_threshold
         self._restored: int | None = None  # the step whose masks came from a saved state
+        self._added = False  # the regulariser's gradient of this step
         masks.driven = True
 
     def _at(self, start: float, end: float) -> float:
@@ -56,8 +58,19 @@ class SpaHooks(TrainingHooks):
         found = masks.draw(self.seed, self.t) if l0 else masks.compute(self.threshold)
         masks.write("mask", found)
 
+    def before_clipping(self) -> None:
+        """Adds λ·∂penalty/∂S where it is to be clipped with the gradients of the loss."""
+        if self.config.clip_regularization:
+            self._add_penalty()
+            self._added = True
+
     def before_step(self) -> None:
-        """Adds λ·∂penalty/∂S to the scores' gradients."""
+        """Adds λ·∂penalty/∂S to the scores' gradients, unless it is there already."""
+        if not self._added:
+            self._add_penalty()
+        self._added = False
+
+    def _add_penalty(self) -> None:
         if not self.penalty_weight or not self.config.trains_scores:
             return
         kind = str(self.config.regularization)

@@ -186,7 +186,9 @@ class SpaModel(BaseTuner[SpaConfig]):
                 "lr": lr if rates[name] is None else rates[name],
                 "weight_decay": 0.0 if name == "mask_scores" else weight_decay,
             }
-            if name == "mask_scores":
+            if name == "mask_scores" and not (
+                config.clip_regularization and config.mask_scores_max_grad_norm == 0
+            ):  # by themselves, or not at all; else with all the others
                 group["max_grad_norm"] = config.mask_scores_max_grad_norm
             groups.append(group)
         return [group for group in groups if group["params"]]

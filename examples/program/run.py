@@ -352,7 +352,7 @@ class Run:
         curve = self.folder.path / CURVE
         why_not = None
         if figures:
-            self.folder.write_json(RESULTS, results)
+            self.folder.write_json(RESULTS, {**results, "main_metric": self.main_metric})
             lines = (self.folder.read_lines(LOG), self.folder.read_lines(METRICS))
             why_not = learning_curve(curve, *lines, self.main_metric, title)
         shown = summary_metrics(results, self.main_metric, self.trainer.predictor.variants(True))

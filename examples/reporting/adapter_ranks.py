@@ -1,4 +1,4 @@
-"""Ranks of a saved adapter, from the headers of its file: no tensor is read."""
+"""Ranks of a saved adapter, from the header of its file: no tensor is read."""
 
 from __future__ import annotations
 
@@ -8,21 +8,26 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from examples.plots.ranks import split_name
-
 FACTOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_A(?:\.weight)?$")
+SCORES = (".mask_scores", ".block_scores")
 LARGEST_HEADER = 100 * 2**20  # bytes; the format's own limit
 
 
 def ranks(run: Path) -> dict[str, int]:
     """Module -> rows of its A; nothing where the run's result has no such factors."""
-    shapes = _shapes(run / "adapter" / "adapter_model.safetensors")
+    shapes = _shapes(run)
     found = {match[1]: shape[0] for key, shape in shapes.items() if (match := FACTOR.match(key))}
     return {name.removesuffix(".bim"): rank for name, rank in found.items()}
 
 
-def _shapes(path: Path) -> dict[str, list[int]]:
+def has_masks(run: Path) -> bool:
+    """Whether what the run has learnt is chosen block by block."""
+    return any(key.endswith(SCORES) for key in _shapes(run))
+
+
+def _shapes(run: Path) -> dict[str, list[int]]:
     """Tensor -> shape, of a .safetensors file: 8 bytes of length, then JSON."""
+    path = run / "adapter" / "adapter_model.safetensors"
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -40,6 +45,8 @@ def grid(
     Args:
         seeds: for every run, module -> rank.
     """
+    from examples.plots.ranks import split_name  # numpy with it, and only a picture needs it
+
     places = {name: split_name(name) for own in seeds for name in own}
     layers = sorted({layer for layer, _ in places.values()}, reverse=True)
     kinds = list(dict.fromkeys(kind for _, kind in places.values()))

@@ -102,8 +102,8 @@ def _trouble(found: Found) -> list[Table]:
         shown.append(Table("Folders left out", note, ["folder", "why"], rows))
     notes = [[run.name, note] for run in found.runs for note in run.notes]
     if notes:
-        note = "These runs are in the report without these parts."
-        shown.append(Table("Damaged parts", note, ["run", "what"], notes))
+        note = "These runs are in the report, without these parts."
+        shown.append(Table("Parts that are missing", note, ["run", "what"], notes))
     return shown
 
 

@@ -6,7 +6,7 @@ import base64
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from examples.errors import OptionError
 from examples.reporting import adapter_ranks
@@ -26,7 +26,7 @@ SHORT = {  # names on the command line -> names in a run
     "tokens": "tokens_per_second",
     "share": "arithmetic_share",
 }
-LARGER = ("best", "last", "tokens_per_second", "arithmetic_share", "aurac_linear", "aurac_log2")
+LARGER = ("tokens_per_second", "arithmetic_share", "aurac_linear", "aurac_log2")
 COSTS = ("_seconds", "_bytes", "_parameters", "_share", "_weights", "_kept", "_bits", "rank")
 COSTS += ("density", "forgetting", "_before", "_after", "steps", "tokens", "epochs", "epoch")
 
@@ -77,7 +77,7 @@ class Figures:
 
     def of(self, task: Task) -> list[Figure]:
         """The figures of a task; kinds that have nothing to show are not there."""
-        plain = (self.learning, self.losses, self.rates, self.rank_curves, self.areas)
+        plain = (self.learning, self.losses, self.rates, self.rank_curves)
         found = [figure for make in plain for figure in make(task)]
         for name, title in (("ece", "Calibration"), ("forgetting", "Forgetting")):
             found += self.scatter(task, name, "metric", f"{title} and metric", front=False)
@@ -133,6 +133,7 @@ class Figures:
             for method, curves in points.items()
             for label, own in curves.items()
         ]
+        series = _told_apart(series)
         note = "Best value, mean over the seeds there are; a method tried at one rate is one point."
         yield self._chart(
             task, "rate", "Metric over learning rate", note, series, "learning rate", runs, True
@@ -151,16 +152,20 @@ class Figures:
                 runs += [run for run, curve in zip(own, curves, strict=True) if curve]
                 series.append(Series(label, points, self.colours[c.method]))
         if series:
+            series = _told_apart(series)
             note = "Mean over seeds. AURAC: area under the curve over the rank, linear."
             yield self._chart(task, "ranks", "Rank curves", note, series, "rank", runs)
 
-    def areas(self, task: Task) -> Iterator[Figure]:
-        """Best metric beside AURAC, where two configurations have it."""
-        if sum(bool(c.by_seed("aurac_linear")) for c in task.configurations) > 1:
-            yield from self.scatter(task, "aurac_linear", "metric", "AURAC and metric", front=False)
-
     def scatter(self, task: Task, x: str, y: str, title: str, front: bool) -> Iterator[Figure]:
-        """Configurations by two figures, and the front of those that none beats in both."""
+        """Configurations by two figures, and the front of those that none beats in both.
+
+        Args:
+            task: whose.
+            x: the figure across.
+            y: the figure upwards.
+            title: what the two have to say.
+            front: draw it.
+        """
         names = SHORT.get(x, x), SHORT.get(y, y)
         places = {}
         for c in task.configurations:
@@ -170,8 +175,15 @@ class Figures:
         if not places:
             return
         series = [
-            Series(label, [point], self.colours[c.method], line=False)
-            for label, (c, point) in places.items()
+            Series(
+                method,
+                [point for c, point in places.values() if c.method == method],
+                colour,
+                line=False,
+                names=[label for label, (c, _) in places.items() if c.method == method],
+            )
+            for method, colour in self.colours.items()
+            if any(c.method == method for c, _ in places.values())
         ]
         words = [_title(task, name) for name in names]
         signs = [-1 if _smaller(task, name) else 1 for name in names]
@@ -185,7 +197,8 @@ class Figures:
             best = pareto_front([point for _, point in places.values()], signs)
             series.insert(0, Series("front", best, 7, markers=False, dashed=True))
             better = ["smaller" if sign < 0 else "larger" for sign in signs]
-            note += f" Better is {better[0]} {words[0]} and {better[1]} {words[1]}."
+            note += f" Better is {better[0]} {words[0]} and {better[1]} {words[1]}. On the front: "
+            note += "; ".join(label for label, (_, p) in places.items() if p in best) + "."
         log = min(p[0] for _, p in places.values()) > 0 and _wide([p for _, p in places.values()])
         svg = chart(series, words[0], words[1], log_x=log, title=f"{title}, {task.name}")
         runs = [run for c, _ in places.values() for run in c.runs]
@@ -341,6 +354,13 @@ def _curves_note(task: Task) -> str:
     if left_out:
         note += f" One configuration of each method; {left_out} others are in the task's table."
     return note
+
+
+def _told_apart(series: Sequence[Series]) -> list[Series]:
+    """The colours of the methods; where one has several series, a colour for each of all."""
+    if len({s.colour for s in series}) == len(series):
+        return list(series)
+    return [replace(s, colour=i) for i, s in enumerate(series)]
 
 
 def _without(label: str, option: str) -> str:

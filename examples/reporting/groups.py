@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,19 +90,21 @@ def tasks_of(runs: Iterable[Run], reference: str | None) -> list[Task]:
     """
     groups: dict[tuple[str, str, str], list[Run]] = defaultdict(list)
     for run in runs:
-        # two runs that chose their best weights by different metrics are no seeds of one thing
-        groups[run.task, json.dumps(run.options), run.metric].append(run)
-    by_task: dict[str, list[Configuration]] = defaultdict(list)
-    for (task, *_), own in groups.items():
-        by_task[task].append(Configuration(sorted(own, key=lambda run: run.seed)))
+        groups[run.task, run.metric, json.dumps(run.options)].append(run)
+    # values of different metrics are never in one table
+    by_task: dict[tuple[str, str], list[Configuration]] = defaultdict(list)
+    for (task, metric, _), own in groups.items():
+        by_task[task, metric].append(Configuration(sorted(own, key=lambda run: run.seed)))
     methods = {c.method for own in by_task.values() for c in own}
     if reference is not None and reference not in methods:
         raise OptionError(f"--reference {reference}: the runs are of {', '.join(sorted(methods))}")
     found = []
-    for name, own in sorted(by_task.items()):
+    names = Counter(name for name, _ in by_task)
+    for (name, metric), own in sorted(by_task.items()):
         _name(own)
         own.sort(key=lambda c: (c.method, [_sortable(word) for word in c.label.split()]))
-        task = Task(name, own)
+        by_metric = f"{name}, {metric.removeprefix('eval_') or 'not evaluated'}"
+        task = Task(by_metric if names[name] > 1 else name, own)
         for method in sorted({c.method for c in own}):
             task.shown[method] = _standing_for([c for c in own if c.method == method])
         wanted = (reference,) if reference is not None else (*PREFERRED, *task.shown)
@@ -122,16 +124,17 @@ def _standing_for(configurations: Sequence[Configuration]) -> Configuration:
 
 
 def _name(configurations: list[Configuration]) -> None:
-    """Labels: the method, and each option in which the method's configurations differ."""
+    """Labels: the method, each option in which the method's configurations differ, and each that
+    all methods of the task have and that is not the same everywhere."""
+    options = {id(c): c.runs[0].options for c in configurations}
+    everywhere = set.intersection(*({*own} for own in options.values())) - {"method"}
+    apart = {n for n in everywhere if len({own[n] for own in options.values()}) > 1}
     for method in {c.method for c in configurations}:
         own = [c for c in configurations if c.method == method]
-        options = [c.runs[0].options for c in own]
-        names = sorted({name for values in options for name in values})
-        differ = [n for n in names if len({values.get(n) for values in options}) > 1]
-        for c, values in zip(own, options, strict=True):
-            words = [f"{name} {_short(values.get(name))}" for name in differ]
-            if len({other.metric for other in own}) > 1:
-                words.append(f"by {c.metric or 'no metric'}")
+        names = {name for c in own for name in options[id(c)]}
+        differ = {n for n in names if len({options[id(c)].get(n) for c in own}) > 1} | apart
+        for c in own:
+            words = [f"{name} {_short(options[id(c)].get(name))}" for name in sorted(differ)]
             c.label = ", ".join([method, *words])
 
 

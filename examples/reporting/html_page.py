@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from html import escape
 
 from examples.reporting.content import Content, Section
@@ -29,7 +30,7 @@ th,td{padding:.34rem .55rem;text-align:right;vertical-align:top;border-bottom:1p
 thead th{background:var(--panel);border-bottom:2px solid var(--dim);vertical-align:bottom}
 td:first-child,th:first-child,table.words td,table.words th{text-align:left}
 tbody tr:hover{background:var(--panel)}
-.figures{display:grid;gap:1.4rem;margin-top:1rem;
+.figures{display:grid;gap:1.4rem;margin-top:1rem;align-items:start;
 grid-template-columns:repeat(auto-fill,minmax(min(100%,25rem),1fr))}
 figure{margin:0;padding:.7rem;border:1px solid var(--rule);border-radius:.4rem;min-width:0}
 figure h3{margin:0 0 .4rem}
@@ -92,7 +93,7 @@ def _table(table: Table) -> str:
     for first, *cells in table.rows:
         row = f'<tr><th scope="row">{escape(first)}</th>'
         for name, cell in zip(table.header[1:], cells, strict=True):
-            row += f'<td data-label="{escape(name)}">{escape(cell)}</td>'
+            row += f'<td data-label="{escape(name)}">{_cell(cell)}</td>'
         rows.append(row + "</tr>")
     words = ' class="words"' if table.header[1:] in (["why"], ["what"]) else ""
     body = "\n".join(rows)
@@ -100,6 +101,12 @@ def _table(table: Table) -> str:
         f'<h3>{escape(table.title)}</h3>\n<p class="note">{escape(table.note)}</p>\n'
         f"<table{words}><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>"
     )
+
+
+def _cell(text: str) -> str:
+    """A value stays beside its deviation, and what is in brackets together."""
+    text = text.replace(" ± ", "\u00a0±\u00a0")
+    return escape(re.sub(r"\([^)]*\)", lambda found: found[0].replace(" ", "\u00a0"), text))
 
 
 def _figure(figure: Figure) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from examples.data.tasks import TASKS
 from examples.data.tasks.choice import CHOICE_TASKS
 from examples.errors import RunError
+from examples.reporting import adapter_ranks
 from examples.training.file_names import (
     BUDGET_CURVE,
     CONFIG,
@@ -20,6 +21,7 @@ from examples.training.file_names import (
     LOG,
     METRICS,
     NOT_PART_OF_A_RUN,
+    PLOTS,
     PROOF,
     RANK_CURVE,
     RESULTS,
@@ -219,6 +221,8 @@ def _run(folder: Path, name: str, metric: str | None) -> Run:
             run.notes.append(str(error))
     run.metrics, run.log = (_lines(folder / file, run.notes) for file in (METRICS, LOG))
     run.metric = _main_metric(run, metric)
+    if adapter_ranks.has_masks(folder) and not any((folder / PLOTS).glob("*.png")):
+        run.notes.append("its masks were not drawn: that takes --plots")
     return run
 
 

@@ -34,6 +34,7 @@ class Series:
         line: connect them, in the order of x.
         markers: draw the points.
         dashed: the line.
+        names: of the points, shown under the pointer; empty, or one for each.
     """
 
     label: str
@@ -42,6 +43,7 @@ class Series:
     line: bool = True
     markers: bool = True
     dashed: bool = False
+    names: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -224,8 +226,9 @@ def _drawn(s: Series, across: Axis, up: Axis) -> list[str]:
         dash = ' stroke-dasharray="5 4"' if s.dashed else ""
         style = f'fill="none" stroke="{colour}" stroke-width="1.6"{dash}'
         parts.append(f'<polyline points="{path}" {style}/>')
-    if s.markers or len(places) == 1:
-        parts += [_marker(x, y, s.colour, colour) for x, y in places]
+    for i, point in enumerate(s.points if s.markers or len(places) == 1 else ()):
+        mark = _marker(across.place(point[0]), up.place(point[1]), s.colour, colour)
+        parts.append(f"<g><title>{escape(s.names[i])}</title>{mark}</g>" if s.names else mark)
     return parts
 
 

@@ -56,11 +56,11 @@ def metric_name(metric: str) -> str:
 
 
 def spread(values: Sequence[float], write: Callable[[float], str] = "{:.4f}".format) -> str:
-    """Mean ± standard deviation; the value alone where there is one."""
+    """Mean ± standard deviation; the value alone where there is one, or the same one each time."""
     if not values:
         return NONE
     mean, deviation = plus_minus(values)
-    return write(mean) if deviation is None else f"{write(mean)} ± {write(deviation).lstrip('+')}"
+    return f"{write(mean)} ± {write(deviation).lstrip('+')}" if deviation else write(mean)
 
 
 def against(task: Task, configuration: Configuration) -> str:

@@ -345,12 +345,12 @@ def environment(seed: int, device: str) -> dict[str, Any]:
         "device": device,
         "threads": torch.get_num_threads(),
         "seed": seed,
-        "git_commit": _commit(),
+        "git_commit": source_commit(),
         "arguments": sys.argv[1:],
     }
 
 
-def _commit() -> str | None:
+def source_commit() -> str | None:
     """The commit of this source tree, with `+` where files differ from it."""
 
     def git(*words: str) -> str:

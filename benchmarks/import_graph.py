@@ -27,7 +27,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("cli",),
     ("data",),
-    ("methods", "optimizers", "training", "evaluation", "plots", "sweeps"),
+    ("methods", "optimizers", "training", "evaluation", "plots", "sweeps", "reporting"),
     ("program",),
     (PROGRAMS,),
 )
@@ -41,6 +41,9 @@ NEIGHBOURS = {
     ("optimizers", "evaluation"),
     ("optimizers", "plots"),
     ("sweeps", "plots"),
+    ("reporting", "plots"),
+    ("reporting", "sweeps"),
+    ("reporting", "training"),
 }
 # programs that are another one under an older name -> that one
 ALIASES = {

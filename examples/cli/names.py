@@ -119,7 +119,7 @@ GONE = {
     "server_ip": "there is no remote debugger",
     "server_port": "there is no remote debugger",
     "verbose_logging": "what matters is printed; the rest is in the run's log.jsonl",
-    "push_to_hub": "upload the run's adapter folder with `hf upload` when you have looked at it",
-    "hub_model_id": "upload the run's adapter folder with `hf upload`",
+    "push_to_hub": "when you have looked at the run: `python -m examples.export --push_to_hub`",
+    "hub_model_id": "`python -m examples.export RUN --to peft --push_to_hub NAME` uploads a run",
     "hub_token": "log in with `hf auth login`",
 }

@@ -35,6 +35,7 @@ from examples.methods.registry import METHODS, BuiltOptimizer, RunInfo
 from examples.methods.source import ModelSource
 from examples.plots.curves import learning_curve
 from examples.program.main import Options
+from examples.program.model_card import write_card
 from examples.program.results import peak_memory, table
 from examples.program.task_data import TaskData
 from examples.program.teacher import Teacher
@@ -47,6 +48,7 @@ from examples.training.run_folder import (
     RESULTS,
     SUBMISSION,
     RunFolder,
+    source_commit,
 )
 from examples.training.schedules import clr, cycle, schedule
 from examples.training.trainer import Trainer
@@ -352,7 +354,9 @@ class Run:
         curve = self.folder.path / CURVE
         why_not = None
         if figures:
-            self.folder.write_json(RESULTS, results)
+            card = self.folder.path / self.options.method.folder
+            write_card(card, self.folder.config, results, source_commit())
+            self.folder.write_json(RESULTS, {**results, "main_metric": self.main_metric})
             lines = (self.folder.read_lines(LOG), self.folder.read_lines(METRICS))
             why_not = learning_curve(curve, *lines, self.main_metric, title)
         shown = summary_metrics(results, self.main_metric, self.trainer.predictor.variants(True))

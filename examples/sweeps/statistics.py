@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 def half_interval(values: Sequence[float]) -> float:
@@ -28,13 +28,18 @@ def mean_and_interval(values: Sequence[float], digits: int = 4) -> str:
     return f"{statistics.mean(values):.{digits}f} ± {half_interval(values):.{digits}f}"
 
 
+def paired_gaps(values: Mapping[int, float], reference: Mapping[int, float]) -> list[float]:
+    """values − reference of every seed that both have."""
+    return [values[seed] - reference[seed] for seed in sorted(values.keys() & reference.keys())]
+
+
 def paired_difference(values: dict[int, float], reference: dict[int, float]) -> str:
     """Mean and 95 % interval of values − reference over the seeds both have; "" without any.
 
     Runs of one seed share the order of their rows and the head they start from, so the interval
     of differences is often narrower than those of the two means suggest.
     """
-    gaps = [values[seed] - reference[seed] for seed in sorted(values.keys() & reference.keys())]
+    gaps = paired_gaps(values, reference)
     if not gaps:
         return ""
     interval = f" ± {half_interval(gaps):.4f}" if len(gaps) > 1 else ""

@@ -32,14 +32,22 @@ from examples.errors import RunError
 from examples.training import replacing
 from examples.training.checkpoints import ASIDE, Diverged, list_checkpoints, saving_failed
 from examples.training.claim import Claim
-from examples.training.replacing import CONFIG, REPLACED
+from examples.training.file_names import (
+    CONFIG,
+    CURVE,
+    ENVIRONMENT,
+    LOG,
+    METRICS,
+    NOT_PART_OF_A_RUN,
+    PLOTS,
+    PROOF,
+    REPLACED,
+    RESULTS,
+    SUBMISSION,
+)  # fmt: skip
 from transformers_patched.files import write_atomically
 
-ENVIRONMENT, RESULTS = "env.json", "all_results.json"
-METRICS, LOG, CURVE = "metrics.jsonl", "log.jsonl", "learning_curve.png"
-PLOTS, SUBMISSION = "plots", "submission"
 ALWAYS = (CONFIG, ENVIRONMENT, RESULTS, METRICS, LOG, CURVE, SUBMISSION)  # of every run
-PROOF = {"output_dir", "method", "model_name_or_path"}  # a run's config.json has these
 # Options that name what a run reads; a whole folder of these must not be the run's own.
 FOLDERS_READ = ("model_name_or_path", "tokenizer_name", "lora_path", "teacher")
 READ = (
@@ -51,13 +59,6 @@ WEIGHTS = (  # a folder with one of these at its top is a model's or an adapter'
     "pytorch_model.bin.index.json", "adapter_model.safetensors", "adapter_model.bin",
     "lora.safetensors",
 )  # fmt: skip
-# Options that do not change what is computed: a run may be resumed with others.
-NOT_PART_OF_A_RUN = frozenset(
-    "output_dir overwrite_output_dir resume_from_checkpoint do_train do_eval do_predict data_dir "
-    "cache cache_dir local_files_only logging_steps report_to project_prefix disable_tqdm "
-    "save_total_limit max_predict_samples test_file per_device_eval_batch_size plots "
-    "calibration".split()
-)
 PACKAGES = ("rankwise", "torch", "numpy", "accelerate", "safetensors", "tokenizers")
 
 
@@ -344,12 +345,12 @@ def environment(seed: int, device: str) -> dict[str, Any]:
         "device": device,
         "threads": torch.get_num_threads(),
         "seed": seed,
-        "git_commit": _commit(),
+        "git_commit": source_commit(),
         "arguments": sys.argv[1:],
     }
 
 
-def _commit() -> str | None:
+def source_commit() -> str | None:
     """The commit of this source tree, with `+` where files differ from it."""
 
     def git(*words: str) -> str:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from support.fake_hub import TOKEN, FakeHub
+from support.paths import ROOT
 from support.runner_cases import evaluated, pair_task, results, tiny_bert
 
 from examples import export, program
@@ -81,6 +86,10 @@ def test_a_budget_and_its_curve(
         (["--energy", "2"], "above 0 to 1"),
         (["--rank", "4"], "ranks 1 to 3"),
         (["--curve", "--merged"], "leave --merged out"),
+        ([], "say what to write"),
+        (["--merged", "--to", "compact"], "give one of them"),
+        (["--rank", "2", "--to", "compact"], "takes no heads or units out"),
+        (["--to", "compact"], "lora takes no heads or units out"),
     ],
 )
 def test_mistakes(
@@ -90,3 +99,70 @@ def test_mistakes(
     asked = [str(home / "peft_custom"), *cut, "--out", str(out)]
     assert program.run_main(export.main, asked) == 2
     assert said in capsys.readouterr().err and not out.exists()
+
+
+def trained(home: Path, out: Path, *more: str) -> Path:
+    run = words(home, "bert", out, "--base_dtype", "float32", "--learning_rate", "2e-2")
+    assert program.run_main(main, [*run, "--max_train_steps", "4", *more]) == 0
+    return out
+
+
+def as_model(home: Path, model: Path, out: Path) -> float:
+    """The loss of a whole model in a run of its own."""
+    own = ["--task_name", "mrpc", "--data_dir", str(home), "--method", "full", *FAST[2:]]
+    own += ["--model_name_or_path", str(model), "--output_dir", str(out)]
+    return evaluated(own)["eval_loss"]
+
+
+def test_whole_models_have_the_losses_of_their_runs(home: Path, tmp_path: Path) -> None:
+    """Merged, of block masks and increments; compact, of linked masks; a copy, of full training."""
+    prune = ["--method", "splora", "--mask_structure", "linked", "--final_threshold", "0.5"]
+    small = ["--mask_block_rows", "8", "--mask_block_cols", "16"]
+    kinds = {
+        "merged": ["--method", "bim_lora", "--block_size", "4"],
+        "compact": [*prune, *small],
+        "hf": ["--method", "full"],
+    }
+    for to, more in kinds.items():
+        run = trained(home, tmp_path / f"run-{to}", *more)
+        out = tmp_path / to
+        assert export.main([str(run), "--to", to, "--out", str(out)]) == 0
+        found = as_model(home, out, tmp_path / "no")
+        assert found == pytest.approx(results(run)["eval_loss"], abs=1e-5), to
+    shapes = json.loads((tmp_path / "compact" / "config.json").read_text())["layer_shapes"]
+    assert any(units < 48 for _, units in shapes)  # of the base's 48
+
+
+def test_an_adapter_uncut_for_peft(home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "adapter"
+    assert export.main([str(home / "peft_custom"), "--to", "peft", "--out", str(out)]) == 0
+    values = json.loads((out / "adapter_config.json").read_text())
+    assert (values["peft_type"], values["r"]) == ("LORA", 3)
+
+
+def test_a_run_writes_its_card(home: Path) -> None:
+    text = (home / "peft_custom" / "adapter" / "README.md").read_text("utf-8")
+    loss = results(home / "peft_custom")["eval_loss"]
+    for words_ in ("# bert on mrpc, lora", "- Seed: 0", f"| loss | {loss:.4f} |", "- Licence: not"):
+        assert words_ in text
+    assert str(home) not in text  # no path of this machine
+
+
+def test_an_adapter_goes_to_the_hub(home: Path, tmp_path: Path) -> None:
+    """In processes of their own: the hub's client reads its address when it is imported."""
+    with FakeHub({}).running() as hub:
+        outside = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
+        for token, said in (("", "log in with"), ("hf_other", "the hub refused"), (TOKEN, "")):
+            out = tmp_path / f"out{token}"
+            ask = [sys.executable, "-m", "examples.export", str(home / "peft_custom"), "--to"]
+            ask += ["peft", "--out", str(out), "--push_to_hub", "me/adapter"]
+            done = subprocess.run(
+                ask, cwd=ROOT, capture_output=True, text=True,
+                env={**os.environ, **outside, "HF_TOKEN": token},
+            )  # fmt: skip
+            assert done.returncode == (2 if said else 0) and said in done.stderr, done.stderr
+            assert out.exists() == (token != "")  # without a token no work is done
+    assert f"uploaded: {hub.url}/me/adapter" in done.stdout
+    there = {path.name: path.read_bytes() for path in out.iterdir()}
+    got = hub.repos["models/me/adapter"]
+    assert {name: got[name] for name in there} == there and "adapter_model.safetensors" in there

@@ -1,5 +1,6 @@
 """A hub on loopback: as much of the real one's interface as its clients ask for a download."""
 
+import base64
 import hashlib
 import json
 import threading
@@ -9,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+TOKEN = "hf_of_a_test"
 KINDS = {"models": "", "datasets": "datasets/"}
 
 
@@ -66,6 +68,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.served.asked.append(wanted.strip())
         if words == [""]:
             return self.send(b"")
+        if words[:3] == ["api", "repos", "create"]:
+            return self.create(json.loads(body))
+        if words[:2] == ["api", "validate-yaml"]:
+            return self.json({"errors": [], "warnings": []})
         if words[0] == "api":
             kind, name, rest = words[1], "/".join(words[2:4]), words[4:]
         else:
@@ -77,6 +83,12 @@ class _Handler(BaseHTTPRequestHandler):
             return self.fail("RepoNotFound")
         if len(rest) > 1 and rest[1] not in ("main", COMMIT):
             return self.fail("RevisionNotFound")
+        if rest and rest[0] == "preupload":
+            asked = [entry["path"] for entry in json.loads(body)["files"]]
+            plain = {"uploadMode": "regular", "shouldIgnore": False}
+            return self.json({"files": [{"path": path, **plain} for path in asked]})
+        if rest and rest[0] == "commit":
+            return self.commit(name, files, body)
         if rest and rest[0] == "resolve":
             return self.file(files, "/".join(rest[2:]))
         if rest and rest[0] == "tree":
@@ -88,6 +100,23 @@ class _Handler(BaseHTTPRequestHandler):
         siblings = [{"rfilename": path} for path in files]
         facts = {"id": name, "sha": COMMIT, "siblings": siblings, "tags": [], "private": False}
         return self.json({**facts, "downloads": 0, "likes": 0, "gated": False})
+
+    def create(self, asked: dict) -> None:
+        """A new repository, for those who are logged in."""
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return self.fail("", 401)
+        name = "/".join(filter(None, (asked.get("organization"), asked["name"])))
+        self.served.repos.setdefault(f"models/{name}", {})
+        self.json({"url": f"{self.served.url}/{name}", "name": name})
+
+    def commit(self, name: str, files: dict[str, bytes], body: bytes) -> None:
+        """Files in lines of JSON, their content in base 64."""
+        for line in body.splitlines():
+            entry = json.loads(line)
+            if entry["key"] == "file":
+                files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+        where = f"{self.served.url}/{name}/commit/{COMMIT}"
+        self.json({"success": True, "commitOid": COMMIT, "commitUrl": where, "hookOutput": ""})
 
     def file(self, files: dict[str, bytes], path: str) -> None:
         if path not in files:
@@ -109,8 +138,8 @@ class _Handler(BaseHTTPRequestHandler):
     def json(self, value: object) -> None:
         self.send(json.dumps(value).encode(), headers={"Content-Type": "application/json"})
 
-    def fail(self, code: str) -> None:
-        self.send(b"{}", 404, {"X-Error-Code": code, "Content-Type": "application/json"})
+    def fail(self, code: str, status: int = 404) -> None:
+        self.send(b"{}", status, {"X-Error-Code": code, "Content-Type": "application/json"})
 
     def send(
         self,

@@ -17,19 +17,26 @@ from examples.errors import OptionError
 SUMMARY = "Trains a GPT-2 and its tokenizer on plain text."
 
 
-def main(argv: Sequence[str]) -> int:
-    """The program; the words after its name."""
+def options_of(argv: Sequence[str]) -> program.Options | None:
+    """The options that the words after the program's name give; None after --help."""
     classes = {"text and model": PretrainingOptions, "training": TrainingOptions}
     # A run of the method that trains every weight; what is typed comes later and wins.
     words = ["--method", "full", *argv]
     options = program.parse(words, "examples.pretrain", SUMMARY, classes, None)
     if options is None:
-        return 0
+        return None
     if options.method.name != "full":
         raise OptionError("pretraining trains every weight: leave --method out")
     if not options[TrainingOptions].do_train:
         raise OptionError("pretraining trains: leave --no_do_train and --eval_only out")
-    program.pretrain(options)
+    return options
+
+
+def main(argv: Sequence[str]) -> int:
+    """The program; the words after its name."""
+    options = options_of(argv)
+    if options is not None:
+        program.pretrain(options)
     return 0
 
 

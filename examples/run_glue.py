@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from examples import program
 from examples.cli.groups import OPTION_CLASSES, DataOptions, ModelOptions, TrainingOptions
-from examples.data.tasks import TASKS
+from examples.data.tasks import TASKS, get_task
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,11 +26,17 @@ if TYPE_CHECKING:
 SUMMARY = "Fine-tunes a pretrained model on a GLUE task, or on sentence files of your own."
 
 
+def options_of(argv: Sequence[str]) -> program.Options | None:
+    """The options that the words after the program's name give; None after --help."""
+    tasks = {"task_name": TASKS}
+    name = "examples.run_glue"
+    options = program.parse(argv, name, SUMMARY, OPTION_CLASSES, "task_name", tasks)
+    return program.with_known_task(options, DataOptions, get_task)
+
+
 def main(argv: Sequence[str]) -> int:
     """The program; the words after its name."""
-    options = program.parse(
-        argv, "examples.run_glue", SUMMARY, OPTION_CLASSES, "task_name", {"task_name": TASKS}
-    )
+    options = options_of(argv)
     if options is None:
         return 0
     model: ModelOptions = options[ModelOptions]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from examples import program
 from examples.cli.groups import OPTION_CLASSES, DataOptions, ModelOptions, TrainingOptions
-from examples.data.tasks.choice import CHOICE_TASKS
+from examples.data.tasks.choice import CHOICE_TASKS, choice_task
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
 SUMMARY = "Fine-tunes a pretrained model on multiple choice: ARC, or question files of your own."
 
 
+def options_of(argv: Sequence[str]) -> program.Options | None:
+    """The options that the words after the program's name give; None after --help."""
+    name, tasks = "examples.run_multiple_choice", {"task_name": CHOICE_TASKS}
+    options = program.parse(argv, name, SUMMARY, OPTION_CLASSES, "task_name", tasks)
+    return program.with_known_task(options, DataOptions, choice_task)
+
+
 def main(argv: Sequence[str]) -> int:
     """The program; the words after its name."""
-    options = program.parse(
-        argv,
-        "examples.run_multiple_choice",
-        SUMMARY,
-        OPTION_CLASSES,
-        "task_name",
-        {"task_name": CHOICE_TASKS},
-    )
+    options = options_of(argv)
     if options is None:
         return 0
     model: ModelOptions = options[ModelOptions]

@@ -13,24 +13,29 @@ from pathlib import Path
 from examples import program
 from examples.cli.groups import OPTION_CLASSES, ModelOptions, TeacherOptions, TrainingOptions
 from examples.cli.nlg import DecodingOptions, NlgOptions
-from examples.data.tasks.nlg import NLG_TASKS
+from examples.data.tasks.nlg import NLG_TASKS, nlg_task
 
 SUMMARY = "Fine-tunes a pretrained GPT-2 to continue contexts, decodes and scores its texts."
 CLASSES = {**OPTION_CLASSES, "data": NlgOptions, "decoding": DecodingOptions}
 
 
-def main(argv: Sequence[str]) -> int:
-    """The program; the words after its name."""
-    options = program.parse(
-        argv, "examples.run_nlg", SUMMARY, CLASSES, "task_name", {"task_name": NLG_TASKS}
-    )
-    if options is None:
-        return 0
-    if options[TeacherOptions].teacher is not None:
+def options_of(argv: Sequence[str]) -> program.Options | None:
+    """The options that the words after the program's name give; None after --help."""
+    tasks = {"task_name": NLG_TASKS}
+    options = program.parse(argv, "examples.run_nlg", SUMMARY, CLASSES, "task_name", tasks)
+    if options is not None and options[TeacherOptions].teacher is not None:
         raise program.OptionError(
             "--teacher: texts are learned from their own words alone; leave it out (run_glue, "
             "run_squad and run_multiple_choice have teachers)"
         )
+    return program.with_known_task(options, NlgOptions, nlg_task)
+
+
+def main(argv: Sequence[str]) -> int:
+    """The program; the words after its name."""
+    options = options_of(argv)
+    if options is None:
+        return 0
     model: ModelOptions = options[ModelOptions]
     accelerator = program.make_accelerator(options[TrainingOptions])
     data = program.NlgData(

@@ -13,16 +13,22 @@ from pathlib import Path
 from examples import program
 from examples.cli.groups import OPTION_CLASSES, ModelOptions, TrainingOptions
 from examples.cli.squad import SquadOptions
-from examples.data.tasks.squad import SQUAD_TASKS
+from examples.data.tasks.squad import SQUAD_TASKS, squad_task
 
 SUMMARY = "Fine-tunes a pretrained model to answer questions about paragraphs, as in SQuAD."
 
 
-def main(argv: Sequence[str]) -> int:
-    """The program; the words after its name."""
+def options_of(argv: Sequence[str]) -> program.Options | None:
+    """The options that the words after the program's name give; None after --help."""
     classes = {**OPTION_CLASSES, "data": SquadOptions}
     tasks = {"task_name": SQUAD_TASKS}
     options = program.parse(argv, "examples.run_squad", SUMMARY, classes, "task_name", tasks)
+    return program.with_known_task(options, SquadOptions, squad_task)
+
+
+def main(argv: Sequence[str]) -> int:
+    """The program; the words after its name."""
+    options = options_of(argv)
     if options is None:
         return 0
     from examples.program.squad_data import SquadData, check_loss, span_model

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
 import json
 import types
 import typing
@@ -133,10 +134,16 @@ def fields_of(classes: Iterable[type]) -> dict[str, tuple[dataclasses.Field, Any
     """name -> (field, type) of all options of these classes; the first of a name counts."""
     found: dict[str, tuple[dataclasses.Field, Any]] = {}
     for owner in classes:
-        hints = typing.get_type_hints(owner)
+        hints = _hints(owner)
         for item in dataclasses.fields(owner):
             found.setdefault(item.name, (item, hints[item.name]))
     return found
+
+
+@functools.cache
+def _hints(owner: type) -> dict[str, Any]:
+    """The types of a class's fields: a sweep asks for them once a run."""
+    return typing.get_type_hints(owner)
 
 
 # -- the command line ---------------------------------------------------------------------------

@@ -6,11 +6,12 @@ costs the cache, never the run.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import warnings
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from transformers_patched.files import write_atomically
+
+try:
+    import fcntl
+except ImportError:  # Windows: runs that start together each encode
+    fcntl = None  # type: ignore[assignment]
 
 Arrays = dict[str, np.ndarray]
 
@@ -44,9 +50,41 @@ def cached(
     path = cache_file("encoded", key, cache_dir)
     arrays = load(path, names)
     if arrays is None:
-        arrays = make()
-        store(path, arrays, "the encoded data")
+        seen = _stamp(path)
+        with _alone(path):
+            if _stamp(path) != seen:  # another run has made them meanwhile
+                arrays = load(path, names)
+            if arrays is None:
+                arrays = make()
+                store(path, arrays, "the encoded data")
     return arrays
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Changes whenever the file is replaced; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Runs that start together make a file once: the others wait for the first.
+
+    Where the file system has no locks each makes its own, and the last one stays.
+    """
+    lock = path.with_suffix(".lock")
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = held.enter_context(open(lock, "wb"))
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            # whoever waits for a lock that has lost its name finds the file made
+            held.callback(lock.unlink, missing_ok=True)
+        yield
 
 
 def cache_file(kind: str, key: str, cache_dir: str | os.PathLike[str] | None) -> Path:

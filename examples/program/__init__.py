@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from examples.errors import OptionError
 from examples.program.batching import accumulation, rows_at_once
-from examples.program.main import MethodOptions, Options, parse, run_main
+from examples.program.main import MethodOptions, Options, parse, run_main, with_known_task
 
 if TYPE_CHECKING:
     from examples.program.choice_data import ChoiceData, choice_model
@@ -52,6 +52,7 @@ __all__ = [
     "run_main",
     "sequence_classifier",
     "train_and_evaluate",
+    "with_known_task",
 ]
 
 

@@ -13,7 +13,7 @@ import examples.methods
 import examples.optimizers  # noqa: F401  both fill the registry
 from examples.cli import fields as config
 from examples.cli.fields import option
-from examples.errors import OptionError, is_user_error
+from examples.errors import OptionError, as_user_error, is_user_error
 from examples.methods.registry import METHODS, OPTIMIZERS, MethodSpec, OptimizerSpec
 from examples.training import memory, threads
 
@@ -70,10 +70,20 @@ class Options:
     def resolved(self) -> dict[str, Any]:
         """Every option by name, as `--config` reads it."""
         values: dict[str, Any] = {}
-        for part in (*self.groups.values(), self.method_options, self.optimizer_options):
+        for part in self._parts():
             values.update(dataclasses.asdict(part))
         values |= {"method": self.method.name, "optimizer": self.optimizer.name}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    def changed(self) -> dict[str, Any]:
+        """Those that are not at their default, and the method and its optimiser."""
+        defaults = {i.name: i.default for part in self._parts() for i in dataclasses.fields(part)}
+        defaults = {k: list(v) if isinstance(v, tuple) else v for k, v in defaults.items()}
+        chosen = {"method", "optimizer"}
+        return {k: v for k, v in self.resolved().items() if k in chosen or v != defaults[k]}
+
+    def _parts(self) -> tuple[Any, ...]:
+        return (*self.groups.values(), self.method_options, self.optimizer_options)
 
 
 def parse(
@@ -127,6 +137,21 @@ def parse(
         config.build(optimizer.options, values),
         file,
     )
+
+
+def with_known_task(
+    options: Options | None, data: type, find: Callable[[str], object]
+) -> Options | None:
+    """The options, unless they name a task that `find` does not know: that is said at once.
+
+    Args:
+        options: of a program.
+        data: the option class with `task_name`.
+        find: raises ValueError.
+    """
+    if options is not None and options[data].task_name is not None:
+        as_user_error(find, options[data].task_name)
+    return options
 
 
 def _refuse_options_of_others(

@@ -10,6 +10,7 @@ none of these between two evaluations calls `train()` or `eval()` itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,14 +36,14 @@ class _Steps:
 _steps = _Steps()
 
 
-Kept = tuple[tuple[Hashable, ...], Tensor]  # the state that the weight is of, the weight
+Kept = tuple[tuple[Hashable, ...], Any]  # the state that the weight is of, the weight
 
 
 def kept_weight(
     kept: Kept | None,
     parts: Sequence[Tensor],
     options: Hashable,
-    form: Callable[[], Tensor],
+    form: Callable[[], Any],
 ) -> Kept | None:
     """The weight of this state of `parts`: `kept` where it is that, else formed anew.
 
@@ -50,7 +51,7 @@ def kept_weight(
         kept: what the last call returned; None after something has dropped it.
         parts: the tensors that the weight is made of.
         options: what else it depends on.
-        form: makes it.
+        form: makes it, or whatever follows from it.
 
     Returns:
         None where changes of the parts cannot be told: compiled code, inference tensors.

@@ -25,6 +25,7 @@ CONFIG_NAME = "config.json"
 LORA_TYPES = ("lora", "dylora")  # what `lora_type` may say: the keys of `loralib.LINEAR_TYPES`
 _LORA_FIELDS = ("apply_lora", "lora_r", "lora_alpha", "lora_dropout", "lora_type", "lora_modules")
 MOST_LABELS = 1_000_000  # each gets a name, so that a slip of the pen would fill the memory
+_SHAPE_FIELDS = ("layer_shapes", "sparse_blocks")
 _RUNTIME_FIELDS = ("num_labels", "extra", "name_or_path")  # not keys of config.json
 
 ConfigT = TypeVar("ConfigT", bound="PretrainedConfig")
@@ -57,7 +58,10 @@ class PretrainedConfig:
     output_hidden_states: bool = False
     return_dict: bool = True
     tie_word_embeddings: bool = True
-    layer_shapes: list[list[int]] | None = None  # [heads, units] of each layer; None: all alike
+    # of each layer [heads, units], or [heads, units, numbers of a head]; None: all alike
+    layer_shapes: list[list[int]] | None = None
+    # [rows, columns] of the blocks that linear layers leave out where they are 0
+    sparse_blocks: list[int] | None = None
 
     apply_lora: bool = False
     lora_r: int = 8
@@ -143,24 +147,36 @@ class PretrainedConfig:
 
         if self.layer_shapes is not None:
             self._validate_shapes()
+        sizes = [1, 1] if self.sparse_blocks is None else self.sparse_blocks
+        if len(sizes) != 2 or any(type(n) is not int or n < 1 for n in sizes):
+            raise ConfigError(
+                f"sparse_blocks is {sizes!r}; it must be the rows and columns of a block, such as "
+                "[32, 32]"
+            )
 
     def _validate_shapes(self) -> None:
         shapes, layers = self.layer_shapes or [], self.num_hidden_layers
         whole = all(
-            len(shape) == 2 and all(type(n) is int and n > 0 for n in shape) for shape in shapes
+            len(shape) in (2, 3) and all(type(n) is int and n > 0 for n in shape)
+            for shape in shapes
         )
-        most = self.num_attention_heads
-        if not whole or len(shapes) != layers or any(heads > most for heads, _ in shapes):
+        most, d = self.num_attention_heads, self.head_size
+        if (
+            not whole
+            or len(shapes) != layers
+            or any(shape[0] > most or shape[2:] > [d] for shape in shapes)
+        ):
             raise ConfigError(
                 f"layer_shapes is {shapes!r}; it must have [heads, feed-forward units] of each of "
-                f"the {layers} layers, with 1 to {most} heads and at least 1 unit"
+                f"the {layers} layers, with 1 to {most} heads and at least 1 unit, and may have as "
+                f"a third the size of a head, 1 to {d}"
             )
 
     # ------------------------------------------------------------------ layers
 
     @property
     def head_size(self) -> int:
-        """d, of all layers alike."""
+        """d, of a layer or, in the whole model's configuration, of layers that say nothing else."""
         return self.__dict__.get("_head_size") or self.hidden_size // self.num_attention_heads
 
     @property
@@ -173,8 +189,9 @@ class PretrainedConfig:
         if self.layer_shapes is None:
             return self
         own = copy.copy(self)
-        own.__dict__["_head_size"] = self.head_size
-        own.__dict__.update(zip(self._layer_fields, self.layer_shapes[layer], strict=True))
+        heads, units, *size = self.layer_shapes[layer]
+        own.__dict__["_head_size"] = size[0] if size else self.head_size
+        own.__dict__.update(zip(self._layer_fields, (heads, units), strict=True))
         return own
 
     # ------------------------------------------------------------------ files
@@ -186,7 +203,7 @@ class PretrainedConfig:
             if item.name in _RUNTIME_FIELDS or (item.name in _LORA_FIELDS and not self.apply_lora):
                 continue
             value = getattr(self, item.name)
-            if item.name == "layer_shapes" and value is None:  # a key of ours alone
+            if item.name in _SHAPE_FIELDS and value is None:  # keys of ours alone
                 continue
             values[item.name] = list(value) if isinstance(value, tuple) else value
         return {**values, "model_type": self.model_type}
@@ -533,6 +550,8 @@ class GPT2Config(PretrainedConfig):
     def validate(self) -> None:
         super().validate()
         self._validate_sizes()
+        if self.sparse_blocks is not None:
+            raise ConfigError("sparse_blocks: GPT-2's layers compute with whole matrices; use null")
         if self.extra.get("add_cross_attention"):
             raise ConfigError("add_cross_attention is not supported: there is no encoder to read")
         if self.reorder_and_upcast_attn or self.scale_attn_by_inverse_layer_idx:

@@ -235,7 +235,7 @@ class BaseTunerLayer(nn.Module):
         change = torch.linalg.vector_norm(merged - before)
         if keep and self._kept is None:
             self._kept = weight.detach().clone()
-        weight.data.copy_(merged)
+        weight.copy_(merged)  # seen by layers that keep what follows from their weight
         lost = torch.linalg.vector_norm(merged - weight.detach().to(merged.dtype))
         self.merged_adapters = everything
         self.rebind()
@@ -245,7 +245,7 @@ class BaseTunerLayer(nn.Module):
     def unmerge(self) -> None:
         """Puts the kept original weight back, bit for bit."""
         if self._kept is not None:
-            self.base_layer.weight.data.copy_(self._kept)
+            self.base_layer.weight.copy_(self._kept)
             self._kept = None
         self.merged_adapters = []
         self.rebind()

@@ -87,8 +87,8 @@ def test_slots_grow_and_are_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
     widths = []
     make, reserve = cache.KeyValuePool.__init__, cache.KeyValuePool.reserve
 
-    def few(self, layers, heads, size, lanes, beams, slots, like) -> None:
-        make(self, layers, heads, size, lanes, beams, 3, like)
+    def few(self, heads, lanes, beams, slots, like) -> None:
+        make(self, heads, lanes, beams, 3, like)
 
     def noting(self, width) -> None:
         reserve(self, width)

@@ -9,6 +9,8 @@ branches are used again. So attention reads, for all hypotheses of a context, on
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,17 +23,17 @@ class KeyValuePool:
     """Slots of `lanes` contexts; lane i is one context with at most `beams` hypotheses.
 
     Attributes:
-        keys: Per layer (lanes, slots, heads, d); `values` likewise.
+        keys: Per layer (lanes, slots, heads, d), its own heads; `values` likewise.
         visible: (lanes, beams, slots) bool, the slots that each hypothesis reads.
         width: Slots from the first that are in use in any lane.
     """
 
     def __init__(
-        self, layers: int, heads: int, size: int, lanes: int, beams: int, slots: int, like: Tensor
+        self, heads: Sequence[tuple[int, int]], lanes: int, beams: int, slots: int, like: Tensor
     ) -> None:
-        shape = (lanes, slots, heads, size)
-        self.keys = [like.new_zeros(shape) for _ in range(layers)]
-        self.values = [like.new_zeros(shape) for _ in range(layers)]
+        """Empty; `heads` is every layer's number of heads and their size."""
+        self.keys = [like.new_zeros(lanes, slots, *shape) for shape in heads]
+        self.values = [torch.zeros_like(keys) for keys in self.keys]
         self.visible = like.new_zeros((lanes, beams, slots), dtype=torch.bool)
         self.beams, self.width = beams, 0
 

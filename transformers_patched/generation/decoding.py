@@ -50,12 +50,11 @@ class Decoding:
         self.results: list[list[int]] = [[] for _ in contexts]
         self.scores = Scores(model.lm_head, model.config.vocab_size)
         config = model.config
-        heads, beams, new = config.num_attention_heads, options.num_beams, options.max_new_tokens
+        beams, new = options.num_beams, options.max_new_tokens
+        layers = [config.of_layer(i) for i in range(config.num_hidden_layers)]
+        heads = [(layer.num_attention_heads, layer.head_size) for layer in layers]
         slots = max(map(len, contexts)) + min(beams * new, new + 2 * beams)
-        self.pool = KeyValuePool(
-            config.num_hidden_layers, heads, config.hidden_size // heads, self.lanes, beams, slots,
-            self.body.wpe.weight,
-        )  # fmt: skip
+        self.pool = KeyValuePool(heads, self.lanes, beams, slots, self.body.wpe.weight)
 
     def run(self) -> list[list[int]]:
         """The new tokens of every context, in the order given."""

@@ -88,11 +88,6 @@ def _decode(
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size={batch_size!r}: must be at least 1, or None")
     config, new = language_model.config, options.max_new_tokens
-    if any(heads != config.num_attention_heads for heads, _ in config.layer_shapes or ()):
-        raise ValueError(
-            "generate keeps keys and values of equally many heads in every layer, and this model "
-            "has lost some: compact one whose heads are not pruned, or generate before compacting"
-        )
     checked = checked_contexts(contexts, config.vocab_size, config.n_positions, new)
     if not checked:
         return []

@@ -6,21 +6,26 @@ A unit may go where
 * its rows are 0: it gives the constant c = act(b) whatever comes in, and W_out c goes to the bias.
   An attention head's value rows are 0: its attention weights sum to 1, so that c = b_V.
 
-Queries or keys of 0 do not make a head useless: it then averages.
+Queries or keys of 0 do not make a head useless: it then averages. Inside the heads that stay,
+`head_sizes` takes out what none of a layer needs; layers of scattered blocks compute with those
+that are left, see `loralib.block_sparse`.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from loralib.block_sparse import BlockSparseLinear
+
 from ..base import BaseTuner
-from ..targets import is_conv1d
-from .structures import Link, links
+from .head_sizes import narrow
+from .matrices import fold_constants, matrix, take
+from .structures import Link, head_size, links
 
 ACTIVATIONS = ("activation", "intermediate_act_fn", "act")  # names in the modules of feed-forwards
 
@@ -32,8 +37,11 @@ def compacted(tuner: BaseTuner, adapter: str) -> nn.Module:
     own.unmerge_adapter()
     own.set_adapter(adapter)
     own.merge_adapter([adapter], keep=False)
+    masked = {name: layer.spa[adapter].blocks for name, layer in own.spa_layers(adapter)}
+    blocks = {name: mask.size for name, mask in masked.items() if mask is not None}
     model = own.unload()
     cut(model)
+    leave_out_blocks(model, blocks)
     return model.requires_grad_(True)
 
 
@@ -46,15 +54,19 @@ def cut(model: nn.Module, fold: bool = True) -> None:
         fold: False leaves the constants of removed units out, for tests of what they are worth.
     """
     names = [name for name, _ in model.named_modules()]
-    shapes: dict[str, list[int]] = {}  # prefix of a layer → [heads, units]
+    shapes: dict[str, list[int]] = {}  # prefix of a layer → [heads, units, size of a head]
     for link in links(model, names, "linked"):
         keep, constant = _useful(model, link)
         consumer = model.get_submodule(link.consumer)
         if fold:
-            _fold(consumer, constant, keep.repeat_interleave(link.size))
+            fold_constants(consumer, constant, keep.repeat_interleave(link.size))
         _take_rows(model, link, keep)
-        _take(consumer, keep.repeat_interleave(link.size), inputs=True)
-        shapes.setdefault(link.prefix, [0, 0])[0 if link.kind.heads else 1] = int(keep.sum())
+        take(consumer, keep.repeat_interleave(link.size), inputs=True)
+        shape = shapes.setdefault(link.prefix, [0, 0])
+        shape[0 if link.kind.heads else 1] = int(keep.sum())
+        if link.kind.heads and hasattr(getattr(model, "config", None), "layer_shapes"):
+            size = narrow(model, link, fold)
+            shape += [size] if size < head_size(model) else []
     if not shapes:
         raise ValueError(
             f"compact: {type(model).__name__} has no heads or feed-forward units that are known; "
@@ -68,9 +80,9 @@ def _useful(model: nn.Module, link: Link) -> tuple[Tensor, Tensor]:
 
     At least one stays, as no layer can be built of none.
     """
-    columns = _matrix(model.get_submodule(link.consumer))  # (out, n·size)
+    columns = matrix(model.get_submodule(link.consumer))  # (out, n·size)
     last = model.get_submodule(link.producers[-1])  # of a head the values
-    rows, bias = _matrix(last), last.bias
+    rows, bias = matrix(last), last.bias
     width = columns.shape[1]
     rows = rows[-width:]  # of q, k, v in one matrix the last
     constant = torch.zeros(width, dtype=torch.float64, device=rows.device)
@@ -91,51 +103,22 @@ def _activation(model: nn.Module, link: Link) -> Callable[[Tensor], Tensor] | No
     return next((getattr(parent, name) for name in ACTIVATIONS if hasattr(parent, name)), None)
 
 
-def _fold(consumer: nn.Module, constant: Tensor, keep: Tensor) -> None:
-    """b += W c over the inputs that go."""
-    added = _matrix(consumer).double()[:, ~keep] @ constant[~keep]
-    if consumer.bias is None:
-        if added.any():
-            raise ValueError("compact: a layer without a bias cannot take a constant")
-        return
-    consumer.bias.copy_((consumer.bias.double() + added).to(consumer.bias.dtype))
-
-
 def _take_rows(model: nn.Module, link: Link, keep: Tensor) -> None:
     """Only the rows of units that stay, in every producer."""
     rows = keep.repeat_interleave(link.size).repeat(link.kind.segments)
     for name in link.producers:
-        _take(model.get_submodule(name), rows, inputs=False)
+        take(model.get_submodule(name), rows, inputs=False)
     parent = model.get_submodule(link.producers[0].rpartition(".")[0])
     if not link.kind.heads:
         return
     for name in ("pos_key_proj", "pos_query_proj"):  # DeBERTa's, of relative positions
         if isinstance(getattr(parent, name, None), nn.Module):
-            _take(getattr(parent, name), rows, inputs=False)
+            take(getattr(parent, name), rows, inputs=False)
     for name in ("num_heads", "num_attention_heads"):
         if hasattr(parent, name):
             setattr(parent, name, int(keep.sum()))
     if hasattr(parent, "all_head_size"):
         parent.all_head_size = int(keep.sum()) * link.size
-
-
-def _matrix(layer: nn.Module) -> Tensor:
-    """The weight as (out, in)."""
-    return layer.weight.T if is_conv1d(layer) else layer.weight
-
-
-def _take(layer: nn.Module, keep: Tensor, inputs: bool) -> None:
-    """Cuts a layer to the inputs (or outputs) to keep, in place."""
-    weight = _matrix(layer)
-    weight = weight[:, keep] if inputs else weight[keep]
-    stored = weight.T if is_conv1d(layer) else weight
-    layer.weight = nn.Parameter(stored.contiguous())
-    if not inputs and layer.bias is not None:
-        layer.bias = nn.Parameter(layer.bias[keep])
-    sizes = {"nf": 0, "nx": 1} if is_conv1d(layer) else {"out_features": 0, "in_features": 1}
-    for name, dimension in sizes.items():
-        if hasattr(layer, name):
-            setattr(layer, name, weight.shape[dimension])
 
 
 def _note_shapes(model: nn.Module, shapes: list[list[int]]) -> None:
@@ -150,3 +133,24 @@ def _note_shapes(model: nn.Module, shapes: list[list[int]]) -> None:
         "transformers_patched for that",
         stacklevel=5,
     )
+
+
+def leave_out_blocks(model: nn.Module, blocks: Mapping[str, tuple[int, ...]]) -> None:
+    """Linear layers skip their zero blocks, where that is faster for any of them.
+
+    Args:
+        model: a plain one. Only those of `transformers_patched` can say so in their files, and
+            become other layers.
+        blocks: module → rows and columns of a block.
+    """
+    config, sizes = getattr(model, "config", None), set(blocks.values())
+    if len(sizes) != 1 or not hasattr(config, "sparse_blocks"):
+        return
+    [size] = sizes
+    layers = {n: m for n in blocks if type(m := model.get_submodule(n)) is nn.Linear}
+    found = {name: BlockSparseLinear.of(layer, size) for name, layer in layers.items()}
+    if not any(layer.is_sparse() for layer in found.values()):
+        return
+    for name, layer in found.items():
+        model.set_submodule(name, layer)
+    config.sparse_blocks = list(size)

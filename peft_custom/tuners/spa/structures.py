@@ -111,12 +111,25 @@ def links(model: nn.Module, modules: Iterable[str], structure: str) -> Iterator[
                     f"their {'heads' if kind.heads else 'units'} with {', '.join(absent)}, which "
                     "target_modules leaves out; adapt all of them, or use 'blocks'"
                 )
-            yield link._replace(size=_size(model, kind))
+            yield link._replace(size=_size(model, link) if kind.heads else 1)
 
 
-def _size(model: nn.Module, kind: Kind) -> int:
-    if not kind.heads:
-        return 1
+def _size(model: nn.Module, link: Link) -> int:
+    """Rows of one of the link's heads; a compacted model's layers differ."""
+    shapes = getattr(getattr(model, "config", None), "layer_shapes", None)
+    if shapes is not None:
+        layer = next(int(part) for part in link.prefix.split(".") if part.isdecimal())
+        if len(shapes[layer]) > 2:
+            return shapes[layer][2]
+    return head_size(model)
+
+
+def head_size(model: nn.Module) -> int:
+    """Size of the heads that the whole model's configuration says.
+
+    Raises:
+        ValueError: it does not.
+    """
     heads, config = heads_of(model), getattr(model, "config", None)
     width = getattr(config, "hidden_size", None) or getattr(config, "n_embd", None)
     if not heads or not width:

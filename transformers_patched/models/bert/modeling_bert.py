@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import loralib as lora
+from loralib.block_sparse import BlockSparseLinear
 
 from ...attention import attention, attention_probabilities
 from ...configuration import BertConfig
@@ -49,6 +50,8 @@ def linear(config: BertConfig, name: str, inputs: int, outputs: int) -> nn.Linea
             lora_alpha=config.lora_alpha,
             lora_dropout=config.lora_dropout,
         )
+    if config.sparse_blocks is not None:
+        return BlockSparseLinear(inputs, outputs, tuple(config.sparse_blocks))
     return nn.Linear(inputs, outputs)
 
 

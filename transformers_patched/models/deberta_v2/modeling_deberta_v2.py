@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import loralib as lora
+from loralib.block_sparse import BlockSparseLinear
 
 from ...attention import attention, attention_probabilities
 from ...configuration import ConfigError, DebertaV2Config
@@ -54,6 +55,8 @@ def linear(config: DebertaV2Config, name: str, inputs: int, outputs: int) -> nn.
             lora_alpha=config.lora_alpha,
             lora_dropout=config.lora_dropout,
         )
+    if config.sparse_blocks is not None:
+        return BlockSparseLinear(inputs, outputs, tuple(config.sparse_blocks))
     return nn.Linear(inputs, outputs)
 
 

@@ -54,7 +54,11 @@ ADAPTERS = {
 }
 # the original recipe's names of the models
 MODEL_CARDS = {"gpt2.sm": "gpt2", "gpt2.md": "gpt2-medium", "gpt2.lg": "gpt2-large"}
-GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+# who has the models that people know by a name alone
+OWNERS = {
+    **dict.fromkeys(("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"), "openai-community"),
+    "bert-base-uncased": "google-bert",
+}
 NLG_NAMES = {plain_name(n) for task in NLG_TASKS.values() for n in (task.name, *task.folders)}
 KNOWN = ", ".join([*GLUE_TASKS, *NLG_TASKS, *SQUAD_TASKS])
 
@@ -298,7 +302,7 @@ def names(words: Sequence[str]) -> list[Task | NlgTask | SquadTask | str]:
         elif task is not None:
             found.append(task)
         else:
-            found.append(f"openai-community/{model}" if model in GPT2 else word)
+            found.append(f"{OWNERS[model]}/{model}" if model in OWNERS else word)
     return found
 
 

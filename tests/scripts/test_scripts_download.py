@@ -471,3 +471,14 @@ def test_gpt2_has_the_names_that_people_know() -> None:
     assert [task.name for task in download.names(["nlg"])] == [
         "e2e", "webnlg", "dart", "boolq", "xsum",
     ]  # fmt: skip
+
+
+def test_bert_comes_to_where_its_scripts_look(near: FakeHub, tmp_path: Path, capsys) -> None:
+    """checkpoints/bert-base-uncased/, with the files of a tokenizer and without an owner's name."""
+    assert download.names(["bert-base-uncased"]) == ["google-bert/bert-base-uncased"]
+    kept = ("config.json", "model.safetensors", "tokenizer_config.json", "vocab.txt")
+    files = dict.fromkeys((*kept, "tf_model.h5", "rust_model.ot"), b"{}")
+    near.repos["models/google-bert/bert-base-uncased"] = files
+    assert download.main(["bert-base-uncased", "--home", str(tmp_path)]) == 0
+    found = sorted(path.name for path in (tmp_path / "checkpoints/bert-base-uncased").iterdir())
+    assert found == sorted(kept)

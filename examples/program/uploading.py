@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
@@ -29,7 +29,7 @@ def uploader(name: str) -> Callable[[Path], str]:
         validate_repo_id(name)
     except HFValidationError as error:
         raise OptionError(f"--push_to_hub {name}: {error}") from None
-    if not api.token and _stored_token() is None:
+    if get_token() is None:
         raise OptionError(f"--push_to_hub {name}: log in with `hf auth login`, or set HF_TOKEN")
 
     def upload(folder: Path) -> str:
@@ -40,15 +40,9 @@ def uploader(name: str) -> Callable[[Path], str]:
             )
         except (HfHubHTTPError, OSError) as error:
             raise DownloadError(
-                f"--push_to_hub {name}: the hub refused or cannot be reached ({error}); what was to "
-                f"be uploaded is in {folder}"
+                f"--push_to_hub {name}: the hub refused or cannot be reached ({error}); "
+                f"what was to be uploaded is in {folder}"
             ) from error
         return f"{api.endpoint}/{repository}"
 
     return upload
-
-
-def _stored_token() -> str | None:
-    from huggingface_hub import get_token
-
-    return get_token()

@@ -54,6 +54,7 @@ class OptunaSampler:
         words = "-".join(point.labels.values()) or "all"
         self.title = f"{words}-{hashlib.sha256(content.encode()).hexdigest()[:10]}"
         self._study: Any = None
+        self._reported: dict[int, int] = {}  # trial -> its evaluations so far
         self._open: dict[str, Any] = {}  # values, as JSON -> the trial that runs with them
 
     @property
@@ -139,7 +140,9 @@ class OptunaSampler:
         trial = self._open.get(_key(tried))
         if trial is None or not self.halving:
             return False
-        for number, value in enumerate(values, 1):
+        seen = self._reported.get(trial.number, 0)
+        self._reported[trial.number] = len(values)
+        for number, value in enumerate(values[seen:], seen + 1):
             trial.report(value, number)
             if trial.should_prune():
                 return True

@@ -35,7 +35,9 @@ class RayRun:
             try:
                 self.status = ray.get(self.task)
             except ray.exceptions.RayError as error:
-                commands.note(self.log, f"Ray: {type(error).__name__}: {str(error).splitlines()[0]}")
+                commands.note(
+                    self.log, f"Ray: {type(error).__name__}: {str(error).splitlines()[0]}"
+                )
                 self.status = 1
         return self.status
 

@@ -23,9 +23,12 @@ from examples import program
 from examples.data.cache import cached
 from examples.errors import OptionError, RunError
 from examples.sweep import main
-from examples.sweeps.jobs import Job
+from examples.sweeps.engine import Engine, Fixed
+from examples.sweeps.jobs import Job, make_job
 from examples.sweeps.launchers import local
+from examples.sweeps.ledger import Ledger
 from examples.sweeps.progress import Board, Running, clock, seconds_left
+from examples.sweeps.sheet import Point
 
 STUB = "support.stub_program"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
@@ -201,39 +204,77 @@ def test_a_metric_that_no_run_has_is_named(tmp_path: Path) -> None:
         main([str(sheet(tmp_path, options={"steps": 1}, search=search))])
 
 
-def test_optuna_halves_and_goes_on_after_an_interruption(tmp_path: Path) -> None:
+def test_optuna_chooses_what_is_tried(tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     rate = {"low": 1e-4, "high": 1e-1, "log": True}
-    search = {"by": "optuna", "runs": 3, "options": {"learning_rate": rate}, "metric": "score",
-              "halving": 2}  # fmt: skip
-    path = sheet(
-        tmp_path,
-        options={"steps": 3, "pause": 0.7},
-        grid={"seed": [0, 1]},
-        search=search,
-    )
-    command = [sys.executable, "-m", "examples.sweep", str(path)]
-    killed = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
-    wait_until(lambda: len([*(tmp_path / "out").glob("*-s0-*/step")]) == 1)
-    killed.kill()
-    killed.wait()
-    [first] = (tmp_path / "out").glob("*-s0-*")
+    search = {"by": "optuna", "runs": 2, "options": {"learning_rate": rate}}
+    path = sheet(tmp_path, options={"steps": 1}, grid={"seed": [0, 1]}, search=search)
     assert main([str(path)]) == 0
     rows = lines(tmp_path / "out" / "search.jsonl")
-    states = [row["state"] for row in rows]
-    assert len(rows) == 3 and {*states} == {"done", "stopped"}
-    assert len(starts(first)) == 2 and first.name in {row["folder"] for row in rows}  # it went on
     [chosen] = [row for row in rows if row["chosen"]]
-    assert chosen["value"] == max(row["value"] for row in rows if row["state"] == "done")
-    for row in rows:
-        value = row["options"]["learning_rate"]
-        assert 1e-4 <= value <= 1e-1 and value == float(f"{value:.3g}")
-    ended = summary(tmp_path)
-    assert len(ended["done"]) == states.count("done") + 1  # and seed 1 of the winner
-    assert main([str(path)]) == 0
+    assert len(rows) == 2 and chosen["value"] == max(row["value"] for row in rows)
+    assert len(summary(tmp_path)["done"]) == 3  # and seed 1 of the winner
+    assert main([str(path)]) == 0 and [*summary(tmp_path)] == ["skipped"]
     again = lines(tmp_path / "out" / "search.jsonl")
     assert [row["options"] for row in again] == [row["options"] for row in rows]
-    assert [*summary(tmp_path)] == ["skipped"]
+
+
+def test_optuna_halves_and_goes_on_after_an_interruption(tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    from examples.sweeps.sampling import OptunaSampler
+
+    options = {"learning_rate": {"low": 1e-4, "high": "1e-1", "log": True}, "r": [2, 4]}
+    settings = {"runs": 3, "halving": 2, "metric": "score"}
+
+    def sampler() -> OptunaSampler:
+        point = Point(STUB, {}, {"task_name": "a"})
+        return OptunaSampler(tmp_path, point, options, settings, 0, "here")
+
+    first = sampler()
+    assert {v["r"] for v in first.samples()} == {2, 4}
+    assert {v["learning_rate"] for v in first.samples()} == {1e-4, 1e-1}
+    [one] = first.ask()
+    assert first.ask() == [] and 1e-4 <= one["learning_rate"] <= 1e-1
+    assert one["learning_rate"] == float(f"{one['learning_rate']:.3g}")
+    assert not first.lost(one, [0.9]) and not first.lost(one, [0.9, 0.9])
+    first.tell(one, "done", 0.9)
+    [two] = first.ask()
+    assert first.lost(two, [0.1])  # the worse half at the first rung
+    first.tell(two, "stopped", None)
+    [three] = first.ask()
+    then = sampler()  # the sweep was killed: the journal knows
+    assert then.earlier() == [one, two] and then.ask() == [three]
+    then.tell(three, "failed", None)
+    assert then.ask() == [] and sampler().ask() == []  # three runs, good or bad
+
+    for wrong, words in (
+        ({"runs": 0}, "runs: a whole number"),
+        ({"runs": 3, "halving": 2}, "halving needs to know the metric"),
+    ):
+        with pytest.raises(OptionError, match=words):
+            OptunaSampler(tmp_path, Point(STUB, {}, {}), options, wrong, 0, "here")
+    with pytest.raises(OptionError, match="here: lr: a list, or"):
+        OptunaSampler(tmp_path, Point(STUB, {}, {}), {"lr": {"low": 1}}, settings, 0, "here")
+
+
+def test_a_run_that_has_lost_is_ended(tmp_path: Path) -> None:
+    options = {"steps": 100, "pause": 0.1}
+    lost = make_job(Point(STUB, options, {"task_name": "a"}), tmp_path, "here", "search")
+
+    class Plan(Fixed):
+        def lost(self, job: Job) -> bool:
+            return (job.folder / "step").exists()
+
+    engine = Engine(
+        Plan([lost]), Ledger(tmp_path), Board({}, io.StringIO()), lambda: local.Local(1)
+    )
+    engine.run()
+    assert engine.outcomes[lost.name]["status"] == "stopped"
+    [row] = lines(tmp_path / "runs.jsonl")
+    reached = (lost.folder / "step").read_text()
+    assert row["state"] == "stopped" and row["attempts"] == 1 and int(reached) < 100
+    time.sleep(0.5)
+    assert (lost.folder / "step").read_text() == reached
 
 
 # -- what it shows, and where runs happen -------------------------------------------------------

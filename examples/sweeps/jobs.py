@@ -125,9 +125,7 @@ def make_job(point: Point, folder: Path, source: str, part: str = "grid", **more
     trains = bool(resolved.get("do_train", True))
     if then and not trains:
         raise OptionError(f"{where}: `then` goes with runs that train")
-    return Job(
-        name, labels, part, module.__name__, options, own, log, tuple(command), trains, then
-    )
+    return Job(name, labels, part, module.__name__, options, own, log, tuple(command), trains, then)
 
 
 def as_words(options: Mapping[str, Any]) -> list[str]:

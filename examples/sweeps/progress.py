@@ -163,11 +163,10 @@ def _step(run: Running) -> tuple[float, str]:
             text = file.read()
     except OSError:
         return 0.0, ""
-    found = None
-    for found in STEP.finditer(text, text.rfind(b"\n$ ") + 1):  # of this attempt
-        pass
-    if found is None:
+    every = [*STEP.finditer(text, text.rfind(b"\n$ ") + 1)]  # of this attempt
+    if not every:
         return 0.0, ""
+    found = every[-1]
     done, total = int(found[1]), int(found[2])
     words = found[3].decode("utf-8", "replace").split("(")[0].strip()
     return done / max(total, 1), f"step {done}/{total}  {words}"[:70]

@@ -1,8 +1,9 @@
 """Optuna chooses what a search tries: `by: optuna`.
 
 A list of values is a choice; {low, high} a range, with `log: true` on a logarithmic scale, with
-`step:` on a grid; whole numbers where both ends are. With `halving: 3` a run ends after 1, 3, 9, ...
-evaluations unless it is among the best third that got so far (asynchronous successive halving).
+`step:` on a grid; whole numbers where both ends are. With `halving: 3` a run ends after 1, 3 or 9
+evaluations, and so on, unless it is among the best third that got so far: asynchronous successive
+halving.
 The trials are in `optuna.journal` of the sweep's folder, and a sweep that was killed goes on there.
 Ranges give values of three digits, so that folders have names and people can repeat a run.
 """
@@ -54,6 +55,7 @@ class OptunaSampler:
         words = "-".join(point.labels.values()) or "all"
         self.title = f"{words}-{hashlib.sha256(content.encode()).hexdigest()[:10]}"
         self._study: Any = None
+        self._reported: dict[int, int] = {}  # trial -> its evaluations so far
         self._open: dict[str, Any] = {}  # values, as JSON -> the trial that runs with them
 
     @property
@@ -139,7 +141,9 @@ class OptunaSampler:
         trial = self._open.get(_key(tried))
         if trial is None or not self.halving:
             return False
-        for number, value in enumerate(values, 1):
+        seen = self._reported.get(trial.number, 0)
+        self._reported[trial.number] = len(values)
+        for number, value in enumerate(values[seen:], seen + 1):
             trial.report(value, number)
             if trial.should_prune():
                 return True
@@ -171,7 +175,8 @@ def metric_of(settings: Values, point: Point) -> str | None:
 def whole(settings: Values, name: str, default: int | None, where: str) -> int:
     """A whole number of at least 1 (0 where that is the default)."""
     value = settings.get(name, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < min(1, default or 1):
+    least = 0 if default == 0 else 1
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise OptionError(f"{where}: {name}: a whole number is needed, such as {default or 8}")
     return value
 

@@ -1,4 +1,4 @@
-"""A sweep's file: what it says is checked before anything starts, and runs have names of their own."""
+"""A sweep's file: it is checked before anything starts, and every run has a name of its own."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ def sheet(folder: Path, **values: object) -> Path:
 def jobs(folder: Path, more: dict | None = None, **values: object) -> list[Job]:
     found = read_sheet(sheet(folder, **values), more or {})
     return [make_job(point, found.output_dir, "sweep.yaml") for point in found.points]
-
 
 
 def test_every_combination_of_the_axes(tmp_path: Path) -> None:

@@ -47,10 +47,10 @@ def main(argv: Sequence[str]) -> int:
         print(f"step {step + 1}/{o.steps}  loss {1 / (step + 1):.3g}", file=sys.stderr, flush=True)
         with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step + 1, "eval_score": score}) + "\n")
-        saved.write_text(str(step + 1))
         first_attempt = o.fail == "once" and not before
         if step + 1 >= o.steps // 2 and (o.fail == "always" or first_attempt):
             raise RunError("made to fail")
+        saved.write_text(str(step + 1))
     results = {"eval_score": score, "main_metric": "eval_score", "steps": o.steps}
     (folder / "all_results.json").write_text(json.dumps(results))
     return 0

@@ -1,8 +1,8 @@
 """Runs as tasks of a Ray cluster: one that is there, or one of the sweep's own on this machine.
 
-`ray:` in the sweep's file says what a run needs (num_cpus, num_gpus, resources). The sweep's folder,
-its data and this project must have the same paths on all machines. A worker that dies takes its run
-with it; the sweep starts the run again, and it goes on from its last checkpoint.
+`ray:` in the sweep's file says what a run needs (num_cpus, num_gpus, resources). The sweep's
+folder, its data and this project must have the same paths on all machines. A worker that dies takes
+its run with it; the sweep starts the run again, and it goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ class RayRun:
             try:
                 self.status = ray.get(self.task)
             except ray.exceptions.RayError as error:
-                commands.note(self.log, f"Ray: {type(error).__name__}: {str(error).splitlines()[0]}")
+                commands.note(
+                    self.log, f"Ray: {type(error).__name__}: {str(error).splitlines()[0]}"
+                )
                 self.status = 1
         return self.status
 
@@ -60,8 +62,9 @@ class RayCluster:
         own = {} if address else {"num_cpus": lanes or usable_cores(), "include_dashboard": False}
         try:
             ray.init(address=address or "local", log_to_driver=False, **own)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise OptionError(f"--launcher ray --address {address}: {error}") from error
+        except Exception as error:  # Ray has no class for a cluster that does not answer
+            where = f" --address {address}" if address else ""
+            raise OptionError(f"--launcher ray{where}: {error}") from error
         there = ray.cluster_resources()
         self.needs = {"num_cpus": 1, "num_gpus": 1 if there.get("GPU") else 0, **needs}
         share = self.needs["num_gpus"] or self.needs["num_cpus"]

@@ -48,7 +48,7 @@ def read(run: Path, metric: str) -> dict[str, Any]:
         results = json.loads((run / "all_results.json").read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise RunError(f"{run} is no finished run: {error}") from None
-    value = results.get(metric)
+    value = results.get(metric, results.get(f"eval_{metric}"))
     if not isinstance(value, (int, float)):
         names = [name for name, v in results.items() if isinstance(v, (int, float))]
         raise OptionError(f"--metric {metric}: {run} has none; it has {', '.join(names)}")

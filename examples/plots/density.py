@@ -9,6 +9,8 @@ from typing import NamedTuple
 from examples.plots.canvas import canvas
 from examples.plots.ranks import split_name
 
+MARKS = "osv^D<>*XP"
+
 
 class Point(NamedTuple):
     """One run.
@@ -38,9 +40,10 @@ def layer_densities(path: Path, shares: Mapping[str, float], title: str) -> None
         lines.setdefault(kind, []).append((layer, share))
     pyplot = canvas()
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for mark, (kind, points) in zip("osv^<>DX*P" * len(lines), lines.items(), strict=False):
+    for i, (kind, points) in enumerate(lines.items()):
         layers, values = zip(*sorted(points), strict=True)
-        axes.plot(layers, values, marker=mark, ms=4, lw=1.2, label=kind.removesuffix(".dense"))
+        label, size = kind.removesuffix(".dense"), max(2.0, 9.0 - 1.2 * i)  # equal ones stay seen
+        axes.plot(layers, values, MARKS[i % len(MARKS)], ls="-", ms=size, mfc="none", label=label)
     axes.set_xlabel("layer")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel("share that is left")
@@ -69,8 +72,8 @@ def pruning_curve(
     figure, panels = pyplot.subplots(
         1, 1 + timed, figsize=(width, 4), layout="constrained", squeeze=False, sharey=True
     )
-    for mark, (label, points) in zip("osv^D<>*XP" * len(series), series.items(), strict=False):
-        line = {"marker": mark, "ms": 5, "lw": 1.2, "label": label}
+    for i, (label, points) in enumerate(series.items()):
+        line = {"marker": MARKS[i % len(MARKS)], "ms": 5, "lw": 1.2, "label": label}
         points = sorted(points)
         panels[0, 0].plot([100 * p.density for p in points], [p.value for p in points], **line)
         known = [p for p in points if p.milliseconds is not None]
@@ -81,7 +84,7 @@ def pruning_curve(
     if timed:
         panels[0, 1].set_xlabel("ms a batch, compacted")
     for axes in panels.flat:
-        axes.set_xlim(left=0)
+        axes.set_xlim(0, 1.05 * axes.dataLim.x1)
         axes.grid(alpha=0.25)
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(

@@ -146,9 +146,13 @@ def _figures(model: PeftModel) -> dict[str, Any]:
 
 
 def _plot(model: PeftModel, folder: Path, title: str) -> None:
-    """The final masks."""
+    """The final masks, and what they leave of every layer."""
     from examples.plots.block_masks import block_masks
+    from examples.plots.density import layer_densities
 
     found = model.base_model.final_masks()
     maps = {name: m if m.dim() == 2 else m[:, None] for name, m in found.items()}
     block_masks(folder / "masks.png", maps, title)
+    shares = {name: float((m > 0).float().mean()) for name, m in found.items()}
+    left = model.pruning_summary()["density"]
+    layer_densities(folder / "density.png", shares, f"{title}\n{left:.1%} of the encoder's weights")

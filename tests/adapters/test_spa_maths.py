@@ -158,14 +158,15 @@ def test_fact_7_the_product_is_the_sum_of_kronecker_products() -> None:
     assert torch.linalg.matrix_rank(one) <= 2
 
 
+@pytest.mark.parametrize("least", [0.0, 0.1], ids=["some blocks", "all blocks"])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_the_masked_mixture_and_its_gradients(transposed: bool) -> None:
+def test_the_masked_mixture_and_its_gradients(transposed: bool, least: float) -> None:
     """Against autograd through the formula, all blocks' masks included."""
     torch.manual_seed(0)
     fp64 = {"dtype": torch.float64}
     W = torch.randn(12, 15, **fp64).T if transposed else torch.randn(15, 12, **fp64)
     B, P = torch.randn(4, 3, 2, **fp64), torch.randn(4, 5, 6, **fp64)
-    M = torch.tensor([[1.0, 0.0], [0.3, 1.0], [0.0, 1.0]], **fp64)
+    M = torch.tensor([[1.0, 0.0], [0.3, 1.0], [0.0, 1.0]], **fp64).clamp(min=least)
     B, P, M = (t.requires_grad_() for t in (B, P, M))
     plain = apply_blocks(W + mixture(B, P), M)
     fused = masked_mixture(W, B, P, M)

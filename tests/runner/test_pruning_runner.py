@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 from support.runner_cases import evaluated, lines, pair_task, results, tiny_bert
 
-from examples import program
+from examples import program, pruning_curve
+from examples.program.encoder_time import compact_model, dense_model
 from examples.run_glue import OPTION_CLASSES, SUMMARY, main
 
 
@@ -123,3 +125,39 @@ def test_a_run_has_the_density_that_was_asked_for(setting: list[str], tmp_path: 
     other = [*setting, "--method", "block_prune", "--lora_path", str(out)]
     with pytest.raises(AssertionError):
         evaluated([*other, "--output_dir", str(tmp_path / "c")])  # of another mask_structure
+
+
+def test_the_curve_over_density_and_time(
+    setting: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [tmp_path / "linked", tmp_path / "lora"]
+    linked = ["--method", "splora", "--mask_structure", "linked"]
+    assert program.run_main(main, [*setting, *linked, "--output_dir", str(runs[0]), "--plots"]) == 0
+    for name in ("masks.png", "density.png"):
+        assert (runs[0] / "plots" / name).stat().st_size > 5000
+    pruning = {"--final_threshold", "--mask_block_rows", "--mask_block_cols"}
+    words = [w for i, w in enumerate(setting) if not pruning & {w, setting[i - 1]}]
+    assert program.run_main(main, [*words, "--method", "lora", "--output_dir", str(runs[1])]) == 0
+    capsys.readouterr()
+    folders, out = [str(run) for run in runs], tmp_path / "curve.png"
+    quick = ["--batch", "2", "--length", "8", "--rounds", "1", "--out", str(out)]
+    assert program.run_main(pruning_curve.main, [*folders, "--metric", "f1", *quick]) == 0
+    rows = json.loads(out.with_suffix(".json").read_text("utf-8"))
+    assert [row["label"] for row in rows] == ["splora, linked, topK", "lora"]
+    assert [row["density"] for row in rows] == [results(runs[0])["density"], 1.0]
+    assert [row["value"] for row in rows] == [results(run)["eval_f1"] for run in runs]
+    assert all(row["milliseconds"] > 0 for row in rows) and out.stat().st_size > 5000
+    small = compact_model(runs[0] / "adapter", setting[1])  # what was timed
+    assert small.config.layer_shapes == [[1, 24], [1, 24]]
+    sizes = [sum(p.numel() for p in m.parameters()) for m in (small, dense_model(setting[1]))]
+    assert sizes[0] < sizes[1]
+    capsys.readouterr()
+    for wrong, message in (
+        (["--metric", "f1", *quick], "give a new .png"),
+        (["--metric", "bleu", "--out", str(tmp_path / "b.png")], "--metric bleu"),
+    ):
+        assert program.run_main(pruning_curve.main, [*folders, *wrong]) == 2
+        assert message in capsys.readouterr().err
+    elsewhere = [str(tmp_path), "--metric", "f1", "--out", str(tmp_path / "b.png")]
+    assert program.run_main(pruning_curve.main, elsewhere) == 2
+    assert "is no finished run" in capsys.readouterr().err

@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+# Share of the blocks up to which products over them alone are faster (benchmarks/pruning_step.py).
+MOST_KEPT = 0.8
+
 
 def as_blocks(weight: Tensor, a: int, b: int) -> Tensor:
     """(a·p, b·q) → a view (a, p, b, q)."""
@@ -33,14 +36,35 @@ def mixture(B: Tensor, P: Tensor) -> Tensor:
     return blocks.view(a, b, p, q).transpose(1, 2).reshape(a * p, b * q)
 
 
+def _kept(M: Tensor) -> Tensor | None:
+    """Places of the blocks that are left; None where taking them out of the others saves nothing.
+
+    On a GPU nothing is counted: the host would wait for the device.
+    """
+    if M.device.type != "cpu":
+        return None
+    kept = M.flatten().nonzero().squeeze(1)
+    return kept if len(kept) <= MOST_KEPT * M.numel() else None
+
+
+def _weights(B: Tensor, M: Tensor, kept: Tensor | None) -> Tensor:
+    """M ∘ B as (K, blocks), of all blocks or of those that are left."""
+    flat = (B * M).flatten(1)
+    return flat if kept is None else flat.index_select(1, kept)
+
+
 class _MaskedMixture(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, W: Tensor, B: Tensor, P: Tensor, M: Tensor) -> Tensor:
         ctx.save_for_backward(W, B, P, M)
-        (K, a, b), (_, p, q) = B.shape, P.shape
-        update = (B * M).view(K, a * b).T @ P.reshape(K, p * q)  # (a·b, p·q)
-        out = as_blocks(W, a, b) * M[:, None, :, None]  # (a, p, b, q), in M's dtype
-        out += update.view(a, b, p, q).transpose(1, 2)
+        (_, a, b), (_, p, q) = B.shape, P.shape
+        kept = _kept(M)
+        update = _weights(B, M, kept).T @ P.flatten(1)  # (a·b or fewer, p·q)
+        if kept is not None:
+            update = update.new_zeros(a * b, p * q).index_copy_(0, kept, update)
+        out = update.new_empty(a, p, b, q)
+        update = update.view(a, b, p, q).transpose(1, 2)
+        torch.addcmul(update, as_blocks(W.to(M.dtype), a, b), M[:, None, :, None], out=out)
         return out.flatten(2).flatten(0, 1)
 
     @staticmethod
@@ -48,14 +72,16 @@ class _MaskedMixture(torch.autograd.Function):
     def backward(ctx: Any, G: Tensor) -> tuple[Tensor | None, ...]:
         W, B, P, M = ctx.saved_tensors
         (K, a, b), (_, p, q) = B.shape, P.shape
-        blocks = as_blocks(G, a, b)
-        rows = blocks.transpose(1, 2).reshape(a * b, p * q)
-        H = P.reshape(K, p * q) @ rows.T  # (K, a·b)
-        grad_P = ((B * M).view(K, a * b) @ rows).view(K, p, q)
+        rows = as_blocks(G, a, b).transpose(1, 2).reshape(a * b, p * q)
+        H = P.flatten(1) @ rows.T  # (K, a·b)
+        kept = _kept(M)
+        read = rows if kept is None else rows.index_select(0, kept)
+        grad_P = (_weights(B, M, kept) @ read).view(K, p, q)
         grad_M = None
         if ctx.needs_input_grad[3]:
-            grad_M = (blocks * as_blocks(W, a, b)).sum((1, 3))
-            grad_M += (H * B.reshape(K, a * b)).sum(0).view(a, b)
+            sums = (G * W).reshape(-1, q) @ G.new_ones(q)  # over the columns of every block
+            grad_M = sums.view(a, p, b).sum(1)
+            grad_M += (H * B.flatten(1)).sum(0).view(a, b)
         return None, H.view(K, a, b) * M, grad_P, grad_M
 
 

@@ -227,6 +227,10 @@ class SpaModel(BaseTuner[SpaConfig]):
     def compact(self, adapter: str | None = None) -> nn.Module:
         """An ordinary, smaller model of the base's class: merged, useless heads and units cut out.
 
+        What no head of a layer needs is taken out of all of them. Linear layers become
+        `loralib.block_sparse.BlockSparseLinear` where scattered blocks are so few that leaving
+        them out is faster; `config.sparse_blocks` then says so.
+
         Its outputs are the adapted model's in evaluation mode, up to rounding; this model stays as
         it is. `save_pretrained` of the result writes the sizes of its layers.
 

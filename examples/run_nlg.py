@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from examples import program
-from examples.cli.groups import OPTION_CLASSES, ModelOptions, TeacherOptions, TrainingOptions
+from examples.cli.groups import OPTION_CLASSES, ModelOptions, TrainingOptions
 from examples.cli.nlg import DecodingOptions, NlgOptions
 from examples.data.tasks.nlg import NLG_TASKS, nlg_task
 
@@ -23,11 +23,6 @@ def options_of(argv: Sequence[str]) -> program.Options | None:
     """The options that the words after the program's name give; None after --help."""
     tasks = {"task_name": NLG_TASKS}
     options = program.parse(argv, "examples.run_nlg", SUMMARY, CLASSES, "task_name", tasks)
-    if options is not None and options[TeacherOptions].teacher is not None:
-        raise program.OptionError(
-            "--teacher: texts are learned from their own words alone; leave it out (run_glue, "
-            "run_squad and run_multiple_choice have teachers)"
-        )
     return program.with_known_task(options, NlgOptions, nlg_task)
 
 

@@ -74,6 +74,7 @@ class CausalLMOutput(ModelOutput):
         Tensor | None
     )  # (B, L, vocabulary) or (T, vocabulary); None where there is a loss, (B, 1)
     # where sequences are scored
+    scored_states: tuple[Tensor, Tensor] | None  # (N, H) and the (vocabulary, H) head, if asked for
     hidden_states: tuple[Tensor, ...] | None
     attentions: tuple[Tensor, ...] | None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,7 @@ from examples.evaluation.nlg import score
 from examples.evaluation.prediction import Collate, EvaluationSet, by_variant, predict
 from examples.methods.source import ModelSource
 from examples.program.task_data import TaskData
+from examples.training.distillation import Tokens
 from examples.training.run_folder import SUBMISSION
 from transformers_patched import AutoConfig
 
@@ -123,6 +124,11 @@ class NlgData(TaskData):
             )
         if decodes:  # better now than after the training
             as_user_error(score, self.task.metrics, ["a b"], [["a b"]], java=False)
+
+    @cached_property
+    def distilled(self) -> Tokens:  # type: ignore[override]
+        """The next tokens at scored places."""
+        return Tokens(self.options.obj)
 
     # -- reading and batching -------------------------------------------------------------------
 

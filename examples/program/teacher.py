@@ -3,7 +3,7 @@
 Its logits are made in batches that depend neither on the epoch nor on the number of processes, and
 kept under a hash of all that they depend on: its weights, the tokens, the settings. So they are the
 same bits whether they come from the disk or not, and an epoch costs no pass of the teacher. Where
-they would be too large for that (a vocabulary at every token), it is asked again for every batch.
+they would be too large for that (states of many tokens), it is asked again for every batch.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from examples.errors import OptionError
 from examples.evaluation.prediction import Collate
 from examples.methods.source import ModelSource
 from examples.program.task_data import TaskData
-from examples.training.distillation import ANSWERS, TARGETS, Loss, distilled_loss
+from examples.training.distillation import TARGETS, Loss, distilled_loss
 from peft_custom import PeftModel
 from peft_custom.digest import digest
 from peft_custom.save_and_load import AdapterFile, adapter_folder, read_adapter
 from transformers_patched import AutoConfig, AutoTokenizer, CheckpointError
 
-VERSION = "1"  # raise it when the same teacher gives other logits
+VERSION = "2"  # raise it when the same teacher gives other logits
 KEPT_BYTES = 1 << 31  # logits of more than this are made anew for every batch
 PROBE = "The naïve cat's 3,000 Señoritas re-read “it” – twice; ¿why?"  # encoded by both tokenizers
 
@@ -73,6 +73,7 @@ class Teacher:
         base = path if adapter is None else str(adapter.config.get("base_model_name_or_path"))
         self._check_labels(base, source, trained=adapter is None)
         self._check_tokens(base, tokenizer)
+        self.distilled = data.distilled
         self.model = self._load(base, adapter, source).to(accelerator.device)
         self.key = digest(self.model.state_dict())
         self.message = ""
@@ -149,31 +150,33 @@ class Teacher:
             own: the task's loss; None: the model's.
         """
         o = self.options
-        loss = distilled_loss(own, self.data.distilled, o.alpha_ce, o.alpha_distil, o.temperature)
-        counts = self.data.distilled.entries(train.split)  # (n,)
+        loss = distilled_loss(own, self.distilled, o.alpha_ce, o.alpha_distil, o.temperature)
+        asked, counts = self.distilled.asked, self.distilled.entries(train.split)  # counts (n,)
         starts = np.concatenate(([0], np.cumsum(counts)))  # (n + 1,)
         table = self._table(train, collate, starts)
         if table is None:
 
             def ask(batch: Batch) -> dict[str, Any]:
                 arguments = collate(batch)
-                return {**arguments, TARGETS: self._logits(arguments)}
+                return {**arguments, **asked, TARGETS: self._logits(arguments)}
 
             return ask, loss
         self.model = None  # nobody asks it any more
 
         def look_up(batch: Batch) -> dict[str, Any]:
-            return {**collate(batch), TARGETS: torch.from_numpy(table[_entries(batch, starts)])}
+            targets = torch.from_numpy(table[_entries(batch, starts)])
+            return {**collate(batch), **asked, TARGETS: targets}
 
         return look_up, loss
 
     @torch.no_grad()
     def _logits(self, arguments: dict[str, Any]) -> Tensor:
         """(N, K) fp32 of a batch."""
-        given = {name: value for name, value in arguments.items() if name not in ANSWERS}
-        given = on_device(given, self.accelerator.device)
+        unread = self.distilled.unread
+        given = {name: value for name, value in arguments.items() if name not in unread}
+        given = on_device({**given, **self.distilled.asked}, self.accelerator.device)
         with self.accelerator.autocast():
-            return self.data.distilled.logits(self.model(**given), given).float()
+            return self.distilled.logits(self.model(**given), given).float()
 
     def _table(
         self, train: TrainingBatches, collate: Collate, starts: np.ndarray
@@ -208,6 +211,7 @@ class Teacher:
         o, training = self.data.options, self.data.training
         parts = {
             "teacher": self.key,
+            "what": self.distilled.name,
             "dtype": str(next(self.model.parameters()).dtype),
             "rows": dict(train.split.keys),
             "batches": [train.batch_size, train.max_tokens],

@@ -6,14 +6,14 @@ T is the temperature: a high one shows what a teacher thinks of the classes that
 T² keeps the gradient's size whatever T is (Hinton et al. 2015). D is the mean over a batch's rows.
 
 What has a distribution differs from task to task: a row's classes or choices, the places where its
-answer starts and ends. A `Distilled` says where its logits are. A teacher's logits travel with a
-batch under the name `TARGETS`, for the loss alone; they are kept as (N, K) numbers, a row's entries
-after another's, so that rows may have different numbers of them.
+answer starts and ends, every scored token of a text. A `Distilled` says where its logits are. A
+teacher's logits travel with a batch under the name `TARGETS`, for the loss alone; they are kept as
+(N, K) numbers, a row's entries after another's, so that rows may have different numbers of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from examples.errors import OptionError
 from transformers_patched.heads import LOGITS_AT_ONCE
 
 TARGETS = "teacher_logits"  # among a batch's arguments; no model gets it
@@ -30,14 +31,24 @@ Loss = Callable[[Any, dict[str, Any]], Tensor]
 
 
 class Distilled(Protocol):
-    """Where the distributions of a task are in a model's output."""
+    """Where the distributions of a task are in a model's output.
+
+    Attributes:
+        asked: arguments of the model, beside a batch's own, that make its output hold them.
+        unread: a batch's arguments that a teacher is not given.
+        name: tells it from others, in the key of logits that are kept.
+    """
+
+    asked: Mapping[str, Any]
+    unread: tuple[str, ...]
+    name: str
 
     def entries(self, split: Any) -> np.ndarray:
         """(n,) how many of the N entries each row of an encoded split has."""
         ...
 
     def logits(self, output: Any, arguments: dict[str, Any]) -> Tensor:
-        """(N, K) of a batch, its rows' entries one after another."""
+        """(N, K) of a batch, its rows' entries one after another: what a teacher says."""
         ...
 
     def divergence(
@@ -73,6 +84,10 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float, real: Tenso
 class Classes:
     """A row's classes, or a question's choices: logits (b, C), one entry a row."""
 
+    asked: Mapping[str, Any] = {}
+    unread = ANSWERS
+    name = "classes"
+
     def entries(self, split: Any) -> np.ndarray:
         return np.ones(len(split), np.int64)
 
@@ -94,6 +109,10 @@ class Spans:
 
     The distributions are over a row's own tokens: padding takes no part in them.
     """
+
+    asked: Mapping[str, Any] = {}
+    unread = ANSWERS
+    name = "spans"
 
     def entries(self, split: Any) -> np.ndarray:
         return split.lengths
@@ -126,6 +145,41 @@ class Spans:
             return arguments["attention_mask"].sum(1)
         rows, length = output.start_logits.shape
         return torch.full((rows,), length, device=output.start_logits.device)
+
+
+class Tokens:
+    """The next token at every scored place of a text: one entry a place, D is the mean over them.
+
+    A teacher says its last hidden states there, (N, H'), which are much less than logits of a
+    vocabulary; its head stays at hand and forms them, a slice at a time.
+
+    Args:
+        objective: "clm" or "jlm", which says the scored places.
+    """
+
+    asked: Mapping[str, Any] = {"output_scored_states": True}
+    unread: tuple[str, ...] = ()  # labels say which places are scored
+
+    def __init__(self, objective: str) -> None:
+        self.objective = objective
+        self.name = f"tokens of {objective}"
+        self.head: Tensor | None = None  # (vocabulary, H') of the teacher
+
+    def entries(self, split: Any) -> np.ndarray:
+        return split.counts(self.objective)
+
+    def logits(self, output: Any, arguments: dict[str, Any]) -> Tensor:
+        states, self.head = output.scored_states
+        return states
+
+    def divergence(
+        self, output: Any, targets: Tensor, arguments: dict[str, Any], temperature: float
+    ) -> Tensor:
+        assert self.head is not None  # a teacher has spoken, or there were no targets
+        own, theirs = len(output.scored_states[1]), len(self.head)
+        if own != theirs:
+            raise OptionError(f"--teacher: it tells {theirs:,} tokens apart, this model {own:,}")
+        return token_divergence(output.scored_states, (targets, self.head), temperature)
 
 
 def token_divergence(

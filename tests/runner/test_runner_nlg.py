@@ -18,6 +18,7 @@ from support.runner_cases import lines, results
 
 from examples import evaluate_nlg, program
 from examples.data import prepare_nlg
+from examples.program import teacher
 from examples.run_nlg import main
 from peft_custom import PeftModel
 from transformers_patched import GPT2LMHeadModel
@@ -197,11 +198,74 @@ def plain_loss(model: transformers.GPT2LMHeadModel, home: Path) -> float:
     return total / tokens
 
 
-def test_texts_have_no_teacher(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    more = ["--teacher", str(home / "gpt2")]
-    said = error(capsys, *words(home, tmp_path / "run", *more))
-    assert said.startswith("error: --teacher: ") and said.count("\n") == 1
-    assert not (tmp_path / "run").exists()
+# --- a teacher -----------------------------------------------------------------------------------
+
+TAUGHT = (
+    "--alpha_distil 0.75 --alpha_ce 0.25 --temperature 2 --label_smooth 0 --lora_dropout 0 "
+    "--no_group_by_length"
+).split()
+
+
+@pytest.fixture(scope="module")
+def wide(home: Path) -> Path:
+    """A teacher of another width."""
+    more = {"n_positions": 96, "initializer_range": 0.2, "n_embd": 36}
+    return tiny_gpt2(home / "wide", **more)
+
+
+def taught(home: Path, out: Path, *more: str) -> Path:
+    return run(home, out, "--teacher", str(home / "wide"), *TAUGHT, "--no_do_eval", *more)
+
+
+@pytest.mark.parametrize("objective", ["clm", "jlm"])
+def test_the_first_loss_is_the_formula(
+    home: Path, wide: Path, tmp_path: Path, objective: str
+) -> None:
+    """On logits of whole vocabularies, from Transformers; B is 0, so the student is its base."""
+    size = "--per_device_train_batch_size 29 --max_train_steps 1".split()
+    out = taught(home, tmp_path / "run", *size, "--obj", objective)
+    models = [transformers.GPT2LMHeadModel.from_pretrained(home / n) for n in ("gpt2", "wide")]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(home / "gpt2")
+    total, tokens = 0.0, 0
+    for line in (home / "e2e" / "train.txt").read_text().splitlines():
+        context, completion = line.split("||")
+        first = [*tokenizer(context).input_ids, tokenizer.eos_token_id]
+        second = [*tokenizer(f" {completion}").input_ids, tokenizer.eos_token_id]
+        ids, start = first + second, len(first) if objective == "clm" else 1
+        with torch.no_grad():
+            own, theirs = (
+                model.double()(torch.tensor([ids])).logits[0, start - 1 : -1] for model in models
+            )
+        target = torch.tensor(ids[start:])
+        ce = torch.nn.functional.cross_entropy(own, target, reduction="sum")
+        p, log_p = (theirs / 2).softmax(1), (theirs / 2).log_softmax(1)
+        kl = (p * (log_p - (own / 2).log_softmax(1))).sum()
+        total += float(0.25 * ce + 0.75 * 4 * kl)
+        tokens += len(target)
+    assert lines(out / "log.jsonl")[0]["loss"] == pytest.approx(total / tokens, rel=2e-5)
+
+
+def test_states_kept_or_not_packed_or_padded_are_one_run(
+    home: Path, wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANKWISE_CACHE", str(tmp_path / "cache"))
+    first, again = taught(home, tmp_path / "a"), taught(home, tmp_path / "b")
+    assert list((tmp_path / "cache" / "teacher").iterdir())
+    packed = taught(home, tmp_path / "c", "--packing")
+    monkeypatch.setattr(teacher, "KEPT_BYTES", 0)
+    asked = taught(home, tmp_path / "d", "--packing")
+    for name, value in weights(first).items():
+        assert torch.equal(value, weights(again)[name])
+        for other in (packed, asked):
+            torch.testing.assert_close(weights(other)[name], value, atol=2e-4, rtol=2e-3)
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    tiny_gpt2(tmp_path / "other", n_positions=96, vocab_size=300)
+    said = error(capsys, *words(home, tmp_path / "run", "--teacher", str(tmp_path / "other")))
+    assert "--teacher" in said and said.count("\n") == 1
 
 
 def test_ranks_of_the_built_in_wiring_are_decoded(home: Path, tmp_path: Path) -> None:

@@ -171,7 +171,7 @@ def test_gpu_hub_and_conda_commands_parse() -> None:
     wanted = shlex.split(the_command("download.sh", "e2e"))[2:]
     assert download.names(wanted) == ["openai-community/gpt2-medium", NLG_TASKS["e2e"]]
     wanted = shlex.split(the_command("download.sh", "squad"))[2:]
-    assert download.names(wanted) == ["bert-base-uncased", SQUAD_TASKS["squad"]]
+    assert download.names(wanted) == ["google-bert/bert-base-uncased", SQUAD_TASKS["squad"]]
     script = ROOT / shlex.split(the_command("roberta_base_mrpc.sh"))[1]
     subprocess.run(["bash", "-n", script], check=True)
     file = ROOT / shlex.split("conda env create -f environment.yml")[-1]

@@ -321,6 +321,7 @@ class GPT2LMHeadModel(GPT2PreTrainedModel):
         max_seqlen: int | None = None,
         label_smoothing: float = 0.0,
         score_sequences: bool = False,
+        output_scored_states: bool = False,
     ) -> CausalLMOutput | tuple:
         """Logits at every token or, with `labels`, their mean loss and no logits.
 
@@ -329,14 +330,15 @@ class GPT2LMHeadModel(GPT2PreTrainedModel):
 
         The model moves labels itself: every token is predicted from those before it, and the first
         one of a sequence from none, so that it is never scored. Logits are then formed at scored
-        places only, a slice at a time (see `language_model_loss`).
+        places only, a slice at a time (see `language_model_loss`). `output_scored_states` adds what
+        they are formed of: the last hidden states at the N scored places, and the head.
         """
         layout = layout_of(input_ids, inputs_embeds, attention_mask, cu_seqlens, max_seqlen)
         tokens = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         asked = (output_attentions, output_hidden_states)
         outputs = self.transformer(*tokens, *asked, return_dict=True, layout=layout)
         hidden = outputs.last_hidden_state  # (*tokens, H)
-        loss, logits = None, None
+        loss, logits, states = None, None, None
         if labels is None:
             logits = self.lm_head(hidden)  # (*tokens, vocabulary)
         else:
@@ -344,13 +346,14 @@ class GPT2LMHeadModel(GPT2PreTrainedModel):
             scored = (targets != -100).nonzero().flatten()  # (N,)
             rows = hidden.flatten(0, -2).index_select(0, scored)  # (N, H)
             weight, targets = self.lm_head.weight, targets[scored]
+            states = (rows, weight) if output_scored_states else None
             if score_sequences:
                 losses = token_losses(rows, weight, targets)  # (N,)
                 logits = -sum_by_sequence(losses, scored, layout)[:, None]  # (B, 1)
             else:
                 loss = language_model_loss(rows, weight, targets, label_smoothing)
                 loss = loss / max(1, len(scored))
-        output = CausalLMOutput(loss=loss, logits=logits, **outputs.traced())
+        output = CausalLMOutput(loss=loss, logits=logits, scored_states=states, **outputs.traced())
         return self.result(output, return_dict)
 
 

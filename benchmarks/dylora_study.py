@@ -53,6 +53,10 @@ RUNS = {
     **{f"lora_{b}": ["--method", "lora", "--lora_r", str(b)] for b in (8, 1, 2, 4)},
 }
 TITLE = {"mrpc": "MRPC", "cola": "CoLA"}
+COLOURS = {
+    "normal": "tab:blue", "frozen": "tab:cyan", "matryoshka": "tab:green", "cut": "tab:red",
+    "cut_kept": "tab:orange", "separate": "0.25",
+}  # fmt: skip
 CURVES = {
     "normal": "DyLoRA",
     "frozen": "DyLoRA, frozen",
@@ -213,27 +217,32 @@ def plot(rows: list[Row], path: Path) -> None:
     figure, every = pyplot.subplots(
         1, len(tasks), figsize=(1 + 4.5 * len(tasks), 4.2), layout="constrained", squeeze=False
     )
-    colours = ("tab:blue", "tab:cyan", "tab:green", "tab:red", "tab:orange", "0.25")
     for axes, task in zip(every[0], tasks, strict=True):
-        shown = zip(curves(rows, task).items(), colours, strict=False)
-        for place, ((curve, by_rank), colour) in enumerate(shown):
+        for curve, by_rank in curves(rows, task).items():
+            place = list(CURVES).index(curve)
             ranks = sorted(by_rank)
             beside = [b + 0.08 * (place - 2) for b in ranks]  # intervals would hide each other
             means = [statistics.mean(by_rank[b]) for b in ranks]
             halves = [half_interval(by_rank[b]) for b in ranks]
             line = "s--" if curve == "separate" else "o-"
             axes.errorbar(
-                beside, means, halves, fmt=line, ms=4, lw=1.3, capsize=2, color=colour,
-                label=CURVES[curve],
+                beside, means, halves, fmt=line, ms=4, lw=1.3, capsize=2,
+                color=COLOURS[curve], label=CURVES[curve],
             )  # fmt: skip
         axes.set_xlabel("rank b")
         axes.set_xticks(RANKS)
         axes.set_ylabel(METRIC[task].replace("_", " "))
         axes.set_title(TITLE.get(task, task), fontsize="medium")
         axes.grid(alpha=0.25)
-    handles, labels = every[0][0].get_legend_handles_labels()
+    drawn = [axes.get_legend_handles_labels() for axes in every[0]]
+    labelled = {label: handle for pair in drawn for handle, label in zip(*pair, strict=True)}
     figure.legend(
-        handles, labels, loc="outside lower center", ncols=3, fontsize="small", frameon=False
+        labelled.values(),
+        labelled.keys(),
+        loc="outside lower center",
+        ncols=3,
+        fontsize="small",
+        frameon=False,
     )
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -20,8 +20,8 @@ main,header{max-width:84rem;margin:0 auto;padding:0 clamp(.75rem,3vw,2rem)}
 h1{font-size:1.7rem;line-height:1.2;margin:1.6rem 0 .3rem}
 h2{font-size:1.3rem;margin:2.6rem 0 .6rem;padding-top:.6rem;border-top:2px solid var(--rule)}
 h3{font-size:1.05rem;margin:1.6rem 0 .2rem}
-h1,h2,h3,th,li,summary,p,figcaption{overflow-wrap:anywhere}
-td{overflow-wrap:break-word}
+h1,h2,h3,li,summary,p,figcaption{overflow-wrap:anywhere}
+th,td{overflow-wrap:break-word}
 p{margin:.2rem 0 .8rem;max-width:52rem}
 .note,figcaption{color:var(--dim);font-size:.86rem}
 nav ul{list-style:none;display:flex;flex-wrap:wrap;gap:.2rem 1.1rem;padding:0;margin:.4rem 0}
@@ -40,7 +40,7 @@ figure img{background:#fff}
 details{margin-top:.3rem}
 summary{cursor:pointer}
 details ul{margin:.2rem 0;padding-left:1.1rem}
-@media(max-width:56rem){
+@media(max-width:70rem){
 table,tbody,tr,th[scope=row],td{display:block}
 thead{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
 tr{border:1px solid var(--rule);border-radius:.4rem;padding:.4rem .6rem;margin:0 0 .7rem}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,9 +33,9 @@ from transformers_patched import AutoTokenizer as OurTokenizer
 LENGTH, STRIDE = 384, 128
 
 
-def windows(raw: SquadSplit, tokenizer: object) -> list[dict]:
+def windows(raw: SquadSplit, tokenizer: Any) -> list[dict]:
     """Padded rows with targets, by the tokenizer's own windows."""
-    encoded = tokenizer(  # type: ignore[operator]
+    encoded = tokenizer(
         raw.questions,
         [raw.contexts[p] for p in raw.paragraphs],
         truncation="only_second",
@@ -44,17 +45,16 @@ def windows(raw: SquadSplit, tokenizer: object) -> list[dict]:
         return_overflowing_tokens=True,
         return_offsets_mapping=True,
     )
-    rows = []
+    answers, rows = raw.answers or [], []
     for i, question in enumerate(encoded["overflow_to_sample_mapping"]):
         begin = raw.starts[question][0]
-        end = begin + len(raw.answers[question][0])  # type: ignore[index]
+        end = begin + len(answers[question][0])
         inside = [
             k
             for k, (a, b) in enumerate(encoded["offset_mapping"][i])
             if encoded.sequence_ids(i)[k] == 1 and a < end and b > begin
         ]
-        names = tokenizer.model_input_names  # type: ignore[attr-defined]
-        row = {name: encoded[name][i] for name in names}
+        row = {name: encoded[name][i] for name in tokenizer.model_input_names}
         first, last = (inside[0], inside[-1]) if inside else (0, 0)
         rows.append(row | {"start_positions": first, "end_positions": last})
     return rows

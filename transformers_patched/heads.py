@@ -70,10 +70,8 @@ class MaskedLMOutput(ModelOutput):
 
 class CausalLMOutput(ModelOutput):
     loss: Tensor | None
-    logits: (
-        Tensor | None
-    )  # (B, L, vocabulary) or (T, vocabulary); None where there is a loss, (B, 1)
-    # where sequences are scored
+    # (B, L, vocabulary) or (T, vocabulary); none beside a loss, (B, 1) where sequences are scored
+    logits: Tensor | None
     scored_states: tuple[Tensor, Tensor] | None  # (N, H) and the (vocabulary, H) head, if asked for
     hidden_states: tuple[Tensor, ...] | None
     attentions: tuple[Tensor, ...] | None

@@ -69,12 +69,12 @@ SWITCHES = {
     "evaluate_during_training": ("eval_strategy", "epoch"),
     "eval_all_checkpoints": ("eval_strategy", "epoch"),
 }
-# Options of the originals that have no meaning here, and why.
 NO_AMPERE = (
     "2:4 patterns are not offered: the original lays them along the output side, where no hardware "
     "multiplies them faster, and no published run has them"
 )
 NO_SHUFFLING = "channels are not shuffled: no published run did it"
+# Options of the originals that have no meaning here, and why.
 GONE = {
     "use_slow_tokenizer": "every tokenizer is the fast one",
     "use_fast_tokenizer": "every tokenizer is the fast one",

@@ -128,7 +128,7 @@ class NlgData(TaskData):
     @cached_property
     def distilled(self) -> Tokens:  # type: ignore[override]
         """The next tokens at scored places."""
-        return Tokens(self.options.obj)
+        return Tokens(self.options.obj, self.config.vocab_size)
 
     # -- reading and batching -------------------------------------------------------------------
 

@@ -357,7 +357,7 @@ class Run:
         if figures:
             card = self.folder.path / self.options.method.folder
             write_card(card, self.folder.config, results, source_commit())
-            self.folder.write_json(RESULTS, {**results, "main_metric": self.main_metric})
+            self.folder.write_json(RESULTS, results)
             lines = (self.folder.read_lines(LOG), self.folder.read_lines(METRICS))
             why_not = learning_curve(curve, *lines, self.main_metric, title)
         shown = summary_metrics(results, self.main_metric, self.trainer.predictor.variants(True))

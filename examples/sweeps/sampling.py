@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -156,12 +157,8 @@ def optuna_sampler(sheet: Sheet, point: Point, options: Values, where: str) -> O
     Raises:
         OptionError: it is not installed, or its options are wrong.
     """
-    try:
-        import optuna  # noqa: F401
-    except ImportError:
-        raise OptionError(
-            f"{where}: by: optuna is not installed; pip install 'rankwise[sweep]'"
-        ) from None
+    if find_spec("optuna") is None:
+        raise OptionError(f"{where}: by: optuna is not installed; pip install 'rankwise[sweep]'")
     assert sheet.search is not None
     seed = int(sheet.seeds[0])
     return OptunaSampler(sheet.output_dir, point, options, sheet.search, seed, where)

@@ -155,13 +155,14 @@ class Tokens:
 
     Args:
         objective: "clm" or "jlm", which says the scored places.
+        vocabulary: how many tokens the run's model tells apart.
     """
 
     asked: Mapping[str, Any] = {"output_scored_states": True}
     unread: tuple[str, ...] = ()  # labels say which places are scored
 
-    def __init__(self, objective: str) -> None:
-        self.objective = objective
+    def __init__(self, objective: str, vocabulary: int) -> None:
+        self.objective, self.vocabulary = objective, vocabulary
         self.name = f"tokens of {objective}"
         self.head: Tensor | None = None  # (vocabulary, H') of the teacher
 
@@ -170,15 +171,17 @@ class Tokens:
 
     def logits(self, output: Any, arguments: dict[str, Any]) -> Tensor:
         states, self.head = output.scored_states
+        if len(self.head) != self.vocabulary:
+            raise OptionError(
+                f"--teacher: it tells {len(self.head):,} tokens apart, this model "
+                f"{self.vocabulary:,}: choose a teacher of the same family"
+            )
         return states
 
     def divergence(
         self, output: Any, targets: Tensor, arguments: dict[str, Any], temperature: float
     ) -> Tensor:
         assert self.head is not None  # a teacher has spoken, or there were no targets
-        own, theirs = len(output.scored_states[1]), len(self.head)
-        if own != theirs:
-            raise OptionError(f"--teacher: it tells {theirs:,} tokens apart, this model {own:,}")
         return token_divergence(output.scored_states, (targets, self.head), temperature)
 
 

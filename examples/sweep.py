@@ -2,6 +2,7 @@
 
     python -m examples.sweep sweeps/tiny.yaml
     python -m examples.sweep sweeps/minilm_glue.yaml --model_name_or_path DIR --data_dir DIR
+    python -m examples.sweep sweeps/minilm_glue.yaml --only task_name=sst2 --only method=lora,full
     python -m examples.sweep FILE.yaml --launcher ray --address auto
 
 FILE.yaml is described in examples/sweeps/sheet.py. Every run is a process with a folder of its own,
@@ -29,7 +30,7 @@ from examples.sweeps.launchers import LAUNCHERS, make_launcher
 from examples.sweeps.ledger import SUMMARY, Ledger
 from examples.sweeps.progress import Board
 from examples.sweeps.search import Search
-from examples.sweeps.sheet import Sheet, read_sheet
+from examples.sweeps.sheet import Sheet, choose, read_sheet
 from examples.training.claim import Claim
 
 
@@ -42,6 +43,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--launcher", choices=LAUNCHERS, default="local", help="where runs happen")
     parser.add_argument("--lanes", type=int, help="runs at a time; default: GPUs, else cores")
     parser.add_argument("--address", help="of a Ray cluster; default: one on this machine")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="AXIS=LABEL,…",
+        help="those places of the grid alone; once for every axis",
+    )  # fmt: skip
     parser.add_argument("--dry_run", action="store_true", help="print the commands and stop")
     return parser
 
@@ -52,6 +57,8 @@ def main(argv: Sequence[str]) -> int:
     if o.lanes is not None and o.lanes < 1:
         raise OptionError(f"--lanes {o.lanes}: at least 1 is needed")
     sheet = read_sheet(o.file, _options(words), o.output_dir)
+    if o.only:
+        sheet = choose(sheet, o.only)
     plan = _plan(sheet)
     if o.dry_run:
         for job in plan.preview():

@@ -299,10 +299,13 @@ class Search:
         return found
 
     def write(self) -> None:
-        """Writes the table."""
+        """Writes the table; places of the grid that this call leaves out keep their lines."""
         path: Path = self.sheet.output_dir / TABLE
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_lines(path, self.rows())
+        own = [cell.point.labels for cell in self.cells]
+        earlier = path.read_text("utf-8").splitlines() if path.exists() else []
+        others = [row for row in map(json.loads, earlier) if row["cell"] not in own]
+        write_lines(path, others + self.rows())
 
     def table(self) -> str:
         """The table for people."""

@@ -20,7 +20,7 @@ from __future__ import annotations
 import difflib
 import itertools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,34 @@ def read_sheet(path: Path, more: Mapping[str, Any], output_dir: Path | None = No
     ]
     folder = Path(where).expanduser()
     return Sheet(path, folder, points, seeds, search, values["ray"], values["slurm"])
+
+
+def choose(sheet: Sheet, only: Iterable[str]) -> Sheet:
+    """Some places of the grid.
+
+    Args:
+        sheet: all of them.
+        only: `axis=label,label` of each axis by which to choose.
+
+    Raises:
+        OptionError: there is no such axis, or no such label on it.
+    """
+    points = sheet.points
+    for choice in only:
+        axis, _, labels = choice.partition("=")
+        wanted = labels.split(",")
+        known = list(dict.fromkeys(p.labels[axis] for p in sheet.points if axis in p.labels))
+        if not known:
+            axes = dict.fromkeys(axis for point in sheet.points for axis in point.labels)
+            hint = f"choose among {', '.join(axes)}" if axes else "the file has no grid"
+            raise OptionError(f"{sheet.path}: --only {choice}: there is no axis {axis!r}; {hint}")
+        if missing := [label for label in wanted if label not in known]:
+            raise OptionError(
+                f"{sheet.path}: --only {choice}: {axis} has no {missing[0]!r}; it has "
+                f"{', '.join(known)}"
+            )
+        points = [point for point in points if point.labels.get(axis) in wanted]
+    return replace(sheet, points=points)
 
 
 def _load(path: Path) -> Values:

@@ -198,6 +198,22 @@ def test_every_place_is_tuned_and_its_winner_run_over_the_seeds(
     assert main([str(path)]) == 0 and len(summary(tmp_path)["skipped"]) == 6
 
 
+def test_a_search_that_is_done_in_parts_keeps_its_whole_table(tmp_path: Path) -> None:
+    path = sheet(
+        tmp_path,
+        options={"steps": 1},
+        grid={"task_name": ["a", "b"], "seed": [0, 1]},
+        search={"options": {"learning_rate": [0.01, 0.001]}, "metric": "score"},
+    )
+    for part, runs in (("b", 3), ("a", 3)):
+        assert main([str(path), "--only", f"task_name={part}"]) == 0
+        assert len(summary(tmp_path)["done"]) == runs
+    rows = lines(tmp_path / "out" / "search.jsonl")
+    assert [row["cell"]["task_name"] for row in rows] == ["b", "b", "a", "a"]
+    assert main([str(path)]) == 0 and len(summary(tmp_path)["skipped"]) == 6
+    assert len(lines(tmp_path / "out" / "search.jsonl")) == 4
+
+
 def test_a_metric_that_no_run_has_is_named(tmp_path: Path) -> None:
     search = {"options": {"learning_rate": [0.001]}, "metric": "f1"}
     with pytest.raises(OptionError, match="has no eval_f1; it has eval_score"):

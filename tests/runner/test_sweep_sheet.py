@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -167,3 +168,21 @@ def test_options_of_the_command_line_are_those_of_every_run(
         main([str(path), "--lanes", "0"])
     with pytest.raises(OptionError, match="belongs to no option"):
         main([str(path), "here"])
+
+
+def test_a_part_of_the_grid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wide = {"label": "wide", "method": "lora", "lora_r": 64}
+    path = sheet(tmp_path, grid={"task_name": ["mrpc", "cola"], "method": ["full", "lora", wide]})
+
+    def chosen(*only: str) -> list[str]:
+        words = [word for choice in only for word in ("--only", choice)]
+        assert main([str(path), "--dry_run", *words]) == 0
+        out = capsys.readouterr().out
+        return re.findall(r"/out/(\S+)-\w+ ", out)
+
+    assert chosen("task_name=cola") == ["cola-full", "cola-lora", "cola-wide"]
+    assert chosen("method=wide,full", "task_name=mrpc") == ["mrpc-full", "mrpc-wide"]
+    with pytest.raises(OptionError, match="no axis 'task'; choose among task_name, method"):
+        main([str(path), "--only", "task=cola"])
+    with pytest.raises(OptionError, match="method has no 'dora'; it has full, lora, wide"):
+        main([str(path), "--only", "method=full,dora"])

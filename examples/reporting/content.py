@@ -64,8 +64,9 @@ def gather(
     figures = Figures(tasks, pareto)
     sections = [Section("Overview", tables.overview(tasks), [])]
     for task in tasks:
-        more = (tables.calibration(task), tables.forgetting(task), tables.areas(task))
-        shown = [table for table in (tables.of_task(task), *more) if table is not None]
+        more = (tables.calibration, tables.forgetting, tables.areas, tables.cuts)
+        made = (tables.of_task(task), *(make(task) for make in more))
+        shown = [table for table in made if table is not None]
         sections.append(Section(task.name, shown, figures.of(task)))
     curves = [budget_curve(name, curve) for name, curve in found.budget_curves.items()]
     if curves:

@@ -13,7 +13,7 @@ from examples.reporting import adapter_ranks
 from examples.reporting.groups import Task
 from examples.reporting.runs import Run, number, smaller_is_better
 from examples.reporting.svg import Point, Series, chart, heat_map
-from examples.reporting.tables import metric_name
+from examples.reporting.tables import CUT_RULES, metric_name
 from examples.training.file_names import BUDGET_CURVE, PLOTS
 
 MOST_POINTS = 150  # of a curve of losses
@@ -77,7 +77,7 @@ class Figures:
 
     def of(self, task: Task) -> list[Figure]:
         """The figures of a task; kinds that have nothing to show are not there."""
-        plain = (self.learning, self.losses, self.rates, self.rank_curves)
+        plain = (self.learning, self.losses, self.rates, self.rank_curves, self.cuts)
         found = [figure for make in plain for figure in make(task)]
         for name, title in (("ece", "Calibration"), ("forgetting", "Forgetting")):
             found += self.scatter(task, name, "metric", f"{title} and metric", front=False)
@@ -155,6 +155,21 @@ class Figures:
             series = _told_apart(series)
             note = "Mean over seeds. AURAC: area under the curve over the rank, linear."
             yield self._chart(task, "ranks", "Rank curves", note, series, "rank", runs)
+
+    def cuts(self, task: Task) -> Iterator[Figure]:
+        """The metric over what a cut after training leaves, of every method's shown runs."""
+        series, runs = [], []
+        for method, c in task.shown.items():
+            own = [run for run in c.runs if run.budget_curve]
+            for rule, words in CUT_RULES.items():
+                points = _mean_curve([_budgets(run.budget_curve or {}, rule) for run in own])
+                if points:
+                    colour, dashed = self.colours[method], rule != next(iter(CUT_RULES))
+                    series.append(Series(f"{c.label}, {words}", points, colour, dashed=dashed))
+            runs += own
+        if series:
+            note, x = "Mean over seeds.", "singular values of all matrices together"
+            yield self._chart(task, "cuts", "Cut after training", note, series, x, runs)
 
     def scatter(self, task: Task, x: str, y: str, title: str, front: bool) -> Iterator[Figure]:
         """Configurations by two figures, and the front of those that none beats in both.
@@ -254,15 +269,14 @@ class Figures:
 
 def budget_curve(name: str, content: Mapping) -> Figure:
     """The metric over what a cut leaves of an adapter, from `examples.export --curve`."""
-    words = {"global": "one threshold for all matrices", "uniform": "the same rank everywhere"}
     series = [
         Series(
-            f"{words[rule]}, area {content[rule]['aurac_linear']:.4f}",
-            list(zip(content["budgets"], content[rule]["values"], strict=True)),
+            f"{words}, area {content[rule]['aurac_linear']:.4f}",
+            _budgets(content, rule),
             i,
             dashed=bool(i),
         )
-        for i, rule in enumerate(words)
+        for i, (rule, words) in enumerate(CUT_RULES.items())
     ]
     metric = metric_name(content["metric"])
     svg = chart(series, "singular values of all matrices together", metric, title=name)
@@ -346,6 +360,10 @@ def _ranks(curve: Mapping, metric: str) -> list[Point]:
         return []
     pairs = [(number(x), number(y)) for x, y in zip(ranks, values, strict=True)]
     return [(x, y) for x, y in pairs if x is not None and y is not None]
+
+
+def _budgets(curve: Mapping, rule: str) -> list[Point]:
+    return list(zip(curve["budgets"], curve[rule]["values"], strict=True))
 
 
 def _curves_note(task: Task) -> str:

@@ -14,6 +14,7 @@ from examples.data.tasks import TASKS
 from examples.data.tasks.choice import CHOICE_TASKS
 from examples.errors import RunError
 from examples.reporting import adapter_ranks
+from examples.sweeps.ledger import RUNS
 from examples.training.file_names import (
     BUDGET_CURVE,
     CONFIG,
@@ -50,6 +51,8 @@ class Run:
         metrics: lines of `metrics.jsonl`.
         log: lines of `log.jsonl`.
         rank_curve: `rank_curve.json`, or None.
+        budget_curve: `budget_curve.json` of a folder inside it, or None.
+        variant: what the sweep that did it calls its method; "" where it was no sweep.
         metric: its main metric, such as `eval_f1`; "" where it was not evaluated.
         file_bytes: of what it has learnt, without tokenizer and read-me; None where it is gone.
         notes: parts of it that could not be read.
@@ -63,13 +66,16 @@ class Run:
     metrics: list[Row] = field(default_factory=list)
     log: list[Row] = field(default_factory=list)
     rank_curve: Row | None = None
+    budget_curve: Row | None = None
+    variant: str = ""
     metric: str = ""
     file_bytes: int | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
     def method(self) -> str:
-        return self.config["method"]
+        """What it is compared as: its method, or the sweep's word for it."""
+        return self.variant or self.config["method"]
 
     @property
     def seed(self) -> int:
@@ -121,7 +127,8 @@ class Found:
 
     Attributes:
         runs: in the order of their names.
-        budget_curves: name of the folder -> `budget_curve.json` of `examples.export --curve`.
+        budget_curves: name of the folder -> `budget_curve.json` of `examples.export --curve`, of
+            folders that are in no run.
         skipped: name of the folder -> why it is not in the report.
     """
 
@@ -160,6 +167,10 @@ def read(places: Sequence[Path], metric: str | None = None) -> Found:
             inside = folder.relative_to(place).as_posix()
             name = inside if len(places) == 1 and inside != "." else str(place / inside)
             _add(found, folder, Path(name).as_posix(), metric)
+    for sweep in {run.folder.parent for run in found.runs}:
+        words = _words_of_a_sweep(sweep)
+        for run in (run for run in found.runs if run.folder.parent == sweep):
+            run.variant = words.get(run.folder.name, "")
     return _without_copies(found)
 
 
@@ -179,7 +190,11 @@ def _folders(place: Path) -> Iterator[Path]:
 def _add(found: Found, folder: Path, name: str, metric: str | None) -> None:
     try:
         if (folder / BUDGET_CURVE).is_file():
-            found.budget_curves[name] = _checked_curve(_object(folder / BUDGET_CURVE))
+            curve = _checked_curve(_object(folder / BUDGET_CURVE))
+            if found.runs and found.runs[-1].folder in folder.parents:
+                found.runs[-1].budget_curve = curve
+            else:
+                found.budget_curves[name] = curve
             return
         found.runs.append(_run(folder, name, metric))
     except Unusable as error:
@@ -224,6 +239,18 @@ def _run(folder: Path, name: str, metric: str | None) -> Run:
     if adapter_ranks.has_masks(folder) and not any((folder / PLOTS).glob("*.png")):
         run.notes.append("its masks were not drawn: that takes --plots")
     return run
+
+
+def _words_of_a_sweep(folder: Path) -> dict[str, str]:
+    """Name of a run's folder -> the sheet's word for its method, of the sweep in `folder`."""
+    words = {}
+    try:
+        for line in (folder / RUNS).read_text("utf-8").splitlines():
+            row = json.loads(line)
+            words[row["folder"]] = str(row["labels"]["method"])
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        pass  # no sweep, or one without methods: a run's own is used
+    return words
 
 
 def _object(path: Path) -> Row:

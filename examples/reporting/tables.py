@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from examples.reporting.groups import Configuration, Task, difference, plus_minus
+from examples.sweeps.statistics import paired_gaps
 
 NONE = "–"
 MIB = 2**20
@@ -49,6 +50,11 @@ FORGETTING = (
     ("loss after", "language_loss_after", "{:.4f}".format),
 )
 
+CUT_RULES = {  # of `budget_curve.json`
+    "global": "one threshold for all matrices",
+    "uniform": "the same rank everywhere",
+}
+
 
 def metric_name(metric: str) -> str:
     """`eval_f1` -> `f1`."""
@@ -67,7 +73,15 @@ def against(task: Task, configuration: Configuration) -> str:
     """The difference to the reference with its interval and n."""
     if configuration is task.reference:
         return "reference"
-    gaps = task.gaps(configuration)
+    return _gaps(task.gaps(configuration))
+
+
+def _apart(task: Task, values: Mapping[int, float]) -> str:
+    """The difference of values by seed to the reference."""
+    return _gaps(paired_gaps(values, task.reference.by_seed("best") if task.reference else {}))
+
+
+def _gaps(gaps: Sequence[float]) -> str:
     if not gaps:
         return NONE
     mean, half = difference(gaps)
@@ -164,6 +178,23 @@ def forgetting(task: Task) -> Table | None:
     """What `--forgetting` measures."""
     note = "The rise of the language-model loss on other text, in nats per scored token."
     return of_figures("Forgetting", note, task, FORGETTING)
+
+
+def cuts(task: Task) -> Table | None:
+    """What adapters are worth after a cut, with the difference to the reference's runs."""
+    rows = []
+    for c in task.shown.values():
+        curves = {run.seed: run.budget_curve for run in c.runs if run.budget_curve}
+        for place, budget in enumerate(next(iter(curves.values()), {"budgets": []})["budgets"]):
+            cells = [c.label, f"{budget:,}"]
+            for rule in CUT_RULES:
+                values = {seed: curve[rule]["values"][place] for seed, curve in curves.items()}
+                cells += [spread(list(values.values())), _apart(task, values)]
+            rows.append(cells)
+    heads = [word for words in CUT_RULES.values() for word in (words, "difference")]
+    note = "Mean ± standard deviation over seeds; differences are to the runs of the reference."
+    header = ["configuration", "singular values left", *heads]
+    return Table(f"Cut after training: {task.name}", note, header, rows) if rows else None
 
 
 def areas(task: Task) -> Table | None:

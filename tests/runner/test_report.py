@@ -21,7 +21,7 @@ from examples.reporting.figures import pareto_front
 from examples.reporting.groups import tasks_of
 from examples.reporting.runs import read
 from examples.reporting.svg import Series, chart
-from examples.reporting.tables import against, overview, spread
+from examples.reporting.tables import against, cuts, overview, spread
 
 VOID = {"meta", "img", "line", "rect", "circle", "polyline", "polygon"}
 
@@ -84,6 +84,49 @@ def test_only_seeds_are_averaged(tmp_path: Path) -> None:
     assert spread(list(wide.by_seed("best").values())) == "0.6000 ± 0.1414"
     assert spread(list(wide.by_seed("last").values())) == "0.1000"
     assert task.shown["lora"] is wide  # more seeds before a better value
+
+
+def test_variants_of_a_sweep_are_compared_as_it_calls_them(tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+    rows = []
+    for label, options in (("lora", {}), ("wide", {"lora_r": 16}), ("from data", {"rho": 2.0})):
+        for seed in (0, 1):
+            folder = write_run(sweep / f"{label[0]}{seed}", "lora", seed, **options)
+            labels = {"method": label, "seed": str(seed)}
+            rows.append(json.dumps({"folder": folder.name, "labels": labels}))
+    (sweep / "runs.jsonl").write_text("\n".join(rows))
+    [task] = tasks_of(read([tmp_path]).runs, "wide")
+    assert list(task.shown) == ["from data", "lora", "wide"]
+    assert task.reference is task.shown["wide"] and len(task.reference.runs) == 2
+    assert [row[0] for row in overview([task])[0].rows] == ["from data", "lora", "wide"]
+    (sweep / "runs.jsonl").write_text("\n".join([*rows[:2], '{"folder": 3']))  # cut short
+    [task] = tasks_of(read([tmp_path]).runs, None)
+    assert list(task.shown) == ["lora"] and len(task.configurations) == 3
+
+
+def test_cuts_of_a_runs_adapter_stand_beside_it(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write_run(tmp_path / f"plain{seed}", "lora", seed, values=[0.5 + 0.1 * seed])
+        folder = write_run(tmp_path / f"wide{seed}", "adalora", seed) / "curve"
+        folder.mkdir()
+        rules = {
+            rule: {"values": [value, 0.8 + 0.2 * seed], "aurac_linear": 0.5}
+            for rule, value in (("global", 0.6 + 0.1 * seed), ("uniform", 0.4))
+        }
+        content = {"budgets": [36, 72], "metric": "f1", **rules}
+        (folder / "budget_curve.json").write_text(json.dumps(content))
+    found = read([tmp_path])
+    assert not found.budget_curves
+    [task] = tasks_of(found.runs, "lora")
+    table = cuts(task)
+    assert table is not None and [row[:2] for row in table.rows] == [
+        ["adalora", "36"], ["adalora", "72"]
+    ]  # fmt: skip
+    assert table.rows[0][2:] == ["0.6500 ± 0.0707", "+0.1000 ± 0.0000 (n 2)",
+                                 "0.4000", "-0.1500 ± 0.6353 (n 2)"]  # fmt: skip
+    assert run(tmp_path, "--output", tmp_path / "out") == 0
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "Cut after training: mrpc" in page and "figures/cuts-mrpc.svg" in page
 
 
 def test_options_that_change_nothing_are_no_configurations(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support.paths import ROOT
 
 from examples import program
 from examples.errors import OptionError
@@ -186,3 +187,11 @@ def test_a_part_of_the_grid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         main([str(path), "--only", "task=cola"])
     with pytest.raises(OptionError, match="method has no 'dora'; it has full, lora, wide"):
         main([str(path), "--only", "method=full,dora"])
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "sweeps").glob("*.yaml")), ids=lambda p: p.stem)
+def test_the_sheets_of_the_project(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["--model_name_or_path", "m", "--data_dir", "d"]
+    assert main([str(file), "--dry_run", *more]) == 0
+    assert f"python -m examples.sweep {file.relative_to(ROOT)}" in file.read_text()
+    assert len(capsys.readouterr().out.splitlines()) >= 4

@@ -16,7 +16,9 @@ all nested adapters is one product with a fixed diagonal between the factors,
 
     Σ_b (α/b)·B[:, :b] A[:b] = B diag(α w) A,    w_i = Σ_{b ≥ i} 1/b
 
-and the adapter of rank b is its first b components (`NestedRank.weigh`).
+over all ranks b or some (its authors take powers of two), and the adapter of rank b is the first b
+components of that sum (`NestedRank.weigh`), so that rank R is what was trained. Its authors' code
+leaves the diagonal out at every rank once training is over: `weigh(None)` then.
 
 Ranks are 1-based everywhere. In evaluation mode the rank is R until `set_rank` says otherwise. In
 training mode it is the one sampled for the step, where something does so (`peft_custom.attach`), so
@@ -58,7 +60,7 @@ class NestedRank:
         self.batched: BatchedRanks | None = None
         self.weights: Tensor | None = None
         self._scales: dict[tuple[float, torch.device], Tensor] = {}
-        self.sampling_options: dict[str, int | str | bool] = {}
+        self.sampling_options: dict[str, int | str | bool | list[int] | None] = {}
 
     @property
     def kind(self) -> tuple[int, tuple[float, ...] | None]:

@@ -29,6 +29,9 @@ class DyLoraOptions(IncrementOptions):
     dylora_dist: str = option(
         "uniform", "how ranks are drawn: uniform, or geometric(p) such as geometric(0.15)"
     )
+    dylora_train_ranks: tuple[str, ...] = option(
+        (), "matryoshka: the ranks that are summed, such as 1,2,4,8, the last lora_r; none: all"
+    )
     dylora_r_min: int = option(1, "smallest rank that is trained", low=1)
     dylora_dense: bool = option(
         False, "let momentum and weight decay move what a step does not train, as published"
@@ -36,7 +39,7 @@ class DyLoraOptions(IncrementOptions):
     dylora_eval_ranks: tuple[str, ...] = option(
         (),
         "ranks of every evaluation beside lora_r, which chooses the weights; none: r_min during "
-        "training, all from r_min on at the end",
+        "training, all that are trained at the end",
     )
     dylora_tolerance: float = option(
         0.01, "the smallest rank this close to the best one is reported", low=0
@@ -50,17 +53,29 @@ class DyLoraOptions(IncrementOptions):
             )
         if self.dylora_mode == "matryoshka" and self.dylora_dist != "uniform":
             raise OptionError("--dylora_dist: --dylora_mode matryoshka draws no ranks")
-        for word in self.dylora_eval_ranks:
-            if not word.isdecimal() or not 1 <= int(word) <= self.lora_r:
-                raise OptionError(
-                    f"--dylora_eval_ranks {word}: ranks are whole numbers from 1 to --lora_r, here "
-                    f"{self.lora_r}"
-                )
+        for name in ("dylora_eval_ranks", "dylora_train_ranks"):
+            for word in getattr(self, name):
+                if not word.isdecimal() or not 1 <= int(word) <= self.lora_r:
+                    raise OptionError(
+                        f"--{name} {word}: ranks are whole numbers from 1 to --lora_r, here "
+                        f"{self.lora_r}"
+                    )
+        trained = [int(word) for word in self.dylora_train_ranks]
+        if trained and self.dylora_mode != "matryoshka":
+            raise OptionError("--dylora_train_ranks goes with --dylora_mode matryoshka")
+        first = self.dylora_r_min
+        if trained and (trained != sorted({*trained, self.lora_r}) or trained[0] < first):
+            raise OptionError(
+                f"--dylora_train_ranks {','.join(self.dylora_train_ranks)}: rising ranks are "
+                f"needed, from --dylora_r_min {first} on, the last --lora_r {self.lora_r}"
+            )
 
     def ranks(self, final: bool) -> list[int]:
         """The ranks to evaluate at, in order; the last is `lora_r`."""
         asked = [int(word) for word in self.dylora_eval_ranks]
-        every = range(self.dylora_r_min, self.lora_r) if final else [self.dylora_r_min]
+        every = [int(word) for word in self.dylora_train_ranks] if final else [self.dylora_r_min]
+        if final and not every:
+            every = range(self.dylora_r_min, self.lora_r)
         return sorted({*(asked or every), self.lora_r})
 
 
@@ -76,6 +91,7 @@ def build(source: ModelSource, options: DyLoraOptions) -> AdaptedModel:
         "dylora_mode": options.dylora_mode,
         "dylora_dist": options.dylora_dist,
         "dylora_dense": options.dylora_dense,
+        "train_ranks": [int(word) for word in options.dylora_train_ranks] or None,
     }
     if options.wiring == "loralib":
         adapted = with_loralib(source, options, "dylora", **nested)

@@ -67,8 +67,42 @@ def test_the_weights_are_the_sums_of_the_scales() -> None:
     assert layer.nested.weights.tolist() == pytest.approx([25 / 12, 13 / 12, 7 / 12, 1 / 4])
     configure_dylora(layer, **MODE, r_min=3)
     assert layer.nested.weights.tolist() == pytest.approx([7 / 12, 7 / 12, 7 / 12, 1 / 4])
+    configure_dylora(layer, **MODE, train_ranks=[1, 2, 4])  # as the authors' Algorithm 1
+    assert layer.nested.weights.tolist() == pytest.approx([7 / 4, 3 / 4, 1 / 4, 1 / 4])
     configure_dylora(layer)
     assert layer.nested.weights is None
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({**MODE, "train_ranks": [1, 2]}, "the last r=4"),
+        ({**MODE, "train_ranks": [2, 1, 4]}, "rising ranks are needed"),
+        ({**MODE, "train_ranks": []}, "rising ranks are needed"),
+        ({**MODE, "train_ranks": [1, 4], "r_min": 2}, "the first at least r_min=2"),
+        ({"train_ranks": [1, 4]}, "use it with 'matryoshka'"),
+    ],
+)
+def test_ranks_that_cannot_be_summed(options: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        DyLoraConfig(r=R, **options)
+
+
+def test_some_ranks_are_summed(tmp_path: Path) -> None:
+    """The increment, the file, and a run with it, where the sum has the ranks 1 and 4 alone."""
+    model = injected(train_ranks=[1, R]).eval()
+    layer = next(m for n, m in model.named_modules() if n.endswith("query"))
+    A, B = (p["default"].weight for p in (layer.lora_A, layer.lora_B))
+    whole = ALPHA * (B[:, :1] @ A[:1] + B @ A / R)
+    torch.testing.assert_close(layer.get_delta_weight("default"), whole)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(copy.deepcopy(model).unload(), tmp_path)
+    assert again.peft_config["default"].train_ranks == [1, R]
+    torch.testing.assert_close(out(again), out(model), atol=0, rtol=0)
+    for made in (model, net(train_ranks=[1, R])):
+        optimizer = torch.optim.SGD([p for p in made.parameters() if p.requires_grad], lr=0.1)
+        attach(made, optimizer, total_steps=1)
+        steps(made, optimizer, range(1))
 
 
 def test_a_step_trains_the_sum_of_all_ranks() -> None:

@@ -34,6 +34,9 @@ KINDS = {
     "matryoshka": lambda: DyLoraConfig(
         r=4, lora_alpha=7, target_modules=TARGETS, dylora_mode="matryoshka", r_min=2
     ),
+    "matryoshka of some": lambda: DyLoraConfig(
+        r=4, lora_alpha=7, target_modules=TARGETS, dylora_mode="matryoshka", train_ranks=[1, 4]
+    ),
     "adalora": lambda: AdaLoraConfig(
         init_r=4,
         target_r=2,

@@ -76,8 +76,9 @@ CASES = {
             "dylora_mode": "dylora_mode",
             "dylora_dist": "dylora_dist",
             "dylora_dense": "dylora_dense",
+            "dylora_train_ranks": "train_ranks",
         },
-        {"lora_alpha": (16.0, 8)},
+        {"lora_alpha": (16.0, 8), "dylora_train_ranks": ((), None)},
     ),
     "adalora": (
         AdaLoraOptions,

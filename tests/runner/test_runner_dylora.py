@@ -73,6 +73,10 @@ def test_ranks_to_evaluate():
     assert options.ranks(False) == [4, 6] and options.ranks(True) == [4, 5, 6]
     options = DyLoraOptions(lora_r=6, dylora_eval_ranks=("2", "1"))
     assert options.ranks(False) == options.ranks(True) == [1, 2, 6]
+    options = DyLoraOptions(
+        lora_r=6, dylora_mode="matryoshka", dylora_train_ranks=("2", "4", "6"), dylora_r_min=2
+    )
+    assert options.ranks(False) == [2, 6] and options.ranks(True) == [2, 4, 6]
 
 
 @pytest.mark.parametrize("wiring", WIRINGS)
@@ -250,6 +254,11 @@ def test_the_best_and_the_smallest_good_rank():
     [
         (["--dylora_eval_ranks", "1,9"], "--dylora_eval_ranks 9: ranks are whole numbers from 1"),
         (["--dylora_r_min", "6"], "--dylora_r_min 6 is above --lora_r 5"),
+        (["--dylora_train_ranks", "1,5"], "--dylora_train_ranks goes with --dylora_mode matry"),
+        (
+            ["--dylora_mode", "matryoshka", "--dylora_train_ranks", "1,4"],
+            "--dylora_train_ranks 1,4: rising ranks are needed, from --dylora_r_min 1 on, the last",
+        ),
         (["--dylora_mode", "frosen"], "did you mean frozen?"),
         (["--dylora_dist", "geometric(2)"], "use 'uniform' or 'geometric(p)'"),
     ],

@@ -27,6 +27,8 @@ class DyLoraConfig(LoraConfig):
         dylora_dist: of the rank drawn: `"uniform"`, or `"geometric(p)"` over r_min … r.
         dylora_dense: let the optimiser move what a step does not train (by momentum and weight
             decay), as the published code does; off, such rows stay as they are to the last bit.
+        train_ranks: `"matryoshka"`: the ranks b of that sum, such as 1, 2, 4, …, r, which its
+            authors use; None: all from r_min on.
         finished: optimiser hooks sampled the ranks; False marks an adapter trained without them.
     """
 
@@ -35,13 +37,17 @@ class DyLoraConfig(LoraConfig):
     dylora_mode: str = "normal"
     dylora_dist: str = "uniform"
     dylora_dense: bool = False
+    train_ranks: list[int] | None = None
     finished: bool = True
 
     unsupported: ClassVar[dict[str, Any]] = LoraConfig.unsupported | {
         "use_dora": False,
         "rank_from": None,
     }
-    omit_at_default: ClassVar[frozenset[str]] = LoraConfig.omit_at_default | {"finished"}
+    omit_at_default: ClassVar[frozenset[str]] = LoraConfig.omit_at_default | {
+        "finished",
+        "train_ranks",
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,7 +69,12 @@ class DyLoraConfig(LoraConfig):
     def sampling(self) -> RankSampling:
         """How training samples ranks."""
         return RankSampling(
-            self.r, self.r_min, self.dylora_mode, self.dylora_dist, self.dylora_dense
+            self.r,
+            self.r_min,
+            self.dylora_mode,
+            self.dylora_dist,
+            self.dylora_dense,
+            self.train_ranks,
         )
 
     def at_rank(self, rank: int) -> LoraConfig:

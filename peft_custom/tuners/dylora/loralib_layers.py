@@ -47,12 +47,13 @@ class LoralibLayers(LayerOwner[DyLoRALayer]):
         return DyLoraHooks([NestedGroup(found.pop(), layers)], optimizer, total_steps, seed)
 
 
-def configure_dylora(model: nn.Module, **options: int | str | bool) -> None:
+def configure_dylora(model: nn.Module, **options: int | str | bool | list[int] | None) -> None:
     """Says how `attach` trains loralib's DyLoRA layers in `model`; without it, by the defaults.
 
     Args:
         model: any module with such layers.
-        options: `r_min`, `dylora_mode`, `dylora_dist`, `dylora_dense`, as in `DyLoraConfig`.
+        options: `r_min`, `dylora_mode`, `dylora_dist`, `dylora_dense`, `train_ranks`, as in
+            `DyLoraConfig`.
     """
     layers = LoralibLayers.layers_in(model)
     if not layers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -29,6 +30,8 @@ class RankSampling:
         dylora_dist: p_B.
         dylora_dense: the optimiser also moves the rows that a step does not train, by their
             momentum and weight decay, as the published code does.
+        train_ranks: "matryoshka": the ranks that are summed, the last of them R; None: all from
+            r_min on.
     """
 
     largest: int
@@ -36,6 +39,7 @@ class RankSampling:
     dylora_mode: str = "normal"
     dylora_dist: str = "uniform"
     dylora_dense: bool = False
+    train_ranks: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         r_min = self.r_min
@@ -52,8 +56,25 @@ class RankSampling:
                 f"dylora_dist={self.dylora_dist!r}: dylora_mode='matryoshka' draws no ranks; leave "
                 "it out"
             )
+        if self.train_ranks is not None:
+            object.__setattr__(self, "train_ranks", tuple(self.train_ranks))  # hashable
+            self._check_train_ranks(self.train_ranks)
         if self.dylora_dist != "uniform" and not 0.0 < self._p < 1.0:
             raise ValueError(f"dylora_dist={self.dylora_dist!r}: use {DISTRIBUTIONS}")
+
+    def _check_train_ranks(self, ranks: Sequence[int]) -> None:
+        if self.dylora_mode != "matryoshka":
+            raise ValueError(
+                f"train_ranks={ranks!r}: dylora_mode={self.dylora_mode!r} draws ranks from r_min "
+                "to r; use it with 'matryoshka'"
+            )
+        rising = all(isinstance(b, int) and not isinstance(b, bool) for b in ranks)
+        rising = rising and [*ranks] == sorted({*ranks})
+        if not rising or not ranks or ranks[0] < self.r_min or ranks[-1] != self.largest:
+            raise ValueError(
+                f"train_ranks={ranks!r}: rising ranks are needed, the first at least r_min="
+                f"{self.r_min}, the last r={self.largest}, which trains all components"
+            )
 
     @property
     def _p(self) -> float:
@@ -84,10 +105,10 @@ class RankSampling:
 
     @cached_property
     def weights(self) -> list[float] | None:
-        """w_i = Σ 1/b over the ranks b ≥ i from r_min to R; None where a rank is drawn."""
+        """w_i = Σ 1/b over the trained ranks b ≥ i; None where a rank is drawn."""
         if self.dylora_mode != "matryoshka":
             return None
-        ranks = range(self.r_min, self.largest + 1)
+        ranks = self.train_ranks or range(self.r_min, self.largest + 1)
         return [sum(1.0 / b for b in ranks if b >= i) for i in range(1, self.largest + 1)]
 
     @property

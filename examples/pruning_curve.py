@@ -2,7 +2,8 @@
 
     python -m examples.pruning_curve RUN [RUN ...] --metric f1 --out curve.png
 
-Runs of one method and structure are one line; runs that prune nothing stand at 100 %. Models are
+Runs of one method and structure are one line; runs that prune nothing stand at 100 %. Runs that
+differ in nothing but the seed are one point, their mean, with their standard deviation. Models are
 timed in turn on one thread, without their heads, on rows without padding; --no_latency leaves that
 out. The numbers are written beside the picture, as curve.json.
 """
@@ -11,13 +12,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from examples import program
 from examples.errors import OptionError, RunError, as_user_error
+from examples.training.file_names import NOT_PART_OF_A_RUN
+
+if TYPE_CHECKING:
+    from examples.plots.density import Point
 
 DENSE = "dense"
 
@@ -59,6 +65,7 @@ def read(run: Path, metric: str) -> dict[str, Any]:
     return {
         "run": str(run), "label": ", ".join(parts), "density": 1.0 if density is None else density,
         "pruned": density is not None, "value": value, "base": options["model_name_or_path"],
+        "options": {n: v for n, v in options.items() if n not in {*NOT_PART_OF_A_RUN, "seed"}},
     }  # fmt: skip
 
 
@@ -82,6 +89,25 @@ def measure(rows: list[dict[str, Any]], o: argparse.Namespace) -> None:
         row["milliseconds"] = round(found[row["run"] if row["pruned"] else DENSE], 3)
 
 
+def points(rows: Iterable[dict[str, Any]]) -> dict[str, list[Point]]:
+    """Label -> its points, a mean for every set of runs that only their seeds tell apart."""
+    from examples.plots.density import Point
+
+    alike: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        alike.setdefault((row["label"], json.dumps(row["options"])), []).append(row)
+    series: dict[str, list[Point]] = {}
+    for (label, _), own in alike.items():
+        mean = {
+            name: statistics.mean(row[name] for row in own)
+            for name in ("density", "value", "milliseconds")
+            if name in own[0]
+        }
+        spread = statistics.stdev(row["value"] for row in own) if len(own) > 1 else 0.0
+        series.setdefault(label, []).append(Point(**mean, spread=spread))
+    return series
+
+
 def main(argv: Sequence[str]) -> int:
     """The program; the words after its name."""
     o = _parser().parse_args(argv)
@@ -94,16 +120,14 @@ def main(argv: Sequence[str]) -> int:
     rows = [read(run, o.metric) for run in o.runs]
     if not o.no_latency:
         as_user_error(measure, rows, o)
-    from examples.plots.density import Point, pruning_curve
+    from examples.plots.density import pruning_curve
 
-    series: dict[str, list[Point]] = {}
     for row in rows:
-        point = Point(row["density"], row["value"], row.get("milliseconds"))
-        series.setdefault(row["label"], []).append(point)
-        time = "" if point.milliseconds is None else f"{point.milliseconds:10.1f} ms"
-        print(f"{row['run']:40} {point.density:8.2%} {row['value']:10.4f}{time}")
+        time = f"{row['milliseconds']:10.1f} ms" if "milliseconds" in row else ""
+        print(f"{row['run']:40} {row['density']:8.2%} {row['value']:10.4f}{time}")
     what = "" if o.no_latency else f"; {o.batch} × {o.length} tokens, one thread"
-    as_user_error(pruning_curve, o.out, series, o.metric, f"{o.metric} of {len(rows)} runs{what}")
+    title = f"{o.metric} of {len(rows)} runs{what}"
+    as_user_error(pruning_curve, o.out, points(rows), o.metric, title)
     numbers.write_text(json.dumps(rows, indent=2) + "\n", "utf-8")
     return 0
 

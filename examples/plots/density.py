@@ -13,17 +13,19 @@ MARKS = "osv^D<>*XP"
 
 
 class Point(NamedTuple):
-    """One run.
+    """A run, or the mean of several.
 
     Attributes:
         density: share of the encoder's weights that is left.
         value: of the metric.
         milliseconds: of its model without the head; None: not measured.
+        spread: standard deviation of the metric.
     """
 
     density: float
     value: float
     milliseconds: float | None = None
+    spread: float = 0.0
 
 
 def layer_densities(path: Path, shares: Mapping[str, float], title: str) -> None:
@@ -73,12 +75,12 @@ def pruning_curve(
         1, 1 + timed, figsize=(width, 4), layout="constrained", squeeze=False, sharey=True
     )
     for i, (label, points) in enumerate(series.items()):
-        line = {"marker": MARKS[i % len(MARKS)], "ms": 5, "lw": 1.2, "label": label}
+        line = {"marker": MARKS[i % len(MARKS)], "ms": 5, "lw": 1.2, "capsize": 2, "label": label}
         points = sorted(points)
-        panels[0, 0].plot([100 * p.density for p in points], [p.value for p in points], **line)
-        known = [p for p in points if p.milliseconds is not None]
-        if known:
-            panels[0, 1].plot([p.milliseconds for p in known], [p.value for p in known], **line)
+        values, spreads = [p.value for p in points], [p.spread for p in points]
+        panels[0, 0].errorbar([100 * p.density for p in points], values, spreads, **line)
+        if all(p.milliseconds is not None for p in points):
+            panels[0, 1].errorbar([p.milliseconds for p in points], values, spreads, **line)
     panels[0, 0].set_xlabel("% of the encoder's weights")
     panels[0, 0].set_ylabel(metric)
     if timed:

@@ -127,6 +127,16 @@ def test_a_run_has_the_density_that_was_asked_for(setting: list[str], tmp_path: 
         evaluated([*other, "--output_dir", str(tmp_path / "c")])  # of another mask_structure
 
 
+def test_seeds_are_one_point_of_a_curve() -> None:
+    rows = [
+        {"label": "a", "options": {"lr": lr}, "density": d, "value": v, "milliseconds": 10 * d}
+        for lr, d, v in ((1, 0.5, 0.8), (1, 0.52, 0.9), (2, 0.1, 0.6))
+    ]
+    one, other = pruning_curve.points(rows)["a"]
+    assert one == pytest.approx((0.51, 0.85, 5.1, 0.1 / 2**0.5))
+    assert other == pytest.approx((0.1, 0.6, 1.0, 0.0))
+
+
 def test_the_curve_over_density_and_time(
     setting: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -142,7 +142,7 @@ class Figures:
     def rank_curves(self, task: Task) -> Iterator[Figure]:
         """The metric over the rank an adapter is cut to."""
         series, runs = [], []
-        for c in task.configurations:
+        for c in task.compared:
             own = [run for run in c.runs if run.rank_curve]
             curves = [_ranks(run.rank_curve or {}, run.metric) for run in own]
             points = _mean_curve(curves)
@@ -165,7 +165,7 @@ class Figures:
                 points = _mean_curve([_budgets(run.budget_curve or {}, rule) for run in own])
                 if points:
                     colour, dashed = self.colours[method], rule != next(iter(CUT_RULES))
-                    series.append(Series(f"{c.label}, {words}", points, colour, dashed=dashed))
+                    series.append(Series(f"{method}, {words}", points, colour, dashed=dashed))
             runs += own
         if series:
             note, x = "Mean over seeds.", "singular values of all matrices together"
@@ -183,7 +183,7 @@ class Figures:
         """
         names = SHORT.get(x, x), SHORT.get(y, y)
         places = {}
-        for c in task.configurations:
+        for c in task.compared:
             values = [c.mean(name) for name in names]
             if None not in values:
                 places[c.label] = (c, (values[0], values[1]))
@@ -202,12 +202,13 @@ class Figures:
         ]
         words = [_title(task, name) for name in names]
         signs = [-1 if _smaller(task, name) else 1 for name in names]
-        left_out = len(task.configurations) - len(places)
+        left_out, trials = len(task.compared) - len(places), len(task.configurations)
+        trials -= len(task.compared)
         note = "Means over seeds."
+        if trials:
+            note += f" {trials} configurations of fewer seeds than others of their method left out."
         if left_out:
-            note += (
-                f" {left_out} of {len(task.configurations)} configurations have no such figures."
-            )
+            note += f" {left_out} of {len(task.compared)} configurations have no such figures."
         if front:
             best = pareto_front([point for _, point in places.values()], signs)
             series.insert(0, Series("front", best, 7, markers=False, dashed=True))

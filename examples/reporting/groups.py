@@ -71,6 +71,12 @@ class Task:
         """The main metric's name."""
         return next((c.metric for c in self.configurations if c.metric), "")
 
+    @property
+    def compared(self) -> list[Configuration]:
+        """Those with as many seeds as any of their method: trials of a search are left out."""
+        most = {method: len(c.by_seed("best")) for method, c in self.shown.items()}
+        return [c for c in self.configurations if len(c.by_seed("best")) >= most[c.method]]
+
     def gaps(self, configuration: Configuration) -> list[float]:
         """Best values less the reference's, over the seeds both have."""
         if self.reference is None or configuration is self.reference:
@@ -125,14 +131,16 @@ def _standing_for(configurations: Sequence[Configuration]) -> Configuration:
 
 def _name(configurations: list[Configuration]) -> None:
     """Labels: the method, each option in which the method's configurations differ, and each that
-    all methods of the task have and that is not the same everywhere."""
+    all methods of the task have and that is not the same everywhere; a sweep's word for a method
+    says that already."""
     options = {id(c): c.runs[0].options for c in configurations}
     everywhere = set.intersection(*({*own} for own in options.values())) - {"method"}
     apart = {n for n in everywhere if len({own[n] for own in options.values()}) > 1}
     for method in {c.method for c in configurations}:
         own = [c for c in configurations if c.method == method]
         names = {name for c in own for name in options[id(c)]}
-        differ = {n for n in names if len({options[id(c)].get(n) for c in own}) > 1} | apart
+        differ = {n for n in names if len({options[id(c)].get(n) for c in own}) > 1}
+        differ |= set() if own[0].runs[0].variant else apart
         for c in own:
             words = [f"{name} {_short(options[id(c)].get(name))}" for name in sorted(differ)]
             c.label = ", ".join([method, *words])

@@ -17,7 +17,7 @@ from support.runner_cases import pair_task, tiny_bert
 
 from examples import program, report, run_glue
 from examples.reporting import adapter_ranks
-from examples.reporting.figures import pareto_front
+from examples.reporting.figures import Figures, pareto_front
 from examples.reporting.groups import tasks_of
 from examples.reporting.runs import read
 from examples.reporting.svg import Series, chart
@@ -102,6 +102,20 @@ def test_variants_of_a_sweep_are_compared_as_it_calls_them(tmp_path: Path) -> No
     (sweep / "runs.jsonl").write_text("\n".join([*rows[:2], '{"folder": 3']))  # cut short
     [task] = tasks_of(read([tmp_path]).runs, None)
     assert list(task.shown) == ["lora"] and len(task.configurations) == 3
+
+
+def test_trials_of_a_search_are_on_no_front(tmp_path: Path) -> None:
+    for rate, seeds in ((0.1, 1), (0.01, 2), (0.001, 2)):
+        for seed in range(seeds):
+            write_run(tmp_path / f"{rate}-{seed}", "lora", seed, learning_rate=rate)
+    write_run(tmp_path / "full", "full", 0)
+    [task] = tasks_of(read([tmp_path]).runs, None)
+    assert len(task.configurations) == 4
+    assert [c.label.split(", ")[1] for c in task.compared] == [
+        "learning_rate 0.001", "learning_rate 0.001", "learning_rate 0.01"
+    ]  # fmt: skip
+    [figure] = Figures([task], []).scatter(task, "seconds", "metric", "Time", front=True)
+    assert "1 configurations of fewer seeds" in figure.note and "rate 0.1" not in figure.svg
 
 
 def test_cuts_of_a_runs_adapter_stand_beside_it(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from examples.errors import OptionError
 from examples.reporting import adapter_ranks
 from examples.reporting.groups import Task
 from examples.reporting.runs import Run, number, smaller_is_better
-from examples.reporting.svg import Point, Series, chart, heat_map
+from examples.reporting.svg import Point, Series, chart, heat_map, strips
 from examples.reporting.tables import CUT_RULES, metric_name
 from examples.training.file_names import BUDGET_CURVE, PLOTS
 
@@ -77,13 +77,30 @@ class Figures:
 
     def of(self, task: Task) -> list[Figure]:
         """The figures of a task; kinds that have nothing to show are not there."""
-        plain = (self.learning, self.losses, self.rates, self.rank_curves, self.cuts)
+        plain = (self.seeds, self.learning, self.losses, self.rates, self.rank_curves, self.cuts)
         found = [figure for make in plain for figure in make(task)]
         for name, title in (("ece", "Calibration"), ("forgetting", "Forgetting")):
             found += self.scatter(task, name, "metric", f"{title} and metric", front=False)
         for x, y in self.pareto:
             found += self.scatter(task, x, y, f"Pareto: {y} over {x}", front=True)
         return [*found, *self.heat_maps(task), *self.pictures(task)]
+
+    def seeds(self, task: Task) -> Iterator[Figure]:
+        """The best metric of every run, methods below each other; the best mean on top."""
+        rows = [(method, [*c.by_seed("best").values()]) for method, c in task.shown.items()]
+        rows = [row for row in rows if row[1]]
+        if not any(len(values) > 1 for _, values in rows) or len(rows) < 2:
+            return
+        sign = 1 if _smaller(task, "best") else -1
+        rows.sort(key=lambda row: sign * statistics.mean(row[1]))
+        name = task.reference.method if task.reference else ""
+        line = next((statistics.mean(values) for method, values in rows if method == name), None)
+        title, metric = f"Methods: {task.name}", metric_name(task.metric)
+        note = "A ring is a run, a bar the mean over seeds."
+        note += f" Dashed: the mean of {name}." if line is not None else ""
+        runs = [run for c in task.shown.values() for run in c.runs]
+        svg = strips(rows, f"best {metric}", line, title)
+        yield Figure(f"seeds-{_file(task.name)}", title, note, svg, runs)
 
     def learning(self, task: Task) -> Iterator[Figure]:
         """The main metric over epochs, mean over seeds."""

@@ -158,6 +158,45 @@ def heat_map(
     return _svg(WIDTH, top + high * len(rows) + 8, title, parts)
 
 
+def strips(
+    rows: Sequence[tuple[str, Sequence[float]]], x_label: str, line: float | None, title: str = ""
+) -> str:
+    """A row for each name with its values as rings and a bar at their mean.
+
+    Args:
+        rows: (name, values), from the top; at least one value among them.
+        x_label: of the axis below.
+        line: where a dashed line goes through all rows; None: nowhere.
+        title: for readers of the screen.
+    """
+    left, high = 104, 20
+    floor = TOP + high * len(rows)
+    across = _axis([v for _, values in rows for v in values], False, left, WIDTH - left - RIGHT)
+    parts = []
+    for v in across.ticks():
+        x = across.place(v)
+        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{floor}"/>')
+        label = f'<text class="dim" x="{x:.1f}" y="{floor + 15}" text-anchor="middle">'
+        parts.append(f"{label}{_number(v)}</text>")
+    if line is not None:
+        x = across.place(line)
+        place = f'x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{floor}"'
+        parts.append(f'<line {place} stroke="var(--dim)" stroke-dasharray="5 4"/>')
+    for i, (name, values) in enumerate(rows):
+        y = TOP + high * (i + 0.5)
+        parts.append(f'<text x="{left - 8}" y="{y + 4}" text-anchor="end">{_cut(name, 15)}</text>')
+        parts += [_marker(across.place(v), y, 4, "var(--s0)") for v in values]
+        if len(values) > 1:
+            x = across.place(sum(values) / len(values))
+            place = f'x1="{x:.1f}" x2="{x:.1f}" y1="{y - 8}" y2="{y + 8}"'
+            parts.append(f'<line {place} stroke="var(--s1)" stroke-width="2.5"/>')
+    size = f'width="{WIDTH - RIGHT - left}" height="{floor - TOP}"'
+    parts.append(f'<rect class="frame" x="{left}" y="{TOP}" {size}/>')
+    below = f'x="{(left + WIDTH - RIGHT) / 2:.0f}" y="{floor + 34}" text-anchor="middle"'
+    parts.append(f"<text {below}>{escape(x_label)}</text>")
+    return _svg(WIDTH, floor + BOTTOM, title, parts)
+
+
 def _field(x: float, y: float, wide: float, high: float, value: float, share: float) -> list[str]:
     place = f'x="{x + 1:.1f}" y="{y + 1:.1f}" width="{wide - 2:.1f}" height="{high - 2}"'
     text = f"{value:.0f}" if value == int(value) else f"{value:.1f}"

@@ -104,6 +104,24 @@ def test_variants_of_a_sweep_are_compared_as_it_calls_them(tmp_path: Path) -> No
     assert list(task.shown) == ["lora"] and len(task.configurations) == 3
 
 
+def test_every_run_is_in_the_figure_of_methods(tmp_path: Path) -> None:
+    for method, values in (("lora", (0.7, 0.8)), ("full", (0.9, 0.6)), ("adalora", (0.85, 0.95))):
+        for seed, value in enumerate(values):
+            write_run(tmp_path / f"{method}{seed}", method, seed, values=[value])
+    [task] = tasks_of(read([tmp_path]).runs, "lora")
+    [figure] = Figures([task], []).seeds(task)
+    assert re.findall(r'text-anchor="end">(\w+)<', figure.svg) == ["adalora", "full", "lora"]
+    assert figure.svg.count("<circle") == 6 and figure.svg.count('stroke="var(--s1)"') == 3
+    rings = [float(x) for x in re.findall(r'<circle cx="([\d.]+)"', figure.svg)]
+    bars = [float(x) for x in re.findall(r'x1="([\d.]+)"[^>]*stroke="var\(--s1\)"', figure.svg)]
+    assert bars == pytest.approx([sum(rings[i : i + 2]) / 2 for i in (0, 2, 4)], abs=0.2)
+    [dashed] = re.findall(r'x1="([\d.]+)"[^>]*stroke-dasharray', figure.svg)
+    assert float(dashed) == bars[2] and "the mean of lora" in figure.note
+    for run in tmp_path.glob("*1"):
+        (run / "config.json").unlink()  # one seed of each is left
+    assert not list(Figures([], []).seeds(tasks_of(read([tmp_path]).runs, None)[0]))
+
+
 def test_trials_of_a_search_are_on_no_front(tmp_path: Path) -> None:
     for rate, seeds in ((0.1, 1), (0.01, 2), (0.001, 2)):
         for seed in range(seeds):

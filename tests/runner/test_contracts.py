@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.paths import ROOT
+from support.processes import WAYS, launch_runs
 from support.runner_cases import lines, pair_task, results, tiny_bert
 
 from examples import program
@@ -248,11 +245,6 @@ def test_a_killed_run_ends_with_the_same_bytes(
         assert lines(whole / name) == lines(again / name), name
 
 
-# How two processes work together -> what accelerate's launcher then sets.
-WAYS = {
-    "ddp": {},
-    "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
-}
 # Pairs that a way refuses, and in which words.
 REFUSED = {("fsdp2", "full", "ivon"): "--optimizer ivon: not with FSDP2 where all weights train"}
 
@@ -264,23 +256,9 @@ def on_two(
     """How two processes ran all pairs, where, and what they said."""
     out = tmp_path_factory.mktemp(request.param)
     small = ["--per_device_train_batch_size", "3", "--per_device_eval_batch_size", "4"]
-    runs = [[*words(home, out / "-".join(pair), pair, still=True), *small] for pair in PAIRS]
-    (out / "runs.json").write_text(json.dumps(runs))
-    launch = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
-    done = subprocess.run(
-        [sys.executable, *launch, str(ROOT / "tests" / "support" / "several_runs.py"),
-         str(out / "runs.json")],
-        capture_output=True,
-        text=True,
-        env={
-            **os.environ,
-            **WAYS[request.param],
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
-        },
-        timeout=900,
-    )  # fmt: skip
-    return request.param, out, done.stdout[-2000:] + done.stderr
+    runs = [words(home, out / "-".join(pair), pair, still=True) for pair in PAIRS]
+    said = launch_runs([["run_glue", *run, *small] for run in runs], out, request.param)
+    return request.param, out, said
 
 
 @pytest.fixture(scope="module")
@@ -312,7 +290,7 @@ def test_two_processes_equal_one(
     if refused is not None:
         assert refused in said and not two.exists()
         return
-    assert (two / "all_results.json").is_file(), said
+    assert (two / "all_results.json").is_file(), said[-5000:]
     one = weights(on_one(pair))
     assert one.keys() == weights(two).keys()
     for name, tensor in weights(two).items():

@@ -23,8 +23,8 @@ LEFT_OUT = {
 }
 
 
-def _is_on(name: str, default: str = "false") -> bool:
-    return os.environ.get(name, default).strip().lower() in ("true", "1", "yes", "on")
+def _is_on(name: str) -> bool:
+    return os.environ.get(name, "").strip().lower() in ("true", "1", "yes", "on")
 
 
 def wants_sharding() -> bool:
@@ -34,7 +34,8 @@ def wants_sharding() -> bool:
 
 def frees_layers() -> bool:
     """Whether a layer's weights are let go between its forward and its backward pass."""
-    return _is_on("FSDP_RESHARD_AFTER_FORWARD", "true")
+    asked = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").strip().lower()
+    return asked not in ("false", "0", "no", "off", "shard_grad_op", "no_reshard")
 
 
 def check_launch(options: TrainingOptions) -> None:

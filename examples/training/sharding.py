@@ -35,7 +35,7 @@ class ShardedModel:
     Args:
         model: on its device, equal on all processes; its layers are the entries of `ModuleList`s.
         optimizer: of its trained parameters; goes on with their pieces.
-        keep: more parameters that stay whole.
+        keep: more parameters that stay whole, among tensors that may be none.
         free_after_forward: layers are let go between their forward and their backward pass.
     """
 
@@ -43,7 +43,7 @@ class ShardedModel:
         self,
         model: nn.Module,
         optimizer: Optimizer,
-        keep: Iterable[nn.Parameter] = (),
+        keep: Iterable[Tensor] = (),
         *,
         free_after_forward: bool = True,
     ) -> None:

@@ -258,7 +258,7 @@ class AttachedHooks(TrainingHooks):
             part.prepared = values["prepared"]
             part.load_state_dict(values["state"])
 
-    def read_between_passes(self) -> list[nn.Parameter]:
+    def read_between_passes(self) -> list[Tensor]:
         """Those of all parts."""
         return [weight for part in self.parts for weight in part.read_between_passes()]
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import PeftConfig
 
@@ -112,7 +112,7 @@ class TrainingHooks:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what `state_dict` returned; copies tensors it goes on writing to."""
 
-    def read_between_passes(self) -> list[nn.Parameter]:
+    def read_between_passes(self) -> list[Tensor]:
         """Frozen weights that steps read outside forward passes: a loop that shards the others over
         processes leaves these whole."""
         return []

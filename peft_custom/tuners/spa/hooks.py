@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from ...hooks import TrainingHooks
 from .masks import Masks
@@ -82,7 +82,7 @@ class SpaHooks(TrainingHooks):
         ]
         torch._foreach_add_(*(list(side) for side in zip(*pairs, strict=True)))
 
-    def read_between_passes(self) -> list[nn.Parameter]:
+    def read_between_passes(self) -> list[Tensor]:
         """The masked weights, where their magnitudes decide."""
         return [] if self.config.trains_scores else self.masks.adapted_parameters()
 

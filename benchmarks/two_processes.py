@@ -63,7 +63,7 @@ def make_data(folder: Path, model: Path) -> None:
 def words_of(folder: Path, side: str, method: str, steps: int) -> list[str]:
     """The command line of a run."""
     posterior = METHODS[method].optimizer == "ivon"
-    rate = "--learning_rate 0.5" if posterior else "--learning_rate 1e-3 --adam_epsilon 1e-3"
+    rate = "--learning_rate 0.5" if posterior else "--learning_rate 1e-2 --adam_epsilon 1e-3"
     rows = GLOBAL_BATCH // SIDES[side][0]
     where = [
         "--model_name_or_path", str(folder / "model"), "--data_dir", str(folder),
@@ -105,11 +105,9 @@ def serve(file: Path) -> None:
 def row(folder: Path, method: str) -> str:
     """A line of the table."""
     runs = {side: folder / side / method for side in SIDES}
-    found = {side: json.loads((run / "all_results.json").read_text()) for side, run in runs.items()}
+    found = {s: json.loads((run / "all_results.json").read_text()) for s, run in runs.items()}
     step = {side: r["train_seconds"] / r["steps"] for side, r in found.items()}
-    weights = {
-        side: load_file(next(run.glob("*/*model.safetensors"))) for side, run in runs.items()
-    }
+    weights = {s: load_file(next(run.glob("*/*model.safetensors"))) for s, run in runs.items()}
     cells = [method, f"{step['one']:.2f}"]
     for side in list(SIDES)[1:]:
         pairs = [(weights[side][name], tensor) for name, tensor in weights["one"].items()]
@@ -138,9 +136,8 @@ def main() -> None:
         for side in SIDES:
             runs = [words_of(folder, side, method, options.steps) for method in methods]
             launch(folder, side, runs)
-        print(
-            "| method | one, s | DDP, s | × one | weights | loss | FSDP2, s | × one | weights | loss |"
-        )
+        heads = [f"{side}, s | × one | weights | loss" for side in list(SIDES)[1:]]
+        print(f"| method | one, s | {' | '.join(heads)} |")
         print("|" + "---|" * 10)
         for method in methods:
             print(row(folder, method))

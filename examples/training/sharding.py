@@ -36,6 +36,7 @@ class ShardedModel:
         model: on its device, equal on all processes; its layers are the entries of `ModuleList`s.
         optimizer: of its trained parameters; goes on with their pieces.
         keep: more parameters that stay whole, among tensors that may be none.
+        trained_too: trained weights become pieces as well.
         free_after_forward: layers are let go between their forward and their backward pass.
     """
 
@@ -45,12 +46,13 @@ class ShardedModel:
         optimizer: Optimizer,
         keep: Iterable[Tensor] = (),
         *,
+        trained_too: bool = False,
         free_after_forward: bool = True,
     ) -> None:
         self.model, self.free_after_forward = model, free_after_forward
         self._plain = {module: (type(module), set(vars(module))) for module in model.modules()}
         kept = set(keep) | {p for p in model.parameters() if p.dim() == 0}  # no rows to share out
-        if not trains_all(model):
+        if not trained_too:
             kept |= {p for p in model.parameters() if p.requires_grad}
         names = {parameter: name for name, parameter in model.named_parameters()}
         mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
@@ -119,19 +121,20 @@ class ShardedModel:
             module.__class__ = kind
 
 
-def trains_all(model: nn.Module) -> bool:
-    """Whether every weight is trained, so that pieces of them are trained under FSDP2."""
-    return all(parameter.requires_grad for parameter in model.parameters())
+def gathered(tree: Any, keep: bool = True) -> Any:
+    """The same with whole tensors, on the CPU, in place of pieces; all processes call it alike.
 
-
-def gathered(tree: Any) -> Any:
-    """The same with whole tensors, on the CPU, in place of pieces; all processes call it alike."""
+    Args:
+        tree: dicts, lists and tuples of anything.
+        keep: without, this process only gives its pieces to the others: it gets None for them.
+    """
     if isinstance(tree, DTensor):
-        return tree.detach().full_tensor().cpu()
+        whole = tree.detach().full_tensor()
+        return whole.cpu() if keep else None
     if isinstance(tree, dict):
-        return {key: gathered(value) for key, value in tree.items()}
+        return {key: gathered(value, keep) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return type(tree)(gathered(value) for value in tree)
+        return type(tree)(gathered(value, keep) for value in tree)
     return tree
 
 

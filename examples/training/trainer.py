@@ -172,11 +172,16 @@ class Trainer:
         self.bar.close()
 
     def _shard(self) -> None:
-        """The weights become pieces; what the tuners read between forward passes stays whole."""
+        """The weights become pieces; what the tuners read between forward passes stays whole.
+
+        So do trained weights that a tuner or an optimiser looks at as tensors of the model.
+        """
+        all_train = all(parameter.requires_grad for parameter in self.unwrapped.parameters())
         self.shards = ShardedModel(
             self.unwrapped,
             unwrap_optimizer(self.optimizer),
             self.hooks.read_between_passes(),
+            trained_too=all_train and not self.hooks.adapts and self.sampler is None,
             free_after_forward=self.free_layers,
         )
         self.clip_groups = self._make_clip_groups()
@@ -411,7 +416,7 @@ class Trainer:
         self._check_losses()
         self._stop_clock()
         state, weights = self.progress, gathered(self.weights())
-        optimizer = gathered(self.optimizer.state_dict())
+        optimizer = gathered(self.optimizer.state_dict(), self.accelerator.is_main_process)
         # A finite loss may have made weights that are not; such a checkpoint would be the newest.
         if not all(bool(t.isfinite().all()) for t in weights.values() if t.is_floating_point()):
             raise self._diverged(state.step - 1)

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from examples import program
+from examples.cli.groups import TrainingOptions
+from examples.program import launched
 from examples.run_glue import main
 from examples.training.sharding import ShardedModel, gathered
 from peft_custom import LoraConfig, get_peft_model
@@ -70,7 +72,7 @@ def in_pieces(rank: int) -> dict[str, Any]:
     for name, make in MODELS.items():
         model, optimizer = _made(make)
         before = {trained: local_bytes(model, trained) for trained in (True, False)}
-        shards = ShardedModel(model, optimizer)
+        shards = ShardedModel(model, optimizer, trained_too=name != "lora")
         found[f"{name} frozen"] = local_bytes(model, False) / max(1, before[False])
         found[f"{name} trained"] = local_bytes(model, True) / before[True]
         for _ in range(2):
@@ -87,6 +89,8 @@ def in_pieces(rank: int) -> dict[str, Any]:
         shards.end()
         found |= {f"{name} end {n}": t.clone() for n, t in model.state_dict().items()}
         found[f"{name} kind"] = type(model).__name__
+        if name == "gpt2":
+            found["still tied"] = model.lm_head.weight is model.transformer.wte.weight
         if not rank:  # an ordinary model, which can be copied, and needs nobody else
             found[f"{name} loss"] = copy.deepcopy(model).eval()(**inputs(model, slice(0, 4))).loss
     dist.barrier()
@@ -116,6 +120,7 @@ def _step(
 
 def test_pieces_are_halves_and_train_what_the_whole_does(tmp_path: Path) -> None:
     one, two = in_two(in_pieces, tmp_path)
+    assert one["still tied"] and two["still tied"]
     for name, make in MODELS.items():
         model, optimizer = _made(make)
         for _ in range(2):
@@ -241,6 +246,39 @@ def test_a_whole_model_is_saved_as_an_ordinary_checkpoint(sharded: tuple[Path, s
     ours = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     ids = torch.arange(5, 17).view(2, 6)
     torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+# --- what the launcher asks for -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "shards", "frees", "refusal"),
+    [
+        ("--use_fsdp --fsdp_version 2", True, True, None),
+        ("--use_fsdp --fsdp_version 2 --fsdp_reshard_after_forward false", True, False, None),
+        ("--use_fsdp", True, True, "FSDP version 1"),
+        ("--use_fsdp --fsdp_version 2 --fsdp_offload_params true", True, True, "leave --fsdp_offl"),
+        ("--multi_gpu", False, True, None),
+    ],
+)
+def test_it_is_read_as_accelerate_says_it(
+    monkeypatch: pytest.MonkeyPatch, asked: str, shards: bool, frees: bool, refusal: str | None
+) -> None:
+    from accelerate.commands.launch import launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    fixed = "--num_processes 2 --num_machines 1 --main_process_port 0 --mixed_precision no".split()
+    words = [*asked.split(), *fixed, "--dynamo_backend", "no", "program.py"]
+    for name, value in prepare_multi_gpu_env(launch_command_parser().parse_args(words)).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("WORLD_SIZE", "2")  # by torch, in each process
+    assert (launched.wants_sharding(), launched.frees_layers()) == (shards, frees)
+    options = TrainingOptions(output_dir="o")
+    if refusal is None:
+        launched.check_launch(options)
+    else:
+        with pytest.raises(program.OptionError, match=refusal):
+            launched.check_launch(options)
 
 
 # --- what is refused -----------------------------------------------------------------------------

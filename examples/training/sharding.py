@@ -50,7 +50,7 @@ class ShardedModel:
         free_after_forward: bool = True,
     ) -> None:
         self.model, self.free_after_forward = model, free_after_forward
-        self._plain = {module: (type(module), set(vars(module))) for module in model.modules()}
+        plain = {module: (type(module), set(vars(module))) for module in model.modules()}
         kept = set(keep) | {p for p in model.parameters() if p.dim() == 0}  # no rows to share out
         if not trained_too:
             kept |= {p for p in model.parameters() if p.requires_grad}
@@ -64,6 +64,8 @@ class ShardedModel:
         self._units = [module for module in model.modules() if isinstance(module, FSDPModule)]
         # The whole model's forward pass begins them all, even where an evaluation calls layers.
         fully_shard.state(model)._lazy_init()
+        # The class of every module as it was, and what fully_shard has noted there.
+        self._before = {m: (kind, set(vars(m)) - own) for m, (kind, own) in plain.items()}
         self._replace(optimizer, names)
         self.averaged = [p for p in model.parameters() if p.requires_grad and p in kept]
 
@@ -109,14 +111,14 @@ class ShardedModel:
             state = fully_shard.state(unit)
             state._pre_forward_hook_handle.remove()
             state._post_forward_hook_handle.remove()
-        for module, (kind, attributes) in self._plain.items():
+        for module, (kind, notes) in self._before.items():
             for name, parameter in module._parameters.items():
                 if isinstance(parameter, DTensor):
                     if parameter not in found:
                         whole = parameter.full_tensor()
                         found[parameter] = nn.Parameter(whole, parameter.requires_grad)
                     module._parameters[name] = found[parameter]
-            for name in set(vars(module)) - attributes:  # what fully_shard has noted there
+            for name in notes:
                 delattr(module, name)
             module.__class__ = kind
 

@@ -1,6 +1,6 @@
 """Every method on one process and on two, by DDP and by FSDP2: seconds per step, and equality.
 
-    python -m benchmarks.two_processes --model_dir DIR [--methods lora,full] [--steps 8]
+    python -m benchmarks.two_processes --model_dir DIR [--methods lora,full] [--steps 6]
 
 Runs of `examples.run_glue` on sentence pairs of random words, dropout switched off, one thread per
 process. All sides take the same global batches, so the weights they end with are compared as well.
@@ -122,7 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model_dir", type=Path, help="MiniLM: python -m examples.backbone")
     parser.add_argument("--methods", default=",".join(METHODS), help="names with commas between")
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve is not None:

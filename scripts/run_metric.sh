@@ -18,5 +18,5 @@ flag input_file "${PREPARED:-$root/data/prepared/e2e}/test_formatted.jsonl" && i
 flag output "$root/runs/inference/metrics.json" && output=$REPLY
 flag ref_type e2e && format=${REPLY/dart/webnlg}
 flag vocab && vocab=$REPLY
-NUM_GPUS=1 launch examples.evaluate_nlg --pred "$samples" --ref "$input" --output "$output" \
+NUM_GPUS=1 NUM_NODES=1 launch examples.evaluate_nlg --pred "$samples" --ref "$input" --output "$output" \
   --format "$format" ${vocab:+--vocab "$vocab"} "${words[@]}"

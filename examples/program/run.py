@@ -34,6 +34,7 @@ from examples.methods.bf16 import cpu_multiplies_bf16, multiply_bf16_in_fp32
 from examples.methods.registry import METHODS, BuiltOptimizer, RunInfo
 from examples.methods.source import ModelSource
 from examples.plots.curves import learning_curve
+from examples.program.launched import check_launch, frees_layers, joined_as_ddp, wants_sharding
 from examples.program.main import Options
 from examples.program.model_card import write_card
 from examples.program.results import peak_memory, table
@@ -62,20 +63,22 @@ PredictSplit = Callable[["Run", str, Any], dict[str, float]]
 
 def make_accelerator(options: TrainingOptions) -> Accelerator:
     """Devices, processes, precision and trackers, with the seed set."""
+    check_launch(options)
     AcceleratorState._reset_state()  # a sweep makes several runs in one process
     set_seed(options.seed)
     wanted = TRACKERS if options.report_to == ("all",) else options.report_to
     trackers = [] if wanted == ("none",) else [_tracker(t, options.report_to) for t in wanted]
     trackers = [tracker for tracker in trackers if tracker]
     launched = int(os.environ.get("WORLD_SIZE", "1"))
-    accelerator = Accelerator(
-        # without a GPU accelerate joins launched processes only where it is told so
-        cpu=launched > 1 and not torch.accelerator.is_available(),
-        mixed_precision=options.mixed_precision,
-        log_with=trackers or None,
-        project_dir=options.output_dir if trackers else None,
-        step_scheduler_with_optimizer=False,
-    )
+    with joined_as_ddp():
+        accelerator = Accelerator(
+            # without a GPU accelerate joins launched processes only where it is told so
+            cpu=launched > 1 and not torch.accelerator.is_available(),
+            mixed_precision=options.mixed_precision,
+            log_with=trackers or None,
+            project_dir=options.output_dir if trackers else None,
+            step_scheduler_with_optimizer=False,
+        )
     if accelerator.num_processes != launched:
         raise OptionError(
             f"{launched} processes were launched, but accelerate joined {accelerator.num_processes}"
@@ -131,6 +134,12 @@ class Run:
         self.options, self.accelerator, self.source = options, accelerator, source
         self.title, self.main_metric = title, main_metric
         self.training: TrainingOptions = options[TrainingOptions]
+        all_train = options.method.folder == "model"
+        if all_train and options.optimizer.has_posterior and wants_sharding():
+            raise OptionError(
+                f"--optimizer {options.optimizer.name}: not with FSDP2 where all weights train: it "
+                "samples them whole; launch without --use_fsdp, or use --optimizer adamw"
+            )
         source.warmup = self.training.num_warmup_steps or self.training.warmup_ratio
         self.folder = RunFolder(
             Path(self.training.output_dir).expanduser(),
@@ -209,6 +218,8 @@ class Run:
                 "total_steps": steps,
                 "sampler": self.built.sampler,
                 "posterior": self.built.posterior is not None,
+                "shard": wants_sharding(),
+                "free_layers": frees_layers(),
             }
         elif options.optimizer.has_posterior:
             self.built = self._optimizer(0, self.training.learning_rate)

@@ -39,7 +39,9 @@ from examples.training.distillation import for_the_model
 from examples.training.progress import ProgressBar
 from examples.training.run_folder import LOG, METRICS, RunFolder
 from examples.training.sampling import WeightSampler, over_samples
-from peft_custom.hooks import MicroBatch, attach
+from examples.training.sharding import ShardedModel, gathered
+from peft_custom.distributed import take_from_first
+from peft_custom.hooks import MicroBatch, attach, unwrap_optimizer
 
 LOSS_CHECK_EVERY = 20  # steps: reading the losses of an accelerator waits for all its work
 SUMS = ("tokens", "loss_sum", "log_sum")  # every process has its own part of these
@@ -67,6 +69,9 @@ class Trainer:
         sampler: the optimiser, where it samples the weights.
         posterior: the weights are a distribution's: the optimiser's state belongs to them.
         read: what the run has read -> a key of its content; to resume, they must be the same.
+        shard: weights are cut into pieces over the processes while it trains (FSDP2), instead of
+            DistributedDataParallel.
+        free_layers: of sharded weights, see `ShardedModel.free_after_forward`.
     """
 
     def __init__(
@@ -88,6 +93,8 @@ class Trainer:
         sampler: WeightSampler | None = None,
         posterior: bool = False,
         read: Mapping[str, str] | None = None,
+        shard: bool = False,
+        free_layers: bool = True,
     ) -> None:
         self.options, self.accelerator, self.folder = options, accelerator, folder
         self.train_batches, self.collate, self.schedule = train, collate, schedule
@@ -96,6 +103,8 @@ class Trainer:
         self.predictor = predictor or PlainPredictor()
         self.sampler, self.posterior = sampler, posterior
         self.read = dict(read or {})
+        self.shard, self.free_layers = shard, free_layers
+        self.shards: ShardedModel | None = None  # from the first step to the last
         self.device = accelerator.device
         self.progress = Progress()
         self.best_state: dict[str, Any] | None = None  # where no checkpoints are saved
@@ -104,7 +113,12 @@ class Trainer:
         if optimizer is None:
             self.unwrapped = self.model = model.to(self.device)
             return
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        if shard:
+            self.model = accelerator.prepare_model(model, evaluation_mode=True)  # without DDP
+            take_from_first(list(model.parameters()))
+            self.optimizer = accelerator.prepare(optimizer)
+        else:
+            self.model, self.optimizer = accelerator.prepare(model, optimizer)
         wrapped = isinstance(self.model, DistributedDataParallel)
         self.unwrapped = self.model.module if wrapped else self.model
         self.hooks = attach(self.unwrapped, self.optimizer, total_steps, seed=options.seed)
@@ -131,6 +145,8 @@ class Trainer:
             as_user_error(
                 self.hooks.prepare, partial(self._batches_of_epoch, 0), self._forward_loss
             )
+        if self.shard:
+            self._shard()
         state = self.progress
         self.bar = ProgressBar(
             self.total_steps,
@@ -150,7 +166,25 @@ class Trainer:
                 if state.step >= self.total_steps or state.stopped:
                     break
         self._stop_clock()
+        if self.shards is not None:
+            self.shards.end()
+            self.shards = None
         self.bar.close()
+
+    def _shard(self) -> None:
+        """The weights become pieces; what the tuners read between forward passes stays whole.
+
+        So do trained weights that a tuner or an optimiser looks at as tensors of the model.
+        """
+        all_train = all(parameter.requires_grad for parameter in self.unwrapped.parameters())
+        self.shards = ShardedModel(
+            self.unwrapped,
+            unwrap_optimizer(self.optimizer),
+            self.hooks.read_between_passes(),
+            trained_too=all_train and not self.hooks.adapts and self.sampler is None,
+            free_after_forward=self.free_layers,
+        )
+        self.clip_groups = self._make_clip_groups()
 
     def _compile(self) -> None:
         """Compiles the model, and measures on the next global batch whether that pays.
@@ -216,12 +250,15 @@ class Trainer:
         processes = self.accelerator.num_processes  # gradients are averaged over them, not summed
         last = len(batch.micro_batches) - 1
         for i, micro_batch in enumerate(batch.micro_batches):
-            hold = i < last and processes > 1  # gradients are exchanged once, with the last one
+            # Gradients are exchanged once, with the last one; those of pieces with every one.
+            hold = i < last and processes > 1 and self.shards is None
             with self.accelerator.no_sync(self.model) if hold else nullcontext():
                 arguments = on_device(self.collate(micro_batch), self.device)
                 loss = self._forward_loss(arguments).float() * micro_batch.weight
                 self.accelerator.backward(loss * processes)
             total += loss.detach()
+        if self.shards is not None:
+            self.shards.average_gradients()
         return total
 
     # --- between steps --------------------------------------------------------------------------
@@ -239,7 +276,8 @@ class Trainer:
             if self._save_is_due() or better:
                 self.save()
         elif better:
-            self.best_state = copy.deepcopy({"weights": self.weights(), **self._posterior()})
+            best = gathered({"weights": self.weights(), **self._posterior()})
+            self.best_state = copy.deepcopy(best)
 
     def _is_last_step(self) -> bool:
         return self.progress.step == self.total_steps
@@ -362,7 +400,8 @@ class Trainer:
     def evaluate(self, final: bool = False) -> dict[str, float]:
         """Metrics of every evaluation set; `final` at the end of a run."""
         where = self.unwrapped, self.evaluations, self.accelerator
-        return evaluation.evaluate(*where, self.predictor, final)
+        with nullcontext() if self.shards is None else self.shards.whole():
+            return evaluation.evaluate(*where, self.predictor, final)
 
     # --- saving and resuming --------------------------------------------------------------------
 
@@ -376,7 +415,8 @@ class Trainer:
         """Writes a checkpoint, then removes those that are too many."""
         self._check_losses()
         self._stop_clock()
-        state, weights = self.progress, self.weights()
+        state, weights = self.progress, gathered(self.weights())
+        optimizer = gathered(self.optimizer.state_dict(), self.accelerator.is_main_process)
         # A finite loss may have made weights that are not; such a checkpoint would be the newest.
         if not all(bool(t.isfinite().all()) for t in weights.values() if t.is_floating_point()):
             raise self._diverged(state.step - 1)
@@ -385,7 +425,7 @@ class Trainer:
             scaler = self.accelerator.scaler
             content = {
                 "weights": weights,
-                "optimizer": self.optimizer.state_dict(),
+                "optimizer": optimizer,
                 "hooks": self.hooks.state_dict(),
                 "scaler": scaler.state_dict() if scaler is not None else None,
                 "processes": self.accelerator.num_processes,

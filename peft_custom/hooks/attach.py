@@ -258,6 +258,10 @@ class AttachedHooks(TrainingHooks):
             part.prepared = values["prepared"]
             part.load_state_dict(values["state"])
 
+    def read_between_passes(self) -> list[Tensor]:
+        """Those of all parts."""
+        return [weight for part in self.parts for weight in part.read_between_passes()]
+
     def remove(self) -> None:
         """Detaches from the optimiser; the model stays as it is. May be called again."""
         if self._driver is None:

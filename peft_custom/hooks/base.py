@@ -112,6 +112,11 @@ class TrainingHooks:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what `state_dict` returned; copies tensors it goes on writing to."""
 
+    def read_between_passes(self) -> list[Tensor]:
+        """Frozen weights that steps read outside forward passes: a loop that shards the others over
+        processes leaves these whole."""
+        return []
+
     def remove(self) -> None:
         """Leaves the model as it is and stops adapting."""
 

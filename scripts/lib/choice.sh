@@ -7,6 +7,7 @@
 #   DATA_DIR    folder with ARC-Easy/ and ARC-Challenge/; unset: data/arc beside scripts/, or the hub
 #   OUTPUT_DIR  the run's folder; unset: runs/MODEL_TASK_METHOD beside scripts/
 #   NUM_GPUS    processes, 1 unless given: the global batch stays, accumulation follows from it
+#   NUM_NODES   machines of NUM_GPUS each, 1 unless given; what else they need says run.sh
 source "$(dirname "${BASH_SOURCE[0]}")/run.sh"
 
 # choice MODEL TASK [ARGUMENT ...]; the array lora holds the flags.

@@ -8,6 +8,7 @@
 #   OUTPUT_DIR  the run's folder; unset: runs/MODEL_TASK_METHOD beside scripts/
 #   LORA_PATH   an adapter trained on MNLI, which mrpc, rte, stsb and wnli start from
 #   NUM_GPUS    processes, 1 unless given: the global batch stays, accumulation follows from it
+#   NUM_NODES   machines of NUM_GPUS each, 1 unless given; what else they need says run.sh
 # What scripts/download.sh brought to checkpoints/ and data/ is used where MODEL, DATA_DIR are unset.
 source "$(dirname "${BASH_SOURCE[0]}")/run.sh"
 

@@ -1,7 +1,7 @@
 # Sourced by finetune.sh, run_inference.sh and run_metric.sh: the three commands of the Jittor port
 # of LoRA on GPT-2. Each is the port's command for E2E and takes its flags, which mean what they do
 # there (gpt2_ft.py, gpt2_beam.py, gpt2_decode.py of the original recipe); our own options go with
-# them. Checkpoints are folders here. MODEL, DATA_DIR, PREPARED and NUM_GPUS are as nlg.sh says.
+# them. Checkpoints are folders here. MODEL, DATA_DIR, PREPARED, NUM_GPUS, NUM_NODES: see nlg.sh.
 source "$(dirname "${BASH_SOURCE[0]}")/nlg.sh"
 
 # flag NAME [DEFAULT]: takes `--NAME value` out of the array words, and sets REPLY to the value.

@@ -11,6 +11,7 @@
 #   SPLIT_DEV   1: cut BoolQ's dev.jsonl into train, valid and test (not the official split)
 #   OUTPUT_DIR  the run's folder; unset: runs/MODEL_TASK_METHOD beside scripts/
 #   NUM_GPUS    processes, 1 unless given: the global batch stays, accumulation follows from it
+#   NUM_NODES   machines of NUM_GPUS each, 1 unless given; what else they need says run.sh
 # What scripts/download.sh brought to checkpoints/ is used where MODEL is unset. Where there is no
 # test set, `--do_predict false` trains alone; where there is no other (of XSum 1,000 test rows are
 # easily had), `--do_train false --do_eval false --lora_path RUN` decodes and scores.

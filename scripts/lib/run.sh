@@ -30,16 +30,25 @@ packages() {
   export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 }
 
-# launch PROGRAM [ARGUMENT ...]: the last command, on NUM_GPUS processes (1).
+# launch PROGRAM [ARGUMENT ...]: the last command, on NUM_GPUS (1) processes of each of NUM_NODES (1)
+# machines. With several machines the script is started on each, with the same words and
+#   MASTER_ADDR  name or address of the first machine
+#   MASTER_PORT  a free port there; unset: 29500
+#   NODE_RANK    which this one is: 0 is the first
+# and the run's folder is on a disk that all of them see.
 launch() {
-  local program=$1 gpus=${NUM_GPUS:-1} run
+  local program=$1 gpus=${NUM_GPUS:-1} nodes=${NUM_NODES:-1} run machines=(--num_machines 1)
   shift
   run=(python -m "$program")
-  if [ "$gpus" != 1 ]; then
+  if [ "$nodes" != 1 ]; then
+    machines=(--num_machines "$nodes" --machine_rank "$NODE_RANK"
+      --main_process_ip "$MASTER_ADDR" --main_process_port "${MASTER_PORT:-29500}")
+  fi
+  if [ $((gpus * nodes)) != 1 ]; then
     # with fewer GPUs the launcher would quietly start one process, or several that do the same
     python -c 'import sys, torch; sys.exit(torch.accelerator.device_count() < int(sys.argv[1]))' \
       "$gpus" || fail "NUM_GPUS=$gpus: torch sees fewer GPUs than that"
-    run=(accelerate launch --multi_gpu --num_processes "$gpus" --num_machines 1
+    run=(accelerate launch --multi_gpu --num_processes $((gpus * nodes)) "${machines[@]}"
       --mixed_precision no --dynamo_backend no --module "$program")
   fi
   show "${run[@]}" "$@"
@@ -50,5 +59,13 @@ launch() {
 show() { printf '+%s\n' "$(printf ' %q' "$@")" >&2; }
 note() { echo "${0##*/}: $*" >&2; }
 fail() { note "$@" && exit 2; }
-[[ ${NUM_GPUS:-1} =~ ^[1-9][0-9]*$ ]] ||
-  fail "NUM_GPUS=$NUM_GPUS: a whole number from 1 on is needed"
+for name in NUM_GPUS NUM_NODES; do
+  [[ ${!name:-1} =~ ^[1-9][0-9]*$ ]] || fail "$name=${!name}: a whole number from 1 on is needed"
+done
+if [ "${NUM_NODES:-1}" != 1 ]; then
+  [ -n "${MASTER_ADDR:-}" ] || fail "NUM_NODES=$NUM_NODES: MASTER_ADDR is needed, the first machine"
+  [[ ${MASTER_PORT:-29500} =~ ^[1-9][0-9]*$ ]] ||
+    fail "MASTER_PORT=$MASTER_PORT: a whole number from 1 on is needed"
+  [[ ${NODE_RANK:-} =~ ^(0|[1-9][0-9]*)$ ]] && [ "$NODE_RANK" -lt "$NUM_NODES" ] ||
+    fail "NODE_RANK=${NODE_RANK:-}: which machine this is, a number from 0 to $((NUM_NODES - 1))"
+fi

@@ -9,6 +9,7 @@
 #               hub
 #   OUTPUT_DIR  the run's folder; unset: runs/MODEL_TASK_METHOD[_DENSITY] beside scripts/
 #   NUM_GPUS    processes, 1 unless given: the global batch stays, accumulation follows from it
+#   NUM_NODES   machines of NUM_GPUS each, 1 unless given; what else they need says run.sh
 # What scripts/download.sh brought to checkpoints/ is used where MODEL is unset.
 source "$(dirname "${BASH_SOURCE[0]}")/run.sh"
 source "$(dirname "${BASH_SOURCE[0]}")/density.sh"

@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from support.choice_cases import choice_task
-from support.processes import launch_two
+from support.processes import WAYS, launch_two
 from support.runner_cases import lines, results, tiny_bert, tiny_deberta
 
 from examples import program
@@ -157,11 +157,12 @@ def test_a_killed_run_ends_with_the_same_bytes(home: Path, tmp_path: Path) -> No
     assert all(torch.equal(adapter(again)[name], t) for name, t in adapter(whole).items())
 
 
-def test_two_processes_equal_one(home: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_equal_one(home: Path, tmp_path: Path, way: str) -> None:
     rate = ["--learning_rate", "0.02", "--adam_epsilon", "1e-3", "--do_predict"]
     small = ["--per_device_train_batch_size", "3", "--per_device_eval_batch_size", "4"]
     two = words(home, tmp_path / "two", *rate, *small)
-    launch_two(["-m", "examples.run_multiple_choice"], *two)
+    launch_two(["-m", "examples.run_multiple_choice"], *two, way=way)
     run(home, tmp_path / "one", *rate)
     assert_close(tmp_path / "one", tmp_path / "two", atol=1e-6, rtol=1e-5)
     one, two = (results(tmp_path / name) for name in ("one", "two"))

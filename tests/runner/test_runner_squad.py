@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.processes import launch_two
+from support.processes import WAYS, launch_two
 from support.runner_cases import lines, results, tiny_bert
 from support.squad_cases import squad_task
 
@@ -160,9 +160,10 @@ def test_both_wirings(home: Path, tmp_path: Path, method: str) -> None:
         assert made[0][name] == pytest.approx(made[1][name], rel=1e-4)
 
 
-def test_two_processes_are_one(home: Path, plain: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_are_one(home: Path, plain: Path, tmp_path: Path, way: str) -> None:
     small = ["--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "5"]
-    launch_two(["-m", "examples.run_squad"], *words(home, tmp_path / "two", *small))
+    launch_two(["-m", "examples.run_squad"], *words(home, tmp_path / "two", *small), way=way)
     assert_close(adapter(plain), adapter(tmp_path / "two"))
     rows = [lines(out / "metrics.jsonl") for out in (plain, tmp_path / "two")]
     for a, b in zip(*rows, strict=True):

@@ -119,6 +119,28 @@ def test_the_global_batch_does_not_depend_on_the_gpus(
     assert sizes == {gpus * batch if method == "lora" else 16 if small else 32}
 
 
+# The second of two machines.
+MACHINES = {"NUM_NODES": "2", "MASTER_ADDR": "first.example", "NODE_RANK": "1"}
+
+
+@pytest.mark.parametrize("gpus", [1, 4])
+def test_several_machines_share_the_global_batch(dry: Dry, gpus: int) -> None:
+    from accelerate.commands.launch import launch_command_parser
+
+    command, done = dry("roberta_base_cola.sh", **MACHINES, NUM_GPUS=str(gpus))
+    assert done.returncode == 0, done.stderr
+    launched = launch_command_parser().parse_args(command[2:])  # as accelerate reads it
+    assert (launched.num_processes, launched.num_machines) == (2 * gpus, 2)
+    assert (launched.machine_rank, launched.main_process_ip) == (1, "first.example")
+    assert (launched.main_process_port, launched.multi_gpu, launched.module) == (29500, True, True)
+    assert launched.training_script == "examples.run_glue"
+    assert rows_per_step(parsed(command), 2 * gpus) == rows_per_step(
+        parsed(dry("roberta_base_cola.sh")[0]), 1
+    )
+    command, _ = dry("roberta_base_cola.sh", **MACHINES, MASTER_PORT="1234")
+    assert command[command.index("--main_process_port") + 1] == "1234"
+
+
 def test_a_batch_that_cannot_be_split_is_an_error(dry: Dry) -> None:
     options = parsed(dry("roberta_base_cola.sh", NUM_GPUS="3")[0])
     with pytest.raises(program.OptionError, match="--global_batch_size 64 is no multiple"):
@@ -252,6 +274,12 @@ def test_downloads_are_found(dry: Dry, tmp_path: Path) -> None:
          "hparams/roberta_base_nonsense.yaml, only hparams/roberta_base_"),
         ([], {"NUM_GPUS": "two"}, "NUM_GPUS=two: a whole number"),
         ([], {"NUM_GPUS": "0"}, "NUM_GPUS=0: a whole number"),
+        ([], {"NUM_NODES": "1.5"}, "NUM_NODES=1.5: a whole number"),
+        ([], {"NUM_NODES": "2", "NODE_RANK": "0"}, "NUM_NODES=2: MASTER_ADDR is needed"),
+        ([], {**MACHINES, "NODE_RANK": ""}, "NODE_RANK=: which machine this is, a number from 0"),
+        ([], {**MACHINES, "NODE_RANK": "2"}, "NODE_RANK=2: which machine this is, a number from 0 "
+         "to 1"),
+        ([], {**MACHINES, "MASTER_PORT": "http"}, "MASTER_PORT=http: a whole number"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from support.paths import ROOT
+
+# How two processes work together -> what accelerate's launcher then sets.
+WAYS: dict[str, dict[str, str]] = {
+    "ddp": {},
+    "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+}
 
 
 def free_port() -> int:
@@ -44,10 +51,33 @@ def _member(rank: int, run: Callable[[int], dict[str, Any]], port: int, folder: 
         dist.destroy_process_group()
 
 
-def launch_two(program: Iterable[object], *words: object) -> None:
-    """Runs a program by torch's launcher, as `-m module` or a file, on two processes."""
+def launch_two(program: Iterable[object], *words: object, way: str = "ddp") -> str:
+    """Runs a program by torch's launcher, as `-m module` or a file, on two processes.
+
+    Args:
+        program: the module or file.
+        words: for its command line.
+        way: of `WAYS`.
+
+    Returns:
+        What the processes said on stdout and stderr.
+    """
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command = [*launcher, "--nproc_per_node", "2", *map(str, (*program, *words))]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    environment = {**os.environ, **WAYS[way], "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def launch_runs(runs: Sequence[Sequence[str]], folder: Path, way: str = "ddp") -> str:
+    """Several runs on the same two processes, one after another; what was said.
+
+    Args:
+        runs: the name of a program and its words, each.
+        folder: for the list.
+        way: of `WAYS`.
+    """
+    file = folder / "runs.json"
+    file.write_text(json.dumps([list(run) for run in runs]))
+    return launch_two([Path(__file__).with_name("several_runs.py")], file, way=way)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...hooks import TrainingHooks
 from .masks import Masks
@@ -80,6 +81,10 @@ class SpaHooks(TrainingHooks):
             (g, d) for g, d in zip(grads, self.masks.unstacked(found), strict=True) if g is not None
         ]
         torch._foreach_add_(*(list(side) for side in zip(*pairs, strict=True)))
+
+    def read_between_passes(self) -> list[Tensor]:
+        """The masked weights, where their magnitudes decide."""
+        return [] if self.config.trains_scores else self.masks.adapted_parameters()
 
     @property
     def finished(self) -> bool:

@@ -208,12 +208,7 @@ class Masks:
         """Writes the final masks anew where anything that they depend on has changed."""
         parts: list[Tensor] = [item.mask_scores for item in self.items]
         if not self.config.trains_scores:
-            parts = [
-                t
-                for item in self.items
-                for m in item.members
-                for t in m.layer.weight_parts(m.adapter)
-            ]
+            parts = self.adapted_parameters()
 
         def form() -> Tensor:
             found = self.compute(self.config.final_threshold)
@@ -221,6 +216,11 @@ class Masks:
             return found[0]
 
         self._kept = kept_weight(self._kept, parts, self.config.final_threshold, form)
+
+    def adapted_parameters(self) -> list[Tensor]:
+        """What the masked weights W' are made of."""
+        members = [member for item in self.items for member in item.members]
+        return [t for m in members for t in m.layer.weight_parts(m.adapter)]
 
     def forget(self) -> None:
         """The next `refresh` computes."""

@@ -137,6 +137,7 @@ class Run:
             options.resolved(),
             accelerator.is_main_process,
             {name: (method.folder, *method.files) for name, method in METHODS.items()},
+            options.program,
         )
         self.read: dict[str, str] = {}
         self.test_metrics: dict[str, float] = {}

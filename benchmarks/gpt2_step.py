@@ -17,8 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,36 +80,18 @@ SIDES = {"ours": ours, "peer": peer}
 
 def serve(o: argparse.Namespace) -> None:
     """A worker: for every request, takes a turn of training steps and answers."""
-    import resource
 
-    if o.side == "ours":  # what every run keeps in memory
-        from examples.training import memory
+    def build(device: str) -> tuple[Any, Callable[[list[e2e.Row]], Any]]:
+        model, inputs = SIDES[o.side](o)
+        model.to(device)
+        return model, lambda rows: model(**peers.on(device, inputs(rows))).loss
 
-        memory.keep_compiled_kernels()
-        memory.keep_freed_memory()
+    def answers() -> Iterator[tuple[list, int, dict]]:
+        for batches in turns(o):
+            tokens = sum(len(a) + len(b) for rows in batches for a, b in rows)
+            yield batches, tokens, {"bound": bound(batches, o.layers)}
 
-    import torch
-
-    from benchmarks.common.timing import seconds
-
-    torch.manual_seed(o.seed)
-    model, inputs = SIDES[o.side](o)
-    model.train()
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=LEARNING_RATE, fused=o.side == "ours")
-
-    def step(rows: list[e2e.Row]) -> None:
-        model(**inputs(rows)).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    clock = time.process_time if o.clock == "cpu" else time.perf_counter
-    for batches in turns(o):
-        tokens = sum(len(a) + len(b) for rows in batches for a, b in rows)
-        took = seconds(lambda batches=batches: [step(rows) for rows in batches], clock=clock)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        peers.tell({"tokens_per_second": tokens / took, "peak_gib": peak, "bound": bound(
-            batches, o.layers), "trainable": sum(p.numel() for p in trainable)})  # fmt: skip
+    peers.serve_steps(o, build, answers(), LEARNING_RATE, clip=False)
 
 
 def turns(o: argparse.Namespace) -> Any:
@@ -139,7 +120,7 @@ def bound(batches: list[list[e2e.Row]], layers: int) -> float:
 
 def measure(o: argparse.Namespace) -> dict:
     """Lets both sides take turns; medians and ranges over the rounds."""
-    words: list[object] = []
+    words: list[object] = ["--device", o.device] * bool(o.device)
     names = ("batch", "layers", "steps", "seed", "clock", "rounds", "warm_up", "data_dir")
     for name in (*names, "tokenizer"):
         words += [f"--{name}", getattr(o, name)]
@@ -177,6 +158,7 @@ def main() -> None:
     parser.add_argument("--warm_up", type=int, default=1, help="rounds that do not count")
     parser.add_argument("--steps", type=int, default=2, help="training steps per round")
     parser.add_argument("--seed", type=int, default=0)
+    peers.add_device(parser)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--out", type=Path, help="append the figures to this file, a JSON line")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)

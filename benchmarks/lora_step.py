@@ -19,8 +19,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from benchmarks.common import peers
@@ -55,54 +54,37 @@ def side(o: argparse.Namespace) -> tuple[Any, Callable[[list], dict]]:
 
 def serve(o: argparse.Namespace) -> None:
     """A worker: for every request, takes a turn of training steps and answers."""
-    import resource
-
-    if o.side == "ours":  # what every run keeps in memory
-        from examples.training import memory
-
-        memory.keep_compiled_kernels()
-        memory.keep_freed_memory()
-
-    import torch
-
     from benchmarks.common.models import token_lists
-    from benchmarks.common.timing import seconds
 
-    torch.manual_seed(o.seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, inputs = side(o)
-    model.to(device).train()
-    if o.compile:
-        model = torch.compile(model, dynamic=True)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=LEARNING_RATE, fused=o.side == "ours")
-    labels = torch.arange(o.batch, device=device) % 2
-    bf16 = o.side == "peer" and o.dtype == "bfloat16"
-    autocast = torch.autocast(device, torch.bfloat16, enabled=bf16)
+    def build(device: str) -> tuple[Any, Callable[[list], Any]]:
+        import torch
 
-    def step(batch: list[list[int]]) -> None:
-        given = {k: v.to(device) if torch.is_tensor(v) else v for k, v in inputs(batch).items()}
-        with autocast:
-            loss = model(**given, labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        model, inputs = side(o)
+        model.to(device)
+        if o.compile:
+            model = torch.compile(model, dynamic=True)
+        labels = torch.arange(o.batch, device=device) % 2
+        bf16 = o.side == "peer" and o.dtype == "bfloat16"
+        autocast = torch.autocast(device, torch.bfloat16, enabled=bf16)
 
-    clock = time.process_time if o.clock == "cpu" else time.perf_counter
-    for turn in peers.requests():  # every turn's batches are new, as in a run
-        batches = token_lists(o.size, o.batch, o.steps, [o.seed, turn])
-        tokens = sum(len(row) for batch in batches for row in batch)
-        took = seconds(lambda batches=batches: [step(batch) for batch in batches], device, clock)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        if device == "cuda":
-            peak = torch.cuda.max_memory_allocated() / 2**30
-        peers.tell({"tokens_per_second": tokens / took, "peak_gib": peak})
+        def loss(batch: list[list[int]]) -> Any:
+            given = peers.on(device, inputs(batch))
+            with autocast:
+                return model(**given, labels=labels).loss
+
+        return model, loss
+
+    def turns() -> Iterator[tuple[list, int, dict]]:
+        for turn in peers.requests():  # every turn's batches are new, as in a run
+            batches = token_lists(o.size, o.batch, o.steps, [o.seed, turn])
+            yield batches, sum(len(row) for batch in batches for row in batch), {}
+
+    peers.serve_steps(o, build, turns(), LEARNING_RATE)
 
 
 def measure(o: argparse.Namespace) -> dict:
     """Lets both sides take turns; medians over the rounds."""
-    words: list[object] = ["--compile"] * o.compile
+    words: list[object] = ["--compile"] * o.compile + ["--device", o.device] * bool(o.device)
     for name in ("size", "batch", "dtype", "targets", "steps", "seed", "clock"):
         words += [f"--{name}", getattr(o, name)]
     workers = {
@@ -139,6 +121,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=6, help="training steps per round")
     parser.add_argument("--seed", type=int, default=0)
+    peers.add_device(parser)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--side", choices=("ours", "peer"), help=argparse.SUPPRESS)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -78,43 +77,31 @@ def turns(o: argparse.Namespace) -> Iterator[list[Windows]]:
 
 def serve(o: argparse.Namespace) -> None:
     """A worker: for every request, takes a turn of training steps and answers."""
-    import resource
 
-    if o.side == "ours":  # what every run keeps in memory
-        from examples.training import memory
+    def build(device: str) -> tuple[Any, Callable[[Windows], Any]]:
+        import torch
 
-        memory.keep_compiled_kernels()
-        memory.keep_freed_memory()
+        model, inputs = side(o)
+        model.to(device)
 
-    import torch
+        def loss(windows: Windows) -> Any:
+            rows, spans = windows
+            first, last = torch.from_numpy(spans.astype(np.int64)).unbind(1)
+            given = {**inputs(rows), "start_positions": first, "end_positions": last}
+            return model(**peers.on(device, given)).loss
 
-    from benchmarks.common.timing import seconds
+        return model, loss
 
-    torch.manual_seed(o.seed)
-    model, inputs = side(o)
-    model.train()
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=LEARNING_RATE, fused=o.side == "ours")
+    def answers() -> Iterator[tuple[list, int, dict]]:
+        for batches in turns(o):
+            yield batches, sum(len(row) for rows, _ in batches for row in rows), {}
 
-    def step(windows: Windows) -> None:
-        rows, spans = windows
-        first, last = torch.from_numpy(spans.astype(np.int64)).unbind(1)
-        model(**inputs(rows), start_positions=first, end_positions=last).loss.backward()
-        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    clock = time.process_time if o.clock == "cpu" else time.perf_counter
-    for batches in turns(o):
-        tokens = sum(len(row) for rows, _ in batches for row in rows)
-        took = seconds(lambda batches=batches: [step(windows) for windows in batches], clock=clock)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        peers.tell({"tokens_per_second": tokens / took, "peak_gib": peak})
+    peers.serve_steps(o, build, answers(), LEARNING_RATE)
 
 
 def print_row(o: argparse.Namespace) -> None:
     """Lets the sides take turns and prints what they did."""
-    words: list[object] = []
+    words: list[object] = ["--device", o.device] * bool(o.device)
     for name in (
         "size", "batch", "steps", "seed", "clock", "rounds", "warm_up", "data_dir", "vocabulary",
     ):  # fmt: skip
@@ -143,6 +130,7 @@ def main() -> None:
     parser.add_argument("--warm_up", type=int, default=1, help="rounds before them")
     parser.add_argument("--steps", type=int, default=2, help="training steps per round")
     parser.add_argument("--seed", type=int, default=0)
+    peers.add_device(parser)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     o = parser.parse_args()

@@ -35,8 +35,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--pareto", action="append", metavar="X,Y",
         help="axes of a Pareto plot, of each task; may be given again. Any figure of "
-        "all_results.json, or metric, last, parameters, seconds, tokens, memory, size, share "
-        f"(default {PARETO[0]})",
+        "all_results.json, or metric, last, parameters, seconds, tokens, tflops, memory, size, "
+        f"share (default {PARETO[0]})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--peak_tflops", type=float, metavar="X",
+        help="10¹² operations a second that the machine can do in the runs' dtype: adds the share "
+        "of this limit that training reached",
     )  # fmt: skip
     parser.add_argument("--latex", action="store_true", help="the tables as report.tex too")
     parser.add_argument("--title", default="Comparison of runs", help="of the page")
@@ -47,12 +52,14 @@ def main(argv: Sequence[str]) -> int:
     """The program; the words after its name."""
     o = _parser().parse_args(argv)
     pairs = [_axes(text) for text in o.pareto or PARETO]
+    if o.peak_tflops is not None and not 0 < o.peak_tflops < float("inf"):
+        raise OptionError(f"--peak_tflops {o.peak_tflops:g}: a number above 0")
     from examples.reporting.content import gather
     from examples.reporting.folder import ReportFolder
     from examples.reporting.runs import read
 
     folder = ReportFolder(o.output.expanduser())
-    found = read([place.expanduser() for place in o.runs], o.metric)
+    found = read([place.expanduser() for place in o.runs], o.metric, o.peak_tflops)
     for name, why in found.skipped.items():
         print(f"left out: {name}: {why}", file=sys.stderr)
     folder.refuse_empty(found)

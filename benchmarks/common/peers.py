@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.common.timing import peak_gib, seconds
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[2]
 PEERS = ROOT / ".peers"  # where the commands in the benchmarks' docstrings install other packages
@@ -68,6 +75,71 @@ def requests() -> Iterator[int]:
 def tell(answer: Any) -> None:
     """In a worker: prints an answer."""
     print(json.dumps(answer), flush=True)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """`--device`: where to compute; unless given, on a GPU where there is one."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
+
+
+def device_of(o: argparse.Namespace) -> str:
+    """The device that was asked for, or that there is."""
+    import torch
+
+    return o.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def serve_steps(
+    o: argparse.Namespace,
+    build: Callable[[str], tuple[nn.Module, Callable[[Any], Tensor]]],
+    turns: Iterable[tuple[list[Any], int, dict[str, Any]]],
+    rate: float,
+    clip: bool = True,
+) -> None:
+    """In a worker: for every request, takes a turn of training steps and answers.
+
+    Answers have `tokens_per_second`, `peak_gib`, `trainable` parameters, and what the turn adds.
+
+    Args:
+        o: has `side`, `seed`, `clock` and `device`.
+        build: device -> the adapted model there, and batch -> its loss.
+        turns: of every request, its batches, their real tokens, and more of its answer.
+        rate: of learning.
+        clip: the gradients' norm to 1.
+    """
+    if o.side == "ours":  # what every run keeps in memory
+        from examples.training import memory
+
+        memory.keep_compiled_kernels()
+        memory.keep_freed_memory()
+
+    import torch
+
+    torch.manual_seed(o.seed)
+    device = device_of(o)
+    model, loss = build(device)
+    model.train()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=rate, fused=o.side == "ours")
+
+    def steps(batches: list[Any]) -> None:
+        for batch in batches:
+            loss(batch).backward()
+            if clip:
+                torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    clock = time.process_time if o.clock == "cpu" else time.perf_counter
+    for batches, tokens, more in turns:
+        took = seconds(lambda batches=batches: steps(batches), device, clock)
+        found = {"tokens_per_second": tokens / took, "peak_gib": peak_gib(device)}
+        tell({**found, "trainable": sum(p.numel() for p in trainable), **more})
+
+
+def on(device: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch's arguments with the tensors on the device."""
+    return {k: v.to(device) if hasattr(v, "to") else v for k, v in given.items()}
 
 
 def in_turn(workers: Mapping[str, Worker], rounds: int, warm_up: int = 2) -> list[dict[str, Any]]:

@@ -34,6 +34,17 @@ def seconds(
     return clock() - started
 
 
+def peak_gib(device: str = "cpu") -> float:
+    """GiB: the most a GPU had allocated, else the most this process had resident."""
+    if device != "cpu":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
 def in_turn(
     sides: Mapping[str, Callable[[], float]], rounds: int, warm_up: int = 1
 ) -> dict[str, list[float]]:

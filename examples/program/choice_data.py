@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from examples.cli.groups import ModelOptions
 from examples.data.choice import (
     EncodedChoices,
@@ -63,6 +65,10 @@ class ChoiceData(TaskData):
             width=o.max_length if o.pad_to_max_length else None,
             multiple=8,
         )
+
+    def sequence_lengths(self, split: EncodedChoices) -> np.ndarray:  # type: ignore[override]
+        """(choices,) tokens of every choice."""
+        return split.pairs.lengths
 
 
 def choice_model(options: ModelOptions) -> ModelSource:

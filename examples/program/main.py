@@ -53,6 +53,7 @@ class Options:
         method: the chosen method; `method_options` are its own.
         optimizer: the chosen optimiser; `optimizer_options` are its own.
         config_file: of `--config`.
+        program: its name, such as `run_glue`.
         started: when they were read, for the wall time.
     """
 
@@ -62,6 +63,7 @@ class Options:
     optimizer: OptimizerSpec
     optimizer_options: Any
     config_file: str | None = None
+    program: str = ""
     started: float = dataclasses.field(default_factory=time.perf_counter)
 
     def __getitem__(self, owner: type) -> Any:
@@ -136,6 +138,7 @@ def parse(
         optimizer,
         config.build(optimizer.options, values),
         file,
+        program.rpartition(".")[2],
     )
 
 

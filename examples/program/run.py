@@ -34,6 +34,7 @@ from examples.methods.bf16 import cpu_multiplies_bf16, multiply_bf16_in_fp32
 from examples.methods.registry import METHODS, BuiltOptimizer, RunInfo
 from examples.methods.source import ModelSource
 from examples.plots.curves import learning_curve
+from examples.program.arithmetic import training_flops
 from examples.program.launched import check_launch, frees_layers, joined_as_ddp, wants_sharding
 from examples.program.main import Options
 from examples.program.model_card import write_card
@@ -146,6 +147,7 @@ class Run:
             options.resolved(),
             accelerator.is_main_process,
             {name: (method.folder, *method.files) for name, method in METHODS.items()},
+            options.program,
         )
         self.read: dict[str, str] = {}
         self.test_metrics: dict[str, float] = {}
@@ -483,6 +485,11 @@ def _train_and_evaluate(
             f"steps of {train.global_batch_size} rows"
         )
         figures = run.train(tokenizer)
+        counts, lengths = data.counts(splits["train"]), data.sequence_lengths(splits["train"])
+        scored = None if counts is None else int(counts.sum())
+        figures["train_flops"] = training_flops(
+            run.adapted.model, run.adapted.model.config, figures["train_tokens"], lengths, scored
+        )
     metrics = trainer.evaluate(final=True) if sets else {}
     for split in data.tests:
         if predict_split is not None:

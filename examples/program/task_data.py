@@ -132,6 +132,10 @@ class TaskData:
         """(n,) what the loss of each row is a mean over; None: a row counts for one."""
         return None
 
+    def sequence_lengths(self, split: EncodedSplit) -> np.ndarray:
+        """(sequences,) tokens of everything that the model reads on its own."""
+        return split.lengths
+
     # -- evaluation -----------------------------------------------------------------------------
 
     @property

@@ -172,11 +172,12 @@ class Teacher:
     @torch.no_grad()
     def _logits(self, arguments: dict[str, Any]) -> Tensor:
         """(N, K) fp32 of a batch."""
-        unread = self.distilled.unread
-        given = {name: value for name, value in arguments.items() if name not in unread}
-        given = on_device({**given, **self.distilled.asked}, self.accelerator.device)
+        kind = self.distilled
+        given = {name: value for name, value in arguments.items() if name not in kind.unread}
+        given |= {**kind.asked, **kind.asked_of_teacher}
+        given = on_device(given, self.accelerator.device)
         with self.accelerator.autocast():
-            return self.distilled.logits(self.model(**given), given).float()
+            return kind.logits(self.model(**given), given).float()
 
     def _table(
         self, train: TrainingBatches, collate: Collate, starts: np.ndarray

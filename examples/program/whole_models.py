@@ -13,12 +13,13 @@ from examples.data.tasks.choice import CHOICE_TASKS
 from examples.errors import OptionError, RunError, as_user_error
 from examples.methods.source import ModelSource
 from examples.program.finished_run import FinishedRun
-from examples.training.file_names import CONFIG
+from examples.training.file_names import CONFIG, ENVIRONMENT
 from peft_custom import PeftModel
 from peft_custom.config import CONFIG_NAME
 from peft_custom.files import read_json
 from transformers_patched import AutoTokenizer
 
+CHOICE_PROGRAM = "run_multiple_choice"  # PEFT has no word for its task
 HEADS = {  # PEFT's word for the task -> the class with its head
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -47,8 +48,8 @@ def _source(folder: Path, base: str | None) -> ModelSource:
     """Its base with the head of its task."""
     options = as_user_error(read_json, folder / CONFIG)
     task_type = as_user_error(read_json, folder / "adapter" / CONFIG_NAME)["task_type"]
-    name = "AutoModelForMultipleChoice" if options.get("task_name") in CHOICE_TASKS else None
-    name = name or HEADS.get(task_type)
+    chooses = _program(folder, options) == CHOICE_PROGRAM
+    name = "AutoModelForMultipleChoice" if chooses else HEADS.get(task_type)
     if name is None:  # a classifier: its labels are the task's
         run = FinishedRun(folder, base)
         return run.source(run.data())
@@ -56,6 +57,13 @@ def _source(folder: Path, base: str | None) -> ModelSource:
     return ModelSource(
         base or options["model_name_or_path"], name, task_type, "float32", where, verbose=False
     )
+
+
+def _program(folder: Path, options: dict[str, Any]) -> str:
+    """What made the run; of older runs, which do not say it, what their task tells."""
+    path = folder / ENVIRONMENT
+    found = as_user_error(read_json, path).get("program") if path.is_file() else None
+    return found or (CHOICE_PROGRAM if options.get("task_name") in CHOICE_TASKS else "")
 
 
 def export_whole(folder: Path, base: str | None, out: Path, compact: bool) -> str:

@@ -24,9 +24,16 @@ SHORT = {  # names on the command line -> names in a run
     "memory": "peak_memory_bytes",
     "size": "file_bytes",
     "tokens": "tokens_per_second",
+    "tflops": "tflops_per_second",
     "share": "arithmetic_share",
 }
-LARGER = ("tokens_per_second", "arithmetic_share", "aurac_linear", "aurac_log2")
+LARGER = (
+    "tokens_per_second",
+    "tflops_per_second",
+    "arithmetic_share",
+    "aurac_linear",
+    "aurac_log2",
+)
 COSTS = ("_seconds", "_bytes", "_parameters", "_share", "_weights", "_kept", "_bits", "rank")
 COSTS += ("density", "forgetting", "_before", "_after", "steps", "tokens", "epochs", "epoch")
 

@@ -149,12 +149,15 @@ def smaller_is_better(name: str) -> bool:
     return name.endswith(SMALLER)
 
 
-def read(places: Sequence[Path], metric: str | None = None) -> Found:
+def read(
+    places: Sequence[Path], metric: str | None = None, peak_tflops: float | None = None
+) -> Found:
     """All runs in and below `places`.
 
     Args:
         places: folders.
         metric: the main metric of all of them, with or without `eval_`; None: each run's own.
+        peak_tflops: what the machine of all runs could do at most, in 10¹² operations a second.
 
     Raises:
         RunError: one of the places is no folder.
@@ -171,6 +174,8 @@ def read(places: Sequence[Path], metric: str | None = None) -> Found:
         words = _words_of_a_sweep(sweep)
         for run in (run for run in found.runs if run.folder.parent == sweep):
             run.variant = words.get(run.folder.name, "")
+    for run in found.runs:
+        _add_speed(run.results, peak_tflops)
     return _without_copies(found)
 
 
@@ -239,6 +244,16 @@ def _run(folder: Path, name: str, metric: str | None) -> Run:
     if adapter_ranks.has_masks(folder) and not any((folder / PLOTS).glob("*.png")):
         run.notes.append("its masks were not drawn: that takes --plots")
     return run
+
+
+def _add_speed(results: Row, peak_tflops: float | None) -> None:
+    """Matrix products per second of training, and their share of what the machine could do."""
+    work, time = (number(results.get(name)) for name in ("train_flops", "train_seconds"))
+    if work is None or not time or time < 0:
+        return
+    results["tflops_per_second"] = work / time / 1e12
+    if peak_tflops is not None:
+        results["arithmetic_share"] = results["tflops_per_second"] / peak_tflops
 
 
 def _words_of_a_sweep(folder: Path) -> dict[str, str]:

@@ -34,6 +34,7 @@ COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("trained parameters", "trainable_parameters", "{:,.0f}".format),
     ("seconds", "train_seconds", "{:.1f}".format),
     ("tokens/s", "tokens_per_second", "{:,.0f}".format),
+    ("TFLOP/s", "tflops_per_second", "{:.3g}".format),
     ("of the arithmetic limit", "arithmetic_share", "{:.0%}".format),
     ("memory, MiB", "peak_memory_bytes", lambda value: f"{value / MIB:,.0f}"),
     ("file, KiB", "file_bytes", lambda value: f"{value / 1024:,.0f}"),
@@ -149,7 +150,8 @@ def of_task(task: Task) -> Table:
         "A row is a configuration: runs that differ in nothing but the seed. Mean ± standard "
         f"deviation over n seeds; differences of best values are to {compared}, paired by seed, "
         "± half of their 95 % interval. Seconds, speed and memory are of the machines named under "
-        "the figures.",
+        "the figures; TFLOP/s are the matrix products that training needs, counted, over its "
+        "seconds.",
         header + [title for title, _, _ in used],
         rows,
     )

@@ -35,11 +35,13 @@ class Distilled(Protocol):
 
     Attributes:
         asked: arguments of the model, beside a batch's own, that make its output hold them.
+        asked_of_teacher: further ones, for the teacher alone.
         unread: a batch's arguments that a teacher is not given.
         name: tells it from others, in the key of logits that are kept.
     """
 
     asked: Mapping[str, Any]
+    asked_of_teacher: Mapping[str, Any]
     unread: tuple[str, ...]
     name: str
 
@@ -85,6 +87,7 @@ class Classes:
     """A row's classes, or a question's choices: logits (b, C), one entry a row."""
 
     asked: Mapping[str, Any] = {}
+    asked_of_teacher: Mapping[str, Any] = {}
     unread = ANSWERS
     name = "classes"
 
@@ -111,6 +114,7 @@ class Spans:
     """
 
     asked: Mapping[str, Any] = {}
+    asked_of_teacher: Mapping[str, Any] = {}
     unread = ANSWERS
     name = "spans"
 
@@ -159,6 +163,7 @@ class Tokens:
     """
 
     asked: Mapping[str, Any] = {"output_scored_states": True}
+    asked_of_teacher: Mapping[str, Any] = {"return_loss": False}
     unread: tuple[str, ...] = ()  # labels say which places are scored
 
     def __init__(self, objective: str, vocabulary: int) -> None:

@@ -1,7 +1,7 @@
 """The run folder: what every run writes, and when it may write there.
 
 config.json        all resolved options; `--config` reads it back
-env.json           versions, device, seed, git commit
+env.json           program, versions, device, seed, git commit
 metrics.jsonl      one line per evaluation
 log.jsonl          one line per `logging_steps`
 all_results.json   the end: metrics of the result, best epoch, parameters, time, memory
@@ -70,6 +70,7 @@ class RunFolder:
         config: all resolved options.
         main: this is the main process.
         results: method -> what it writes into the folder, beside what every run does.
+        program: that makes the run, for `env.json`: no option, so that older runs still resume.
     """
 
     def __init__(
@@ -78,8 +79,9 @@ class RunFolder:
         config: dict[str, Any],
         main: bool = True,
         results: Mapping[str, tuple[str, ...]] | None = None,
+        program: str = "",
     ) -> None:
-        self.path, self.config, self.main = path, config, main
+        self.path, self.config, self.main, self.program = path, config, main, program
         self.results = results or {}
         self._claim = Claim(path)
 
@@ -247,7 +249,8 @@ class RunFolder:
             elif own := self._own():
                 replacing.set_aside(self.path, own)
             self.write_json(CONFIG, self.config)
-            self.write_json(ENVIRONMENT, environment(seed, device))
+            found = {"program": self.program, **environment(seed, device)}
+            self.write_json(ENVIRONMENT, found)
         except OSError as error:
             raise saving_failed(self.path, error) from error
 

@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.choice_cases import choice_task
 from support.fake_hub import TOKEN, FakeHub
 from support.paths import ROOT
 from support.runner_cases import evaluated, pair_task, results, tiny_bert
 
-from examples import export, program
+from examples import export, program, run_multiple_choice
 from examples.run_glue import main
 
 FAST = "--task_name mrpc --max_length 40 --no_cache --disable_tqdm".split()
@@ -131,6 +132,28 @@ def test_whole_models_have_the_losses_of_their_runs(home: Path, tmp_path: Path) 
         assert found == pytest.approx(results(run)["eval_loss"], abs=1e-5), to
     shapes = json.loads((tmp_path / "compact" / "config.json").read_text())["layer_shapes"]
     assert any(units < 48 for _, units in shapes)  # of the base's 48
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_run_says_which_program_made_it(home: Path, tmp_path: Path, told: bool) -> None:
+    """Questions of one's own; a run of ARC from before runs said it, which resumes too."""
+    data = choice_task(tmp_path / "arc_easy", {"train": 12, "validation": 6})
+    run = tmp_path / "run"
+    task = ["--task_name", "arc_easy", "--data_dir", str(tmp_path)]
+    if told:
+        task = [w for s in ("train", "validation") for w in (f"--{s}_file", f"{data / s}.jsonl")]
+    own = [*task, *FAST[2:], "--model_name_or_path", str(home / "bert"), *TRAIN]
+    own += ["--save_steps", "2", "--output_dir", str(run)]
+    assert program.run_main(run_multiple_choice.main, own) == 0
+    env = json.loads((run / "env.json").read_text())
+    assert env.pop("program") == "run_multiple_choice"
+    if not told:
+        (run / "env.json").write_text(json.dumps(env))
+    assert export.main([str(run), "--to", "merged", "--out", str(tmp_path / "out")]) == 0
+    made = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert made["architectures"] == ["BertForMultipleChoice"]
+    again = [*own, "--resume_from_checkpoint", "auto"]
+    assert program.run_main(run_multiple_choice.main, again) == 0
 
 
 def test_an_adapter_uncut_for_peft(home: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from examples.program import teacher
 from examples.run_nlg import main
 from peft_custom import PeftModel
 from transformers_patched import GPT2LMHeadModel
+from transformers_patched.models.gpt2 import modeling_gpt2
 
 NAMES, FOODS = ("Aro", "Blue Bay", "Cup"), ("fish", "tea and cake", "ham")
 RUN = (
@@ -263,6 +264,30 @@ def test_states_kept_or_not_packed_or_padded_are_one_run(
         assert torch.equal(value, weights(again)[name])
         for other in (packed, asked):
             torch.testing.assert_close(weights(other)[name], value, atol=2e-4, rtol=2e-3)
+
+
+def test_a_teacher_forms_no_loss_of_its_own(
+    home: Path, wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its states are those that it has beside a loss."""
+    model = GPT2LMHeadModel.from_pretrained(wide).eval()
+    ids = torch.arange(3, 15).view(2, 6)
+    given = {"input_ids": ids, "labels": ids.where(ids > 5, -100), "output_scored_states": True}
+    with torch.no_grad():
+        beside, alone = model(**given), model(**given, return_loss=False)
+    assert torch.equal(beside.scored_states[0], alone.scored_states[0])
+    assert beside.loss is not None and alone.loss is None
+    graded = []
+    plain = modeling_gpt2.language_model_loss
+
+    def watched(*args: object) -> torch.Tensor:
+        graded.append(torch.is_grad_enabled())
+        return plain(*args)
+
+    monkeypatch.setattr(modeling_gpt2, "language_model_loss", watched)
+    monkeypatch.setattr(teacher, "KEPT_BYTES", 0)
+    taught(home, tmp_path / "run", "--max_train_steps", "2")
+    assert graded == [True, True]  # the student's
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(

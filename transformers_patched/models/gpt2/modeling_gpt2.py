@@ -322,6 +322,7 @@ class GPT2LMHeadModel(GPT2PreTrainedModel):
         label_smoothing: float = 0.0,
         score_sequences: bool = False,
         output_scored_states: bool = False,
+        return_loss: bool = True,
     ) -> CausalLMOutput | tuple:
         """Logits at every token or, with `labels`, their mean loss and no logits.
 
@@ -331,7 +332,8 @@ class GPT2LMHeadModel(GPT2PreTrainedModel):
         The model moves labels itself: every token is predicted from those before it, and the first
         one of a sequence from none, so that it is never scored. Logits are then formed at scored
         places only, a slice at a time (see `language_model_loss`). `output_scored_states` adds what
-        they are formed of: the last hidden states at the N scored places, and the head.
+        they are formed of: the last hidden states at the N scored places, and the head; without
+        `return_loss` no logits are formed, and labels only say the places.
         """
         layout = layout_of(input_ids, inputs_embeds, attention_mask, cu_seqlens, max_seqlen)
         tokens = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
@@ -350,7 +352,7 @@ class GPT2LMHeadModel(GPT2PreTrainedModel):
             if score_sequences:
                 losses = token_losses(rows, weight, targets)  # (N,)
                 logits = -sum_by_sequence(losses, scored, layout)[:, None]  # (B, 1)
-            else:
+            elif return_loss:
                 loss = language_model_loss(rows, weight, targets, label_smoothing)
                 loss = loss / max(1, len(scored))
         output = CausalLMOutput(loss=loss, logits=logits, scored_states=states, **outputs.traced())

@@ -6,10 +6,13 @@
     attention, per sequence   12 · layers · H · l² for l tokens, half of it where it is causal
 
 Two of the four are a product's multiplications and additions in the forward pass, two the gradient
-of its input; a trained weight's own gradient takes two more. Look-ups, norms, activations and what
-a method does between steps are not counted, nor is anything computed twice. Counted as if they were
-weights in a product are a mask's scores, which are few, and what lies below the first trained
-weight as if its input needed a gradient.
+of its input; a trained weight's own gradient takes two more. A frozen weight to which a trained one
+of its size is added is one product with it. Look-ups, norms, activations and what a method does
+between steps are not counted, nor is anything computed twice. It is the arithmetic of the plain
+model, as usual for such figures: a classifier's last layer counts at every token, although here it
+is computed where it is read (13 % of the whole at 6 layers); weights below the first trained one
+count as if their input needed a gradient, and a mask's scores, which are few, as if they were
+weights in a product.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import numpy as np
 from torch import nn
 
 from peft_custom.tuners.modules_to_save import ModulesToSaveWrapper
+from peft_custom.tuners.tuner_layer import BaseTunerLayer
 
 
 def training_flops(
@@ -63,12 +67,24 @@ def _weights(model: nn.Module) -> tuple[int, int, int]:
     found = [0, 0, 0]
     kept = [m.original_module for m in model.modules() if isinstance(m, ModulesToSaveWrapper)]
     seen = {id(p) for module in kept for p in module.parameters()}  # their copies are used
-    for module in model.modules():
+    seen |= {id(p) for module in model.modules() for p in _under_increment(module)}
+    for name, module in model.named_modules():
         if isinstance(module, nn.Embedding):
             continue
+        everywhere = bool({"encoder", "embeddings"} & {*name.split(".")})  # DeBERTa's convolution
         for p in module.parameters(recurse=False):
             if p.ndim >= 2 and id(p) not in seen:
                 seen.add(id(p))
-                place = 0 if id(p) in layers else 2 if p.shape in shapes else 1
+                in_layer = everywhere or id(p) in layers
+                place = 0 if in_layer else 2 if p.shape in shapes else 1
                 found[place] += (6 if p.requires_grad else 4) * p.numel()
     return found[0], found[1], found[2]
+
+
+def _under_increment(module: nn.Module) -> list[nn.Parameter]:
+    """The frozen weight of an adapted layer whose increment is a trained weight of its size."""
+    if not isinstance(module, BaseTunerLayer):
+        return []
+    weight = module.get_base_layer().weight
+    trained = (p for p in module.parameters() if p.requires_grad and p is not weight)
+    return [weight] if any(p.shape == weight.shape for p in trained) else []

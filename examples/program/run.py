@@ -487,7 +487,8 @@ def _train_and_evaluate(
         figures = run.train(tokenizer)
         counts, lengths = data.counts(splits["train"]), data.sequence_lengths(splits["train"])
         scored = None if counts is None else int(counts.sum())
-        figures["train_flops"] = training_flops(
+        passes = 1 if trainer.sampler is None else trainer.sampler.mc_samples
+        figures["train_flops"] = passes * training_flops(
             run.adapted.model, run.adapted.model.config, figures["train_tokens"], lengths, scored
         )
     metrics = trainer.evaluate(final=True) if sets else {}

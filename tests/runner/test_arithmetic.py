@@ -11,7 +11,7 @@ from support.runner_cases import pair_task, results, tiny_bert
 
 from examples import program, report, run_glue
 from examples.program.arithmetic import training_flops
-from peft_custom import LoraConfig, get_peft_model
+from peft_custom import BlockPruneConfig, LoraConfig, get_peft_model
 from transformers_patched import (
     BertConfig,
     BertForSequenceClassification,
@@ -38,6 +38,25 @@ def test_a_classifier_by_hand() -> None:
     per_token = 4 * layers + 6 * 2 * 3 * (16 + 16)
     found = training_flops(adapted, config, 40, LENGTHS)
     assert found == 40 * per_token + 6 * (4 * above + 6 * 3 * 16) + attention
+
+
+def test_a_trained_copy_of_a_weight_is_one_product_with_it() -> None:
+    """Block fine-pruning of the matrices of 16 × 16 and 40 × 16: 6 a weight, and 6 a score."""
+    config = BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=40, num_labels=3,
+    )  # fmt: skip
+    blocks = {"mask_block_rows": 8, "mask_block_cols": 8}
+    pruned = get_peft_model(
+        BertForSequenceClassification(config), BlockPruneConfig(task_type="SEQ_CLS", **blocks)
+    )
+    layers = 2 * (4 * 16 * 16 + 2 * 16 * 40)
+    scores = layers // 64
+    above = sum(p.numel() * (6 if p.requires_grad else 4) for n, p in pruned.named_parameters()
+                if p.ndim == 2 and "encoder" not in n and "embeddings" not in n
+                and "original_module" not in n)  # fmt: skip
+    found = training_flops(pruned, config, 20, LENGTHS)
+    assert found == 20 * 6 * (layers + scores) + 3 * above + 12 * 2 * 16 * 158
 
 
 def test_a_language_model_by_hand() -> None:

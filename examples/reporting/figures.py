@@ -230,7 +230,7 @@ class Figures:
         trials -= len(task.compared)
         note = "Means over seeds."
         if trials:
-            note += f" {trials} configurations of fewer seeds than others of their method left out."
+            note += f" Left out: {trials} with fewer seeds than others of their method."
         if left_out:
             note += f" {left_out} of {len(task.compared)} configurations have no such figures."
         if front:

@@ -133,7 +133,7 @@ def test_trials_of_a_search_are_on_no_front(tmp_path: Path) -> None:
         "learning_rate 0.001", "learning_rate 0.001", "learning_rate 0.01"
     ]  # fmt: skip
     [figure] = Figures([task], []).scatter(task, "seconds", "metric", "Time", front=True)
-    assert "1 configurations of fewer seeds" in figure.note and "rate 0.1" not in figure.svg
+    assert "Left out: 1 with fewer seeds" in figure.note and "rate 0.1" not in figure.svg
 
 
 def test_cuts_of_a_runs_adapter_stand_beside_it(tmp_path: Path) -> None:

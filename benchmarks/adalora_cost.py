@@ -27,13 +27,14 @@ import torch
 from torch import nn
 
 from benchmarks.adapter_step import Counter, roberta, step
-from benchmarks.common import peers
+from benchmarks.common import devices, peers
 from benchmarks.common.models import SIX_MAPS, full_rows
 from benchmarks.common.timing import in_turn, ratio, seconds
 
 OLD = peers.PEERS / "peft011"
 SYNCS = ("_local_scalar_dense", "nonzero", "is_nonzero", "item", "equal", "unique")
 RANK = 12
+UNIT = {"cpu": "CPU ms", "cuda": "ms"}
 
 
 class Maps(nn.Module):
@@ -94,9 +95,9 @@ def theirs(layers: int = 12) -> Callable[[], None]:
     return once
 
 
-def milliseconds(once: Callable[[], None], n: int = 1) -> float:
-    """CPU milliseconds of a call, mean of n."""
-    return 1e3 * seconds(lambda: [once() for _ in range(n)]) / n
+def milliseconds(once: Callable[[], None], n: int = 1, device: str = "cpu") -> float:
+    """Milliseconds of a call, mean of n: of the processor, or on a GPU of the clock."""
+    return 1e3 * seconds(lambda: [once() for _ in range(n)], device) / n
 
 
 def serve(side: str, n: int) -> None:
@@ -158,13 +159,14 @@ def operators(once: Callable[[], None]) -> list[str]:
 def compare_steps(o: argparse.Namespace) -> None:
     import peft_custom
 
+    device = devices.device_of(o)
     shared = {"task_type": "SEQ_CLS", "target_modules": SIX_MAPS, "lora_alpha": 16}
     configs = {
         "LoRA": peft_custom.LoraConfig(r=RANK, **shared),
         "AdaLoRA": peft_custom.AdaLoraConfig(init_r=RANK, target_r=6, tfinal=1, **shared),
     }
     sides = {
-        name: peft_custom.get_peft_model(roberta(o.layers), config).train()
+        name: peft_custom.get_peft_model(roberta(o.layers), config).train().to(device)
         for name, config in configs.items()
     }
     optimizers = {
@@ -173,17 +175,20 @@ def compare_steps(o: argparse.Namespace) -> None:
     }
     for name, model in sides.items():
         peft_custom.attach(model, optimizers[name], total_steps=100_000)
-    batch = full_rows(o.batch, o.length)
+    batch = devices.on(device, full_rows(o.batch, o.length))
+    work = {name: partial(step, sides[name], batch, optimizers[name]) for name in sides}
 
     def measure(name: str) -> float:
-        return milliseconds(lambda: step(sides[name], batch, optimizers[name]))
+        return milliseconds(work[name], device=device)
 
     times = in_turn({name: partial(measure, name) for name in sides}, o.rounds)
-    print(f"\na training step, {o.layers} layers, {o.batch} × {o.length} tokens, r {RANK}, CPU ms")
+    print(f"\na training step, {o.layers} layers, {o.batch} × {o.length} tokens", end="")
+    print(f", r {RANK}, {UNIT[device]}")
     show(times)
     fastest = min(times["AdaLoRA"]) / min(times["LoRA"])
     middle = ratio(times["AdaLoRA"], times["LoRA"])
     print(f"  ratio {middle:.3f} (median of pairs), {fastest:.3f} (fastest)")
+    devices.print_peaks(work, device)
 
 
 def main() -> None:
@@ -196,6 +201,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=20, help="steps per turn of part adapt")
+    devices.add_device(parser)  # of part step
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     o = parser.parse_args()
     warnings.simplefilter("ignore")

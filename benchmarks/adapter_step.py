@@ -12,6 +12,8 @@ and median round) with their ratio.
 from __future__ import annotations
 
 import argparse
+import importlib
+import math
 import statistics
 import time
 import warnings
@@ -23,6 +25,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.common import devices, peers
 from benchmarks.common.models import SIX_MAPS, classifier, full_rows
 from benchmarks.common.timing import in_turn, seconds
 
@@ -40,12 +43,13 @@ class Counter(TorchDispatchMode):
 
 
 def roberta(layers: int) -> nn.Module:
-    """A Hugging Face RoBERTa-base with random weights and no dropout."""
-    import transformers
-
+    """A Hugging Face RoBERTa-base (ours, where that is missing), random, no dropout."""
+    library = importlib.import_module(
+        "transformers" if peers.importable() else "transformers_patched"
+    )
     torch.manual_seed(0)
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    return classifier(transformers, "roberta-base", num_hidden_layers=layers, **still)
+    return classifier(library, "roberta-base", num_hidden_layers=layers, **still)
 
 
 def build(library: ModuleType, layers: int, dropout: float) -> nn.Module:
@@ -88,21 +92,21 @@ def dispatched(model: nn.Module, batch: dict[str, torch.Tensor]) -> int:
 
 
 def compare(o: argparse.Namespace, dropout: float) -> None:
-    import peft
-
-    import peft_custom
-
-    batch = full_rows(o.batch, o.length)
-    libraries = {"ours": peft_custom, "PEFT": peft}
-    sides = {name: build(library, o.layers, dropout) for name, library in libraries.items()}
+    names = {"ours": "peft_custom", **({"PEFT": "peft"} if peers.importable() else {})}
+    batch = devices.on(o.device, full_rows(o.batch, o.length))
+    libraries = {side: importlib.import_module(name) for side, name in names.items()}
+    sides = {
+        name: build(library, o.layers, dropout).to(o.device) for name, library in libraries.items()
+    }
     optimizers = {
         name: torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-4)
         for name, m in sides.items()
     }
 
+    work = {name: partial(step, sides[name], batch, optimizers[name]) for name in sides}
+
     def measure(name: str) -> float:
-        work = partial(step, sides[name], batch, optimizers[name])
-        return 1e3 * seconds(work, clock=time.perf_counter)
+        return 1e3 * seconds(work[name], o.device, time.perf_counter)
 
     times = in_turn({name: partial(measure, name) for name in sides}, o.rounds)
     print(f"\nLoRA dropout {dropout}; {o.layers} layers, {o.batch} × {o.length} tokens")
@@ -113,8 +117,10 @@ def compare(o: argparse.Namespace, dropout: float) -> None:
         "ms per step, median": {n: statistics.median(t) for n, t in times.items()},
     }
     for label, row in rows.items():
-        ratio = row["PEFT"] / row["ours"]
-        print(f"{label:32} ours {row['ours']:9.1f}   PEFT {row['PEFT']:9.1f}   ratio {ratio:.2f}")
+        peer = row.get("PEFT", math.nan)
+        ratio = peer / row["ours"]
+        print(f"{label:32} ours {row['ours']:9.1f}   PEFT {peer:9.1f}   ratio {ratio:.2f}")
+    devices.print_peaks(work, o.device)
 
 
 def main() -> None:
@@ -125,7 +131,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
+    devices.add_device(parser)
     o = parser.parse_args()
+    o.device = devices.device_of(o)
     warnings.simplefilter("ignore")
     for dropout in (0.0, 0.1):
         compare(o, dropout)

@@ -17,12 +17,11 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.common import e2e, peers
-from benchmarks.common.timing import ratio
+from benchmarks.common import devices, e2e, peers
+from benchmarks.common.timing import ratio, seconds
 
 SETTINGS = {"num_beams": 10, "length_penalty": 0.8, "no_repeat_ngram_size": 4}
 EOS = e2e.EOS
@@ -52,33 +51,36 @@ def make_model(folder: Path, layers: int) -> None:
 # ---------------------------------------------------------------------- the sides
 
 
-def ours(folder: Path, contexts: list[list[int]], new: int, batch: int) -> Callable:
+def ours(folder: Path, contexts: list[list[int]], new: int, batch: int, device: str) -> Callable:
     from transformers_patched import GPT2LMHeadModel
     from transformers_patched.generation import generate
 
-    model = GPT2LMHeadModel.from_pretrained(folder)
+    model = GPT2LMHeadModel.from_pretrained(folder).to(device)
     return lambda: generate(
         model, contexts, max_new_tokens=new, rules="transformers", batch_size=batch or None,
         **SETTINGS,
     )  # fmt: skip
 
 
-def transformers(folder: Path, contexts: list[list[int]], new: int, batch: int) -> Callable:
+def transformers(
+    folder: Path, contexts: list[list[int]], new: int, batch: int, device: str
+) -> Callable:
     """`generate` on left-padded batches; a context alone (batch 1) needs no padding."""
     import torch
     import transformers as hf
 
     hf.logging.set_verbosity_error()
     hf.logging.disable_progress_bar()
-    model = hf.GPT2LMHeadModel.from_pretrained(folder).eval()
+    model = hf.GPT2LMHeadModel.from_pretrained(folder).eval().to(device)
 
     def run() -> list[list[int]]:
         found = []
         for start in range(0, len(contexts), batch):
             part = contexts[start : start + batch]
             longest = max(map(len, part))
-            ids = torch.tensor([[EOS] * (longest - len(c)) + c for c in part])
+            ids = torch.tensor([[EOS] * (longest - len(c)) + c for c in part]).to(device)
             mask = torch.tensor([[0] * (longest - len(c)) + [1] * len(c) for c in part])
+            mask = mask.to(device)
             with torch.inference_mode():
                 out = model.generate(
                     ids, attention_mask=mask, max_new_tokens=new, eos_token_id=EOS,
@@ -90,12 +92,14 @@ def transformers(folder: Path, contexts: list[list[int]], new: int, batch: int) 
     return run
 
 
-def loop(folder: Path, contexts: list[list[int]], new: int, batch: int) -> Callable:
+def loop(folder: Path, contexts: list[list[int]], new: int, batch: int, device: str) -> Callable:
     """Ours, one context after the other: what keeping many alive is worth."""
-    return ours(folder, contexts, new, 1)
+    return ours(folder, contexts, new, 1, device)
 
 
-def ctranslate2(folder: Path, contexts: list[list[int]], new: int, batch: int) -> Callable:
+def ctranslate2(
+    folder: Path, contexts: list[list[int]], new: int, batch: int, device: str
+) -> Callable:
     """Its search has other rules: hypotheses need not agree."""
     import ctranslate2 as ct2
     from ctranslate2.converters import TransformersConverter
@@ -111,7 +115,7 @@ def ctranslate2(folder: Path, contexts: list[list[int]], new: int, batch: int) -
 
     with tempfile.TemporaryDirectory() as converted:
         Tokenless(str(folder)).convert(converted, force=True)
-        generator = ct2.Generator(converted, device="cpu", compute_type="float32", intra_threads=1)
+        generator = ct2.Generator(converted, device=device, compute_type="float32", intra_threads=1)
     prompts = [[f"t{i}" for i in context] for context in contexts]
 
     def run() -> list[list[int]]:
@@ -139,19 +143,17 @@ def cut(tokens: list[int]) -> list[int]:
 
 def serve(o: argparse.Namespace) -> None:
     """A worker: for every request, decodes once and answers."""
-    import resource
-
     import torch
 
     torch.set_num_threads(1)
-    contexts = e2e.contexts(o.data_dir, o.tokenizer, o.contexts)
-    run = SIDES[o.side](o.folder, contexts, o.new, o.batch)
+    device = devices.device_of(o)
+    contexts = e2e.contexts(o, o.contexts)
+    run = SIDES[o.side](o.folder, contexts, o.new, o.batch, device)
+    found: list[list[list[int]]] = []
     for _ in peers.requests():
-        start = time.process_time()
-        tokens = run()
-        seconds = time.process_time() - start
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-        peers.tell({"seconds": seconds, "megabytes": peak, "tokens": tokens})
+        took = seconds(lambda: found.append(run()), device)
+        peak = 2**10 * devices.peak_gib(device)
+        peers.tell({"seconds": took, "megabytes": peak, "tokens": found.pop()})
 
 
 def measure(o: argparse.Namespace, folder: Path) -> dict[str, list[dict]]:
@@ -161,8 +163,8 @@ def measure(o: argparse.Namespace, folder: Path) -> dict[str, list[dict]]:
         name, batch = side.split(":")
         workers[side] = peers.Worker(
             "benchmarks.beam_search", "--side", name, "--batch", batch, "--folder", folder,
-            "--contexts", o.contexts, "--new", o.new, "--data_dir", o.data_dir,
-            "--tokenizer", o.tokenizer, peer=PEER if name == "ctranslate2" else None,
+            "--contexts", o.contexts, "--new", o.new, *e2e.words(o),
+            *["--device", o.device] * bool(o.device), peer=PEER if name == "ctranslate2" else None,
         )  # fmt: skip
     found: dict[str, list[dict]] = {side: [] for side in workers}
     for turn in range(o.rounds):
@@ -182,12 +184,12 @@ def rows(o: argparse.Namespace, found: dict[str, list[dict]]) -> list[dict]:
     first = [turn["seconds"] for turn in next(iter(found.values()))]
     result = []
     for side, turns in found.items():
-        seconds = [turn["seconds"] for turn in turns]
-        ratios = [a / b for a, b in zip(seconds, first, strict=False)]
+        took = [turn["seconds"] for turn in turns]
+        ratios = [a / b for a, b in zip(took, first, strict=False)]
         pairs = zip(turns[0]["tokens"], expected, strict=True)
         result.append({
             "what": "beam_search", "side": side, "contexts": o.contexts, "new": o.new,
-            "layers": o.layers, "seconds": seconds, "to_ours": ratio(seconds, first[: len(turns)]),
+            "layers": o.layers, "seconds": took, "to_ours": ratio(took, first[: len(turns)]),
             "range": [min(ratios), max(ratios)], "same_hypotheses": sum(a == b for a, b in pairs),
             "megabytes": statistics.median(turn["megabytes"] for turn in turns),
             "tokens": sum(map(len, turns[0]["tokens"])) / o.contexts,
@@ -202,6 +204,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=64, help="new tokens at most")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)
+    devices.add_device(parser)
     parser.add_argument(
         "--sides", nargs="+", default=["ours:0", "transformers:4", "ctranslate2:8", "loop:1"],
         help="name:batch, where 0 lets ours choose; the first one is what others are compared with",
@@ -213,19 +216,24 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     o = parser.parse_args()
-    if o.data_dir is None or o.tokenizer is None:
-        parser.error("--data_dir and --tokenizer are needed")
+    e2e.check(parser, o)
+    o.sides, o.once = (
+        [side for side in sides if not side.startswith("transformers:") or peers.importable()]
+        for sides in (o.sides, o.once)
+    )
     if o.side:
         serve(o)
         return
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder), o.layers)
         table = rows(o, measure(o, Path(folder)))
-    print("| side | CPU s | to ours | MB | tokens | same hypotheses |\n|---|---|---|---|---|---|")
+    unit, places = ("CPU s", 1) if devices.device_of(o) == "cpu" else ("s", 3)
+    print(f"| side | {unit} | to ours | MB | tokens | same hypotheses |\n|---|---|---|---|---|---|")
     for row in table:
         low, high = row["range"]
+        took = f"{statistics.median(row['seconds']):.{places}f}"
         print(
-            f"| {row['side']} | {statistics.median(row['seconds']):.1f} | {row['to_ours']:.2f}× "
+            f"| {row['side']} | {took} | {row['to_ours']:.2f}× "
             f"({low:.2f}–{high:.2f}) | {row['megabytes']:.0f} | {row['tokens']:.1f} "
             f"| {row['same_hypotheses']} of {o.contexts} |"
         )

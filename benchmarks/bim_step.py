@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -36,6 +35,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import transformers_patched
+from benchmarks.common import devices
 from benchmarks.common.models import LONGEST, SHORTEST, classifier, with_frozen_dtype
 from benchmarks.common.timing import in_turn, ratio, seconds
 from examples.training.memory import keep_freed_memory
@@ -132,7 +132,7 @@ def serve(o: argparse.Namespace) -> None:
     step = stepper(model)
     for turn in range(o.rounds + 2):
         step(batch(o, turn))
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+    print(devices.peak_gib(o.device))
 
 
 def training(o: argparse.Namespace, sides: dict[str, nn.Module]) -> dict[str, float]:
@@ -200,10 +200,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    devices.add_device(parser)
     parser.add_argument("--memory", action="store_true", help="peak resident memory (CPU)")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     o = parser.parse_args()
+    o.device = devices.device_of(o)
     keep_freed_memory()
     if o.side:
         serve(o)

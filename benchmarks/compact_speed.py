@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from benchmarks.common import devices
 from benchmarks.common.timing import in_turn, ratio, seconds
 from examples.training.memory import keep_freed_memory
 from peft_custom import PeftModel, SploraConfig, get_peft_model
@@ -52,14 +53,14 @@ def base(size: str) -> nn.Module:
     return model
 
 
-def masked(size: str, density: float, spread: str, structure: str) -> PeftModel:
+def masked(size: str, density: float, spread: str, structure: str, device: str) -> PeftModel:
     """The model under random masks."""
     uneven = spread == "uneven"
     config = SploraConfig(
         task_type="QUESTION_ANS", r=8, init_range=0.02, final_threshold=density,
         mask_init="uniform", mask_scale=1.0, global_topk=uneven, mask_structure=structure,
     )  # fmt: skip
-    model = get_peft_model(base(size), config).eval()
+    model = get_peft_model(base(size), config).eval().to(device)
     if uneven:
         layers = SIZES[size][1]
         with torch.no_grad():
@@ -78,7 +79,8 @@ def ids(batch: int, length: int) -> Tensor:
 @torch.no_grad()
 def difference(model: nn.Module, other: nn.Module) -> float:
     """Largest difference of two models' logits on 4 rows of 96 tokens."""
-    one, two = (m(ids(4, 96)) for m in (model, other))
+    given = ids(4, 96).to(next(model.parameters()).device)
+    one, two = (m(given) for m in (model, other))
     parts = ("start_logits", "end_logits")
     return max(float((getattr(one, p) - getattr(two, p)).abs().max()) for p in parts)
 
@@ -96,7 +98,7 @@ def compacted(o: argparse.Namespace, spread: str, dense: nn.Module) -> dict[str,
     whole = file_bytes(dense)
     elsewhere = whole - 4 * sum(p.numel() for p in dense.bert.encoder.parameters())
     for density in DENSITIES:
-        model = masked(o.size, density, spread, o.structure)
+        model = masked(o.size, density, spread, o.structure, o.device)
         small = model.compact()
         left, bytes_left = model.pruning_summary()["density"], file_bytes(small)
         found = {
@@ -114,17 +116,19 @@ def compacted(o: argparse.Namespace, spread: str, dense: nn.Module) -> dict[str,
 
 
 def measure(
-    encoders: dict[str, nn.Module], width: int, batch: int, length: int, rounds: int
+    encoders: dict[str, nn.Module], width: int, batch: int, length: int, rounds: int, device: str
 ) -> dict[str, float]:
     """Dense over compacted encoder time."""
-    hidden = torch.randn(batch, length, width)
+    hidden = torch.randn(batch, length, width).to(device)
     layout = SequenceLayout.padded(None, batch, length, hidden.device)
 
     @torch.no_grad()
-    def once(name: str) -> float:
-        return seconds(lambda: encoders[name](hidden, layout, False, False, False))
+    def once(name: str) -> None:
+        encoders[name](hidden, layout, False, False, False)
 
-    found = in_turn({name: partial(once, name) for name in encoders}, rounds)
+    work = {name: partial(once, name) for name in encoders}
+    found = in_turn({name: partial(seconds, run, device) for name, run in work.items()}, rounds)
+    devices.print_peaks(work, device)
     ratios = {n: round(ratio(found["dense"], t), 2) for n, t in found.items() if n != "dense"}
     return {"dense_ms": round(1e3 * statistics.median(found["dense"]), 1), **ratios}
 
@@ -140,15 +144,17 @@ def main() -> None:
     parser.add_argument("--structure", choices=("linked", "blocks", "hybrid"), default="linked")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--masked", action="store_true", help="time a masked model too")
+    devices.add_device(parser)
     o = parser.parse_args()
+    o.device = devices.device_of(o)
     torch.set_num_threads(1)
     keep_freed_memory()
-    dense = base(o.size)
+    dense = base(o.size).to(o.device)
     for spread in o.spread:
         encoders = compacted(o, spread, dense)
         for batch in o.batch:
             for length in o.length:
-                found = measure(encoders, SIZES[o.size][0], batch, length, o.rounds)
+                found = measure(encoders, SIZES[o.size][0], batch, length, o.rounds, o.device)
                 row = {"size": o.size, "structure": o.structure, "spread": spread}
                 row |= {"batch": batch, "length": length}
                 print(json.dumps(row | found), flush=True)

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from benchmarks.adapter_step import roberta, step
+from benchmarks.common import devices, peers
 from benchmarks.common.models import SIX_MAPS, full_rows
 from benchmarks.common.timing import in_turn, ratio, seconds
 
@@ -49,21 +50,25 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
+    devices.add_device(parser)
     o = parser.parse_args()
+    device = devices.device_of(o)
     warnings.simplefilter("ignore")
-    batch = full_rows(o.batch, o.length)
+    batch = devices.on(device, full_rows(o.batch, o.length))
     work = {}
-    for side in SIDES:
-        model = build(side, o.layers)
+    for side in [name for name in SIDES if SIDES[name][0] != "peft" or peers.importable()]:
+        model = build(side, o.layers).to(device)
         parameters = [p for p in model.parameters() if p.requires_grad]
         work[side] = partial(step, model, batch, torch.optim.AdamW(parameters, lr=1e-4))
-    found = in_turn({side: partial(seconds, run) for side, run in work.items()}, o.rounds)
+    found = in_turn({side: partial(seconds, run, device) for side, run in work.items()}, o.rounds)
     print(f"{o.layers} layers, {o.batch} × {o.length} tokens")
     for side, times in found.items():
         beside = ratio(times, found["LoRA"])
         print(f"{side:12}  {1e3 * statistics.median(times):9.1f} ms   {beside:.3f} × LoRA here")
-    theirs = ratio(found["PEFT's DoRA"], found["DoRA"])
-    print(f"PEFT's DoRA over DoRA here: {theirs:.2f}")
+    if "PEFT's DoRA" in found:
+        theirs = ratio(found["PEFT's DoRA"], found["DoRA"])
+        print(f"PEFT's DoRA over DoRA here: {theirs:.2f}")
+    devices.print_peaks(work, device)
 
 
 if __name__ == "__main__":

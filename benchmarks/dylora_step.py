@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 import transformers_patched
+from benchmarks.common import devices
 from benchmarks.common.models import SIZES, classifier, packed, token_lists, with_frozen_dtype
 from benchmarks.common.timing import in_turn, ratio, seconds
 from examples.training import memory
@@ -104,6 +105,7 @@ def compare(sides: dict[str, Callable[[], None]], rounds: int, device: str) -> d
         rounds,
         warm_up=2,
     )
+    devices.print_peaks(sides, device)
     first, *others = sides
     return {
         f"{first}, s": round(statistics.median(found[first]), 4),
@@ -112,7 +114,6 @@ def compare(sides: dict[str, Callable[[], None]], rounds: int, device: str) -> d
 
 
 def main() -> None:
-    memory.keep_freed_memory()  # as every run does
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="roberta-base")
     parser.add_argument("--batch", type=int, default=16)
@@ -121,8 +122,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="batches per round")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sides", nargs="+", choices=[*SIDES, "eval"], default=[*SIDES, "eval"])
+    devices.add_device(parser)
     o = parser.parse_args()
-    o.device = "cuda" if torch.cuda.is_available() else "cpu"
+    o.device = devices.device_of(o)
     memory.keep_compiled_kernels()  # what every run keeps in memory
     memory.keep_freed_memory()
     work_list = token_lists(o.size, o.batch, o.steps, [o.seed, 0])

@@ -1,6 +1,7 @@
 """A LoRA training step of GPT-2 small on E2E, beside Transformers + PEFT, in one process tree.
 
     python -m benchmarks.gpt2_step --data_dir DATA --tokenizer DIR --batch 32 --clock cpu
+    python -m benchmarks.gpt2_step --random              # tokens, of E2E's lengths
 
 Work: real rows of E2E's training set in random order, loss on the completions alone, r 4 on the
 query and value of c_attn (the peer: r 4 on c_attn, as many parameters), LoRA dropout 0.1 and no
@@ -21,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import e2e, peers
+from benchmarks.common import devices, e2e, peers
 from benchmarks.common.timing import ratio
 
 HIDDEN, VOCABULARY = 768, 50257
@@ -84,7 +85,7 @@ def serve(o: argparse.Namespace) -> None:
     def build(device: str) -> tuple[Any, Callable[[list[e2e.Row]], Any]]:
         model, inputs = SIDES[o.side](o)
         model.to(device)
-        return model, lambda rows: model(**peers.on(device, inputs(rows))).loss
+        return model, lambda rows: model(**devices.on(device, inputs(rows))).loss
 
     def answers() -> Iterator[tuple[list, int, dict]]:
         for batches in turns(o):
@@ -98,7 +99,7 @@ def turns(o: argparse.Namespace) -> Any:
     """Every request's batches, new ones as in a run and the same on both sides."""
     size = o.batch * o.steps
     count = size * (o.rounds + o.warm_up)
-    rows = e2e.training_rows(o.data_dir, o.tokenizer, count, o.seed)
+    rows = e2e.training_rows(o, count, o.seed)
     for turn in peers.requests():
         mine = rows[turn * size : (turn + 1) * size]
         yield [mine[i : i + o.batch] for i in range(0, size, o.batch)]
@@ -120,11 +121,10 @@ def bound(batches: list[list[e2e.Row]], layers: int) -> float:
 
 def measure(o: argparse.Namespace) -> dict:
     """Lets both sides take turns; medians and ranges over the rounds."""
-    words: list[object] = ["--device", o.device] * bool(o.device)
-    names = ("batch", "layers", "steps", "seed", "clock", "rounds", "warm_up", "data_dir")
-    for name in (*names, "tokenizer"):
+    words: list[object] = [*["--device", o.device] * bool(o.device), *e2e.words(o)]
+    for name in ("batch", "layers", "steps", "seed", "clock", "rounds", "warm_up"):
         words += [f"--{name}", getattr(o, name)]
-    workers = {side: peers.Worker("benchmarks.gpt2_step", *words, "--side", side) for side in SIDES}
+    workers = peers.step_workers("benchmarks.gpt2_step", words, SIDES)
     rounds = peers.in_turn(workers, o.rounds, o.warm_up)
     speeds = {side: [turn[side]["tokens_per_second"] for turn in rounds] for side in workers}
     each = [a / b for a, b in zip(speeds["ours"], speeds["peer"], strict=True)]
@@ -158,13 +158,12 @@ def main() -> None:
     parser.add_argument("--warm_up", type=int, default=1, help="rounds that do not count")
     parser.add_argument("--steps", type=int, default=2, help="training steps per round")
     parser.add_argument("--seed", type=int, default=0)
-    peers.add_device(parser)
+    devices.add_device(parser)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--out", type=Path, help="append the figures to this file, a JSON line")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     o = parser.parse_args()
-    if o.data_dir is None or o.tokenizer is None:
-        parser.error("--data_dir and --tokenizer are needed")
+    e2e.check(parser, o)
     if o.side:
         serve(o)
         return

@@ -22,7 +22,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from benchmarks.common import peers
+from benchmarks.common import devices, peers
 from benchmarks.common.timing import ratio
 
 SIZES = ("minilm", "roberta-base")
@@ -68,7 +68,7 @@ def serve(o: argparse.Namespace) -> None:
         autocast = torch.autocast(device, torch.bfloat16, enabled=bf16)
 
         def loss(batch: list[list[int]]) -> Any:
-            given = peers.on(device, inputs(batch))
+            given = devices.on(device, inputs(batch))
             with autocast:
                 return model(**given, labels=labels).loss
 
@@ -87,10 +87,7 @@ def measure(o: argparse.Namespace) -> dict:
     words: list[object] = ["--compile"] * o.compile + ["--device", o.device] * bool(o.device)
     for name in ("size", "batch", "dtype", "targets", "steps", "seed", "clock"):
         words += [f"--{name}", getattr(o, name)]
-    workers = {
-        side: peers.Worker("benchmarks.lora_step", *words, "--side", side)
-        for side in ("ours", "peer")
-    }
+    workers = peers.step_workers("benchmarks.lora_step", words, ("ours", "peer"))
     rounds = peers.in_turn(workers, o.rounds)
     speeds = {side: [turn[side]["tokens_per_second"] for turn in rounds] for side in workers}
     return {
@@ -121,7 +118,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=6, help="training steps per round")
     parser.add_argument("--seed", type=int, default=0)
-    peers.add_device(parser)
+    devices.add_device(parser)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--side", choices=("ours", "peer"), help=argparse.SUPPRESS)

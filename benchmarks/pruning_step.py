@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from functools import partial
 
 import torch
 
+from benchmarks.common import devices
 from benchmarks.common.timing import in_turn, ratio, seconds
 from examples.training.memory import keep_freed_memory
 from peft_custom import (
@@ -62,7 +62,9 @@ def adapted(side: str, o: argparse.Namespace) -> PeftModel:
         "block_prune": partial(BlockPruneConfig, **pruning),
         "SPLoPA": partial(SplopaConfig, **pruning, num_prototypes=o.prototypes),
     }
-    return get_peft_model(BertForSequenceClassification(config), configs[side]()).train()
+    return (
+        get_peft_model(BertForSequenceClassification(config), configs[side]()).train().to(o.device)
+    )
 
 
 def stepper(
@@ -71,10 +73,10 @@ def stepper(
     """One training step, and the hooks that choose the masks."""
     optimizer = torch.optim.AdamW(model.parameter_groups(1e-4, 0.0), 1e-4, fused=True)
     hooks = attach(model, optimizer, total_steps=STEPS)
-    batch = {
+    batch = devices.on(o.device, {
         "input_ids": torch.randint(5, 1000, (o.batch, o.length)),
         "labels": torch.arange(o.batch) % 2,
-    }
+    })  # fmt: skip
 
     def step() -> None:
         model(**batch).loss.backward()
@@ -87,9 +89,10 @@ def stepper(
 def compare(o: argparse.Namespace) -> dict[str, float]:
     """Steps in multiples of LoRA's."""
     made = {side: stepper(adapted(side, o), o) for side in SIDES}
-    timed = {side: partial(seconds, step) for side, (step, _) in made.items()}
-    timed["masks"] = partial(seconds, made["SPLoPA"][1].begin_step)
+    timed = {side: partial(seconds, step, o.device) for side, (step, _) in made.items()}
+    timed["masks"] = partial(seconds, made["SPLoPA"][1].begin_step, o.device)
     found = in_turn(timed, o.rounds, warm_up=2)
+    devices.print_peaks({side: step for side, (step, _) in made.items()}, o.device)
     result = {"lora_ms": round(1e3 * statistics.median(found["LoRA"]), 1)}
     for side in SIDES[1:]:
         result[side] = round(ratio(found[side], found["LoRA"]), 3)
@@ -117,7 +120,7 @@ def serve(o: argparse.Namespace) -> None:
     step, _ = stepper(adapted(o.side, o), o)
     for _ in range(o.rounds):
         step()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+    print(2**10 * devices.peak_gib(o.device))
 
 
 def main() -> None:
@@ -134,7 +137,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--memory", action="store_true", help="peak resident memory")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    devices.add_device(parser)
     o = parser.parse_args()
+    o.device = devices.device_of(o)
     torch.set_num_threads(1)
     keep_freed_memory()
     if o.side:

@@ -1,6 +1,7 @@
 """A LoRA training step on SQuAD's windows beside Transformers + PEFT, in one process tree.
 
     python -m benchmarks.squad_step --data_dir DATA --vocabulary DIR --size minilm --clock cpu
+    python -m benchmarks.squad_step --random             # tokens, lengths much like SQuAD's
 
 Work: real windows of at most 384 tokens of SQuAD's training set in random order, BERT's vocabulary,
 question answering, LoRA r 8 on query and value, dropout 0.1, fp32, AdamW, random weights. Each side
@@ -21,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import models, peers
+from benchmarks.common import devices, models, peers
 from benchmarks.common.timing import ratio
 
 LENGTH, LEARNING_RATE = 384, 1e-3
@@ -55,6 +56,22 @@ def _adapted(library: Any, adapters: Any, size: str, adapter: dict, **options: A
 
 def turns(o: argparse.Namespace) -> Iterator[list[Windows]]:
     """Every request's batches, new ones as in a run and the same on all sides."""
+    return (random_windows(o, turn) for turn in peers.requests()) if o.random else real_windows(o)
+
+
+def random_windows(o: argparse.Namespace, turn: int) -> list[Windows]:
+    """A turn's batches of random tokens, whose lengths have the mean of SQuAD's, 172."""
+    draw = np.random.default_rng([o.seed, turn])
+    found = []
+    for _ in range(o.steps):
+        lengths = draw.gamma(4.0, 43.0, o.batch).astype(int).clip(16, LENGTH)
+        rows = [draw.integers(999, models.SIZES[o.size]["vocab_size"], n).tolist() for n in lengths]
+        found.append((rows, np.sort(draw.integers(0, lengths[:, None], (o.batch, 2)))))
+    return found
+
+
+def real_windows(o: argparse.Namespace) -> Iterator[list[Windows]]:
+    """Of every request."""
     from examples.data.squad import read_squad
     from examples.data.squad_features import featurise
     from transformers_patched import BertTokenizer
@@ -88,7 +105,7 @@ def serve(o: argparse.Namespace) -> None:
             rows, spans = windows
             first, last = torch.from_numpy(spans.astype(np.int64)).unbind(1)
             given = {**inputs(rows), "start_positions": first, "end_positions": last}
-            return model(**peers.on(device, given)).loss
+            return model(**devices.on(device, given)).loss
 
         return model, loss
 
@@ -101,13 +118,12 @@ def serve(o: argparse.Namespace) -> None:
 
 def print_row(o: argparse.Namespace) -> None:
     """Lets the sides take turns and prints what they did."""
-    words: list[object] = ["--device", o.device] * bool(o.device)
-    for name in (
-        "size", "batch", "steps", "seed", "clock", "rounds", "warm_up", "data_dir", "vocabulary",
-    ):  # fmt: skip
+    words: list[object] = [*["--device", o.device] * bool(o.device), *["--random"] * o.random]
+    if not o.random:
+        words += ["--data_dir", o.data_dir, "--vocabulary", o.vocabulary]
+    for name in ("size", "batch", "steps", "seed", "clock", "rounds", "warm_up"):
         words += [f"--{name}", getattr(o, name)]
-    workers = {name: peers.Worker("benchmarks.squad_step", *words, "--side", name)
-               for name in SIDES}  # fmt: skip
+    workers = peers.step_workers("benchmarks.squad_step", words, SIDES)
     rounds = peers.in_turn(workers, o.rounds, o.warm_up)
     speeds = {name: [turn[name]["tokens_per_second"] for turn in rounds] for name in SIDES}
     peak = {name: rounds[-1][name]["peak_gib"] for name in SIDES}
@@ -122,18 +138,21 @@ def print_row(o: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data_dir", type=Path, required=True, help="has squad/train-v1.1.json")
-    parser.add_argument("--vocabulary", type=Path, required=True, help="has BERT's vocab.txt")
+    parser.add_argument("--data_dir", type=Path, help="has squad/train-v1.1.json")
+    parser.add_argument("--vocabulary", type=Path, help="has BERT's vocab.txt")
+    parser.add_argument("--random", action="store_true", help="tokens, in place of the data")
     parser.add_argument("--size", choices=("minilm", "bert-base"), default="minilm")
     parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--warm_up", type=int, default=1, help="rounds before them")
     parser.add_argument("--steps", type=int, default=2, help="training steps per round")
     parser.add_argument("--seed", type=int, default=0)
-    peers.add_device(parser)
+    devices.add_device(parser)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     o = parser.parse_args()
+    if not o.random and (o.data_dir is None or o.vocabulary is None):
+        parser.error("--data_dir and --vocabulary are needed, or --random")
     if o.side:
         serve(o)
         return

@@ -16,24 +16,52 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Where the data and the tokenizer are."""
     parser.add_argument("--data_dir", type=Path, help="folder with e2e/{train,test}.txt")
     parser.add_argument("--tokenizer", type=Path, help="folder with GPT-2's vocab.json, merges.txt")
+    parser.add_argument("--random", action="store_true", help="tokens, in place of the data")
 
 
-def contexts(data_dir: Path, tokenizer: Path, count: int) -> list[list[int]]:
+def check(parser: argparse.ArgumentParser, o: argparse.Namespace) -> None:
+    """Ends the program where neither data nor random tokens are asked for."""
+    if not o.random and (o.data_dir is None or o.tokenizer is None):
+        parser.error("--data_dir and --tokenizer are needed, or --random")
+
+
+def words(o: argparse.Namespace) -> list[object]:
+    """The options above, for a worker."""
+    if o.random:
+        return ["--random"]
+    return ["--data_dir", o.data_dir, "--tokenizer", o.tokenizer]
+
+
+def contexts(o: argparse.Namespace, count: int) -> list[list[int]]:
     """`count` of the test set's distinct contexts, evenly spread over them."""
+    if o.random:
+        return [context for context, _ in _random_rows(count, 0)]
     from examples.data import nlg
 
-    found = [instance.context for instance in nlg.instances(_pairs(data_dir, "test"))]
+    found = [instance.context for instance in nlg.instances(_pairs(o.data_dir, "test"))]
     chosen = [found[i * len(found) // count] for i in range(count)]
-    return [ids + [EOS] for ids in _encode(tokenizer, chosen)]
+    return [ids + [EOS] for ids in _encode(o.tokenizer, chosen)]
 
 
-def training_rows(data_dir: Path, tokenizer: Path, count: int, seed: int) -> list[Row]:
+def training_rows(o: argparse.Namespace, count: int, seed: int) -> list[Row]:
     """`count` rows of the training set in random order."""
-    pairs = _pairs(data_dir, "train")
+    if o.random:
+        return _random_rows(count, seed)
+    pairs = _pairs(o.data_dir, "train")
     chosen = [pairs[i] for i in np.random.default_rng(seed).permutation(len(pairs))[:count]]
-    first = _encode(tokenizer, [pair.context for pair in chosen])
-    second = _encode(tokenizer, [f" {pair.completion}" for pair in chosen])
+    first = _encode(o.tokenizer, [pair.context for pair in chosen])
+    second = _encode(o.tokenizer, [f" {pair.completion}" for pair in chosen])
     return [(a + [EOS], b + [EOS]) for a, b in zip(first, second, strict=True)]
+
+
+def _random_rows(count: int, seed: int) -> list[Row]:
+    """Rows of random tokens of E2E's lengths: contexts 13 to 43, completions 9 to 40."""
+    draw = np.random.default_rng(seed)
+
+    def tokens(shortest: int, longest: int) -> list[int]:
+        return [*draw.integers(0, EOS, draw.integers(shortest, longest + 1) - 1).tolist(), EOS]
+
+    return [(tokens(13, 43), tokens(9, 40)) for _ in range(count)]
 
 
 def _pairs(data_dir: Path, split: str) -> list:

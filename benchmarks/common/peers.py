@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,7 +15,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.common.timing import peak_gib, seconds
+from benchmarks.common.devices import device_of, peak_gib
+from benchmarks.common.timing import seconds
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -77,16 +81,40 @@ def tell(answer: Any) -> None:
     print(json.dumps(answer), flush=True)
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
-    """`--device`: where to compute; unless given, on a GPU where there is one."""
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
+@functools.cache
+def importable() -> bool:
+    """Whether the peer, Transformers with PEFT, is there; where it is not, prints a line once."""
+    missing = [name for name in ("transformers", "peft") if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"left out: the peer, for lack of {' and '.join(missing)}", flush=True)
+    return not missing
 
 
-def device_of(o: argparse.Namespace) -> str:
-    """The device that was asked for, or that there is."""
-    import torch
+class Absent:
+    """In place of the worker of a side whose packages are not there: no figure is a number."""
 
-    return o.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    def ask(self) -> dict[str, float]:
+        return {"tokens_per_second": math.nan, "peak_gib": math.nan}
+
+    def close(self) -> None:
+        """There is no process."""
+
+
+def step_workers(
+    module: str, words: Iterable[object], sides: Iterable[str]
+) -> dict[str, Worker | Absent]:
+    """Side -> its worker, which `serve_steps`; "ours" needs no package, every other one the peer's.
+
+    Args:
+        module: of the benchmark.
+        words: its command line.
+        sides: what `--side` takes.
+    """
+    words = list(words)
+    return {
+        side: Worker(module, *words, "--side", side) if side == "ours" or importable() else Absent()
+        for side in sides
+    }
 
 
 def serve_steps(
@@ -137,12 +165,9 @@ def serve_steps(
         tell({**found, "trainable": sum(p.numel() for p in trainable), **more})
 
 
-def on(device: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """A batch's arguments with the tensors on the device."""
-    return {k: v.to(device) if hasattr(v, "to") else v for k, v in given.items()}
-
-
-def in_turn(workers: Mapping[str, Worker], rounds: int, warm_up: int = 2) -> list[dict[str, Any]]:
+def in_turn(
+    workers: Mapping[str, Worker | Absent], rounds: int, warm_up: int = 2
+) -> list[dict[str, Any]]:
     """Lets the workers take turns, and ends them.
 
     Args:

@@ -6,13 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-
-def synchronize(device: str) -> None:
-    """Waits for what was started on a GPU."""
-    if device != "cpu":
-        import torch
-
-        torch.cuda.synchronize()
+from benchmarks.common.devices import synchronize
 
 
 def seconds(
@@ -32,17 +26,6 @@ def seconds(
     work()
     synchronize(device)
     return clock() - started
-
-
-def peak_gib(device: str = "cpu") -> float:
-    """GiB: the most a GPU had allocated, else the most this process had resident."""
-    if device != "cpu":
-        import torch
-
-        return torch.cuda.max_memory_allocated() / 2**30
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def in_turn(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from support.runner_cases import evaluated, lines, pair_task, results, tiny_bert
 
 from examples import program, pruning_curve
-from examples.program.encoder_time import compact_model, dense_model
+from examples.program.encoder_time import compact_model, dense_model, milliseconds
 from examples.run_glue import OPTION_CLASSES, SUMMARY, main
 
 
@@ -125,6 +127,26 @@ def test_a_run_has_the_density_that_was_asked_for(setting: list[str], tmp_path: 
     other = [*setting, "--method", "block_prune", "--lora_path", str(out)]
     with pytest.raises(AssertionError):
         evaluated([*other, "--output_dir", str(tmp_path / "c")])  # of another mask_structure
+
+
+def test_the_mode_is_set_once_for_all_batches() -> None:
+    """Layers of scattered blocks look for them whenever the mode is set."""
+
+    class Counted(torch.nn.Module):
+        config = SimpleNamespace(vocab_size=7)
+        modes = 0
+
+        def train(self, mode: bool = True) -> Counted:
+            self.modes += 1
+            return super().train(mode)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            assert not self.training and ids.shape == (2, 5)
+            return ids
+
+    models = {"one": Counted(), "two": Counted()}
+    assert milliseconds(models, 2, 5, rounds=3).keys() == models.keys()
+    assert [model.modes for model in models.values()] == [1, 1]
 
 
 def test_seeds_are_one_point_of_a_curve() -> None:

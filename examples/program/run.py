@@ -357,6 +357,7 @@ class Run:
         more = dict(self.extra)
         results = {**metrics, **self.test_metrics, **figures, **self._sizes()}
         results["main_metric"] = self.main_metric
+        self.trainer.let_go()
         self.accelerator.end_training()
         if not self.accelerator.is_main_process:
             return

@@ -13,6 +13,7 @@ with the weights, the optimiser's and the hooks' state restored, a resumed run i
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -170,6 +171,16 @@ class Trainer:
             self.shards.end()
             self.shards = None
         self.bar.close()
+
+    def let_go(self) -> None:
+        """Frees what shares gradients out, at the end, while the processes are still joined.
+
+        Its destructor would else be the last to hold the process group, and wait, with Python's
+        lock, for a thread of the group that may be waiting for that lock.
+        """
+        self.model = self.unwrapped
+        self.accelerator.free_memory()
+        gc.collect()
 
     def _shard(self) -> None:
         """The weights become pieces; what the tuners read between forward passes stays whole.

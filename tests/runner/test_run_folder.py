@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.paths import ROOT
+from support.processes import launch_two
 from support.runner_cases import pair_task, results, tiny_bert
 
 from examples import program
@@ -438,6 +439,15 @@ def test_several_processes_of_a_launch_are_one_run(home: Path, tmp_path: Path) -
         assert done.returncode == status, done.stderr[-2000:]
         assert status == 0 or "holds a finished run" in done.stderr
     assert not (out / CLAIM).exists() and not (out / REPLACED).exists()
+
+
+def test_nothing_holds_the_group_when_it_is_taken_down(home: Path, tmp_path: Path) -> None:
+    """A DistributedDataParallel that is freed after it may wait for ever (see `Trainer.let_go`)."""
+    said = launch_two(
+        [ROOT / "tests/support/alive_at_end.py"],
+        *words(home, tmp_path / "run", "--max_train_steps", "1"),
+    )
+    assert said.count("still there: 0") == 2 and "still there: 1" not in said
 
 
 # --- what a resumed run reads --------------------------------------------------------------------

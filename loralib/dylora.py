@@ -41,6 +41,11 @@ from .functional import ActiveRank, Scaling
 from .layers import Embedding, Linear, MergedLinear, _LinearLayer
 
 
+def summed_scales(ranks: Sequence[int], largest: int) -> list[float]:
+    """w_i = Σ 1/b over the ranks b ≥ i, for i = 1 … R."""
+    return [sum(1.0 / b for b in ranks if b >= i) for i in range(1, largest + 1)]
+
+
 class NestedRank:
     """Which of the R nested components of a layer act, and which of these learn.
 

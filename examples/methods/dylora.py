@@ -60,22 +60,25 @@ class DyLoraOptions(IncrementOptions):
                         f"--{name} {word}: ranks are whole numbers from 1 to --lora_r, here "
                         f"{self.lora_r}"
                     )
-        trained = [int(word) for word in self.dylora_train_ranks]
+        trained, first = self.train_ranks, self.dylora_r_min
         if trained and self.dylora_mode != "matryoshka":
             raise OptionError("--dylora_train_ranks goes with --dylora_mode matryoshka")
-        first = self.dylora_r_min
         if trained and (trained != sorted({*trained, self.lora_r}) or trained[0] < first):
             raise OptionError(
                 f"--dylora_train_ranks {','.join(self.dylora_train_ranks)}: rising ranks are "
                 f"needed, from --dylora_r_min {first} on, the last --lora_r {self.lora_r}"
             )
 
+    @property
+    def train_ranks(self) -> list[int] | None:
+        """The ranks that are summed; None: all."""
+        return [int(word) for word in self.dylora_train_ranks] or None
+
     def ranks(self, final: bool) -> list[int]:
         """The ranks to evaluate at, in order; the last is `lora_r`."""
         asked = [int(word) for word in self.dylora_eval_ranks]
-        every = [int(word) for word in self.dylora_train_ranks] if final else [self.dylora_r_min]
-        if final and not every:
-            every = range(self.dylora_r_min, self.lora_r)
+        trained = self.train_ranks or range(self.dylora_r_min, self.lora_r)
+        every = trained if final else [self.dylora_r_min]
         return sorted({*(asked or every), self.lora_r})
 
 
@@ -91,7 +94,7 @@ def build(source: ModelSource, options: DyLoraOptions) -> AdaptedModel:
         "dylora_mode": options.dylora_mode,
         "dylora_dist": options.dylora_dist,
         "dylora_dense": options.dylora_dense,
-        "train_ranks": [int(word) for word in options.dylora_train_ranks] or None,
+        "train_ranks": options.train_ranks,
     }
     if options.wiring == "loralib":
         adapted = with_loralib(source, options, "dylora", **nested)

@@ -28,7 +28,6 @@ from peft_custom.tuners.tuner_layer import BaseTunerLayer
 
 def training_flops(
     model: nn.Module,
-    config: Any,
     tokens: int,
     lengths: np.ndarray,
     scored: int | None = None,
@@ -36,8 +35,7 @@ def training_flops(
     """Floating-point operations of the matrix products of a training run.
 
     Args:
-        model: with its adapters.
-        config: of the pretrained model.
+        model: with its adapters, and a `config`.
         tokens: real ones that the run trained on.
         lengths: (sequences,) tokens of the training set's sequences.
         scored: tokens of the training set whose successor is predicted; None: no language model.
@@ -49,6 +47,7 @@ def training_flops(
         total += epochs * len(lengths) * (per_sequence + per_scored)
     else:
         total += epochs * scored * (per_sequence + per_scored)
+    config: Any = model.config
     squares = float((lengths.astype(np.float64) ** 2).sum())
     attention = 12 * config.num_hidden_layers * config.hidden_size * squares
     return round(total + epochs * attention * (1 if scored is None else 0.5))

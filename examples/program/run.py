@@ -490,7 +490,7 @@ def _train_and_evaluate(
         scored = None if counts is None else int(counts.sum())
         passes = 1 if trainer.sampler is None else trainer.sampler.mc_samples
         figures["train_flops"] = passes * training_flops(
-            run.adapted.model, run.adapted.model.config, figures["train_tokens"], lengths, scored
+            run.adapted.model, figures["train_tokens"], lengths, scored
         )
     metrics = trainer.evaluate(final=True) if sets else {}
     for split in data.tests:

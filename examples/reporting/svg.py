@@ -172,12 +172,7 @@ def strips(
     left, high = 104, 20
     floor = TOP + high * len(rows)
     across = _axis([v for _, values in rows for v in values], False, left, WIDTH - left - RIGHT)
-    parts = []
-    for v in across.ticks():
-        x = across.place(v)
-        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{floor}"/>')
-        label = f'<text class="dim" x="{x:.1f}" y="{floor + 15}" text-anchor="middle">'
-        parts.append(f"{label}{_number(v)}</text>")
+    parts = _ticks_below(across, floor)
     if line is not None:
         x = across.place(line)
         place = f'x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{floor}"'
@@ -239,11 +234,7 @@ def _frame(across: Axis, up: Axis, x_label: str, y_label: str) -> list[str]:
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
         label = f'<text class="dim" x="{LEFT - 5}" y="{y + 4:.1f}" text-anchor="end">'
         parts.append(f"{label}{_number(v)}</text>")
-    for v in across.ticks():
-        x = across.place(v)
-        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{floor}"/>')
-        label = f'<text class="dim" x="{x:.1f}" y="{floor + 15}" text-anchor="middle">'
-        parts.append(f"{label}{_number(v)}</text>")
+    parts += _ticks_below(across, floor)
     size = f'width="{right - LEFT}" height="{floor - TOP}"'
     middle = (TOP + floor) / 2
     parts.append(f'<rect class="frame" x="{LEFT}" y="{TOP}" {size}/>')
@@ -254,6 +245,17 @@ def _frame(across: Axis, up: Axis, x_label: str, y_label: str) -> list[str]:
         f"<text {below}>{escape(x_label)}</text>",
         f"<text {beside}>{escape(y_label)}</text>",
     ]
+
+
+def _ticks_below(across: Axis, floor: float) -> list[str]:
+    """Lines of the grid from the top to the floor, and their values under it."""
+    parts = []
+    for v in across.ticks():
+        x = across.place(v)
+        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{floor}"/>')
+        label = f'<text class="dim" x="{x:.1f}" y="{floor + 15}" text-anchor="middle">'
+        parts.append(f"{label}{_number(v)}</text>")
+    return parts
 
 
 def _drawn(s: Series, across: Axis, up: Axis) -> list[str]:

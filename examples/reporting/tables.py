@@ -187,7 +187,8 @@ def cuts(task: Task) -> Table | None:
     rows = []
     for c in task.shown.values():
         curves = {run.seed: run.budget_curve for run in c.runs if run.budget_curve}
-        for place, budget in enumerate(next(iter(curves.values()), {"budgets": []})["budgets"]):
+        budgets = curves[min(curves)]["budgets"] if curves else []
+        for place, budget in enumerate(budgets):
             cells = [c.label, f"{budget:,}"]
             for rule in CUT_RULES:
                 values = {seed: curve[rule]["values"][place] for seed, curve in curves.items()}

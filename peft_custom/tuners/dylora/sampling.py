@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
+from loralib.dylora import summed_scales
+
 from ... import rng
 
 MODES = ("normal", "frozen", "matryoshka")
@@ -109,7 +111,7 @@ class RankSampling:
         if self.dylora_mode != "matryoshka":
             return None
         ranks = self.train_ranks or range(self.r_min, self.largest + 1)
-        return [sum(1.0 / b for b in ranks if b >= i) for i in range(1, self.largest + 1)]
+        return summed_scales(ranks, self.largest)
 
     @property
     def frozen(self) -> bool:

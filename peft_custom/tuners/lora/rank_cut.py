@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from loralib.dylora import summed_scales
+
 from ...config import PATTERN_KEYS, typed_values
 from ..targets import pattern_value
 from .config import LoraConfig
@@ -167,8 +169,7 @@ def _as_product(
     alpha = pattern_value(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
     if config.get("dylora_mode") == "matryoshka":  # see loralib.dylora
         ranks = config.get("train_ranks") or range(config["r_min"], r + 1)
-        weights = [sum(1.0 / b for b in ranks if b >= i) for i in range(1, r + 1)]
-        return A, B * torch.tensor(weights, dtype=B.dtype), alpha
+        return A, B * torch.tensor(summed_scales(ranks, r), dtype=B.dtype), alpha
     return A, B, alpha / (r**0.5 if config.get("use_rslora") else r)
 
 

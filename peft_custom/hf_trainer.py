@@ -3,7 +3,8 @@
     from peft_custom.hf_trainer import TunerCallback
     Trainer(model=model, args=args, train_dataset=data, callbacks=[TunerCallback()]).train()
 
-`transformers` is imported when the name is first used, never with the package.
+After `hf_models.patch_transformers()` every `Trainer` brings it along. `transformers` is imported
+when the name is first used, never with the package.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from __future__ import annotations
 import functools
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from .distributed import world_size
+from .hf_adapted import adapters_of, load_trained, save_trained
 from .hooks import (
     MicroBatch,
     TrainingHooks,
@@ -27,6 +29,7 @@ from .hooks import (
     saved_token,
 )
 from .protocols import AnyOptimizer
+from .tuners.base import iter_tuners
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -124,10 +127,18 @@ class _Callback:
         )
 
     def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **unused: Any,
     ) -> None:
-        """Writes the hooks' state into the Trainer's checkpoint."""
-        if self.hooks is None or not self.hooks.adapts or not args.should_save:
+        """Writes into the Trainer's checkpoint what it lacks for going on."""
+        by_transformers = adapters_of(model) is not None  # which saves the adapter's files alone
+        if self.hooks is None or not args.should_save:
+            return
+        if not self.hooks.adapts and not by_transformers:
             return
         folder = _checkpoint(args.output_dir, state.global_step)
         if not folder.is_dir():
@@ -136,7 +147,11 @@ class _Callback:
                 "state cannot be saved with it (TunerCallback does not support hyper-parameter "
                 "search)"
             )
-        save_hooks_state(folder, self.hooks.state_dict(), token=self.saved.get("token", ""))
+        if by_transformers:
+            assert model is not None
+            save_trained(model, folder)
+        if self.hooks.adapts:
+            save_hooks_state(folder, self.hooks.state_dict(), token=self.saved.get("token", ""))
 
     def on_log(
         self,
@@ -218,3 +233,34 @@ def __getattr__(name: str) -> Any:
     if name == NAME:
         return _callback_class()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+# --- the Trainer's methods, for `hf_models.patch_transformers` ------------------------------------
+def _init(original: Callable[..., None], trainer: Any, *args: Any, **kwargs: Any) -> None:
+    original(trainer, *args, **kwargs)
+    callbacks = trainer.callback_handler.callbacks
+    adapted = isinstance(trainer.model, nn.Module) and any(iter_tuners(trainer.model))
+    if adapted and not any(isinstance(callback, _Callback) for callback in callbacks):
+        trainer.add_callback(_callback_class()())
+
+
+def _load_from_checkpoint(
+    original: Callable[..., None], trainer: Any, folder: str, model: nn.Module | None = None
+) -> None:
+    model = trainer.model if model is None else model
+    if adapters_of(model) is None:
+        return original(trainer, folder, model)
+    load_trained(model, Path(folder))
+
+
+def _load_best_model(original: Callable[..., None], trainer: Any) -> None:
+    if adapters_of(trainer.model) is None:
+        return original(trainer)
+    load_trained(trainer.model, Path(trainer.state.best_model_checkpoint))
+
+
+TRAINER_METHODS: dict[str, Callable[..., Any]] = {
+    "__init__": _init,
+    "_load_from_checkpoint": _load_from_checkpoint,
+    "_load_best_model": _load_best_model,
+}

@@ -69,6 +69,11 @@ class BaseTunerLayer(nn.Module):
         hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks
         return self._linear_base and not hooked
 
+    @property
+    def base_moved(self) -> bool:
+        """Whether an adapter's start changed the base weight."""
+        return False
+
     def restore_base(self, adapter: str | None = None) -> None:
         """Undoes what `adapter`, or all of them, did to the base weight; usually nothing."""
 

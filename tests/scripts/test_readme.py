@@ -69,7 +69,7 @@ def test_every_command_is_covered_here() -> None:
     assert covered == set(COMMANDS)
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=["loralib", "peft_custom"])
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=["loralib", "peft_custom", "transformers"])
 def test_snippets_run(snippet: str, tmp_path: Path) -> None:
     (tmp_path / "snippet.py").write_text(snippet)
     shell("python snippet.py", tmp_path)

@@ -334,6 +334,10 @@ class Linear(LoraLayer):
         self.taken_out[adapter] = (A0.float(), B0.float(), scaling)
         base.data -= lora.delta_weight(A, B, scaling, self.fan_in_fan_out).to(base)
 
+    @property
+    def base_moved(self) -> bool:
+        return bool(self.taken_out)
+
     @torch.no_grad()
     def restore_base(self, adapter: str | None = None) -> None:
         for name in [adapter] if adapter is not None else list(self.taken_out):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from examples.cli.fields import option
 from examples.methods.registry import AdaptedModel, register_method
+from examples.training.file_names import MASK_SHARES
 
 if TYPE_CHECKING:
     from examples.methods.source import ModelSource
@@ -91,8 +92,18 @@ def build(source: ModelSource, options: BimLoraOptions) -> AdaptedModel:
     if report is not None and not report.missing_keys:  # with a mask: none is made from features
         adapted.model.base_model.initialised.add("default")
     adapted.model.base_model.records.read.update(source.read)
+    adapted.summarize = lambda metrics, main, title, folder: _record(adapted.model, folder)
     adapted.plot = lambda folder, title, rows: _plot(adapted.model, folder, title)
     return adapted
+
+
+def _record(model: PeftModel, folder: Path | None) -> dict[str, Any]:
+    """The final masks' means in a file; the log has their figures."""
+    from examples.methods.common import write_mask_shares
+    from peft_custom.tuners.bim_lora import MaskAllocator
+
+    write_mask_shares(folder, MaskAllocator(model).masks())
+    return {}
 
 
 def _plot(model: PeftModel, folder: Path, title: str) -> None:
@@ -108,4 +119,6 @@ def _plot(model: PeftModel, folder: Path, title: str) -> None:
         feature_maps(folder / "block_features.png", features, title)
 
 
-register_method("bim_lora", BimLoraOptions, build, "increments gated block by block")
+register_method(
+    "bim_lora", BimLoraOptions, build, "increments gated block by block", files=(MASK_SHARES,)
+)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from examples.methods.pruning import PruningOptions, with_masks
 from examples.methods.registry import AdaptedModel, register_method
+from examples.training.file_names import MASK_SHARES
 
 if TYPE_CHECKING:
     from examples.methods.source import ModelSource
@@ -18,4 +19,10 @@ def build(source: ModelSource, options: PruningOptions) -> AdaptedModel:
     return with_masks(source, options, BlockPruneConfig, frozen=False)
 
 
-register_method("block_prune", PruningOptions, build, "weights trained under a mask of blocks")
+register_method(
+    "block_prune",
+    PruningOptions,
+    build,
+    "weights trained under a mask of blocks",
+    files=(MASK_SHARES,),
+)

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
+
+from torch import Tensor
 
 from examples.methods.options import IncrementOptions
 from examples.methods.registry import AdaptedModel
 from examples.methods.source import ModelSource
+from examples.training.file_names import MASK_SHARES
 from loralib import lora_state_dict
 from peft_custom import PeftConfig, get_peft_model
-from peft_custom.save_and_load import LORALIB_CONFIG, LORALIB_WEIGHTS
+from peft_custom.save_and_load import LORALIB_CONFIG, LORALIB_WEIGHTS, PREFIX
 from peft_custom.task_models import HEAD_NAMES
 from transformers_patched import PreTrainedModel
 from transformers_patched.checkpoint import write_safetensors
+from transformers_patched.files import write_atomically
 
-__all__ = ["AdaptedModel", "ModelSource", "initialisation", "with_loralib", "with_peft"]
+__all__ = [
+    "AdaptedModel",
+    "ModelSource",
+    "initialisation",
+    "with_loralib",
+    "with_peft",
+    "write_mask_shares",
+]
 
 
 class AdapterOptions(Protocol):
@@ -100,3 +112,17 @@ def random_parts(model: PreTrainedModel) -> list[str]:
     """Modules of the base that the checkpoint lacks: they are random, so they must train."""
     names = [name for name in model.newly_initialised if name.partition(".")[0] not in HEAD_NAMES]
     return sorted({name.rpartition(".")[0] for name in names})
+
+
+def write_mask_shares(folder: Path | None, masks: Mapping[str, Tensor]) -> None:
+    """For the report: how much of every module its final mask keeps.
+
+    Args:
+        folder: of the run; None where nothing was trained, and nothing is written.
+        masks: module -> mask of any shape, 0 to 1.
+    """
+    if folder is not None:
+        means = {name: round(float(mask.float().mean()), 6) for name, mask in masks.items()}
+        shares = {name.removeprefix(PREFIX): mean for name, mean in means.items()}
+        text = json.dumps(shares, indent=2) + "\n"
+        write_atomically(folder / MASK_SHARES, lambda aside: aside.write_text(text, "utf-8"))

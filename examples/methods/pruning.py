@@ -135,13 +135,16 @@ def with_masks(
     blocks = {name: name for name in ("mask_structure", "mask_block_rows", "mask_block_cols")}
     start_from(model, options, source.print_once, {**blocks, **(agree or {})})
     adapted = AdaptedModel(model, model.save_pretrained)
-    adapted.summarize = lambda metrics, main, title, folder: _figures(model)
+    adapted.summarize = lambda metrics, main, title, folder: _figures(model, folder)
     adapted.plot = lambda folder, title, rows: _plot(model, folder, title)
     return adapted
 
 
-def _figures(model: PeftModel) -> dict[str, Any]:
-    """What is left; the run itself says how much trained."""
+def _figures(model: PeftModel, folder: Path | None) -> dict[str, Any]:
+    """What is left, with its places in a file; the run itself says how much trained."""
+    from examples.methods.common import write_mask_shares
+
+    write_mask_shares(folder, model.base_model.final_masks())
     return {n: v for n, v in model.pruning_summary().items() if n != "trainable_parameters"}
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from examples.cli.fields import option
 from examples.methods.pruning import PruningOptions, with_masks
 from examples.methods.registry import AdaptedModel, register_method
+from examples.training.file_names import MASK_SHARES
 
 if TYPE_CHECKING:
     from examples.methods.source import ModelSource
@@ -50,4 +51,10 @@ def build(source: ModelSource, options: SplopaOptions) -> AdaptedModel:
     )
 
 
-register_method("splopa", SplopaOptions, build, "pruned blocks with mixtures of prototypes")
+register_method(
+    "splopa",
+    SplopaOptions,
+    build,
+    "pruned blocks with mixtures of prototypes",
+    files=(MASK_SHARES,),
+)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from examples.cli.fields import option
 from examples.methods.pruning import PruningOptions, with_masks
 from examples.methods.registry import AdaptedModel, register_method
+from examples.training.file_names import MASK_SHARES
 
 if TYPE_CHECKING:
     from examples.methods.source import ModelSource
@@ -38,4 +39,10 @@ def build(source: ModelSource, options: SploraOptions) -> AdaptedModel:
     )
 
 
-register_method("splora", SploraOptions, build, "low-rank increments, heads and units pruned")
+register_method(
+    "splora",
+    SploraOptions,
+    build,
+    "low-rank increments, heads and units pruned",
+    files=(MASK_SHARES,),
+)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from examples.errors import OptionError
-from examples.reporting import adapter_ranks
+from examples.reporting import module_maps
 from examples.reporting.groups import Task
 from examples.reporting.runs import Run, number, smaller_is_better
 from examples.reporting.svg import Point, Series, chart, heat_map, strips
@@ -90,7 +90,7 @@ class Figures:
             found += self.scatter(task, name, "metric", f"{title} and metric", front=False)
         for x, y in self.pareto:
             found += self.scatter(task, x, y, f"Pareto: {y} over {x}", front=True)
-        return [*found, *self.heat_maps(task), *self.pictures(task)]
+        return [*found, *self.heat_maps(task), *self.mask_maps(task), *self.pictures(task)]
 
     def seeds(self, task: Task) -> Iterator[Figure]:
         """The best metric of every run, methods below each other; the best mean on top."""
@@ -248,12 +248,12 @@ class Figures:
     def heat_maps(self, task: Task) -> Iterator[Figure]:
         """Ranks by layer and module, of configurations whose matrices differ in it."""
         for c in task.shown.values():
-            found = [(run, adapter_ranks.ranks(run.folder)) for run in c.runs]
+            found = [(run, module_maps.ranks(run.folder)) for run in c.runs]
             found = [(run, ranks) for run, ranks in found if ranks]
             if len({rank for _, ranks in found for rank in ranks.values()}) < 2:
                 continue
             runs = [run for run, _ in found]
-            rows, columns, cells = adapter_ranks.grid([ranks for _, ranks in found])
+            rows, columns, cells = module_maps.grid([ranks for _, ranks in found])
             highest = max(v for row in cells for v in row if v is not None)
             title = f"Ranks of {c.label}: {task.name}"
             svg = heat_map(rows, columns, cells, highest, title)
@@ -261,6 +261,19 @@ class Figures:
             note = f"Mean over {len(runs)} seed(s), layer × module; {total:.0f} in all."
             name = f"heat-{_file(c.method)}-{_file(task.name)}"
             yield Figure(name, title, note, svg, runs)
+
+    def mask_maps(self, task: Task) -> Iterator[Figure]:
+        """What masks keep, by layer and module."""
+        for c in task.shown.values():
+            runs = [run for run in c.runs if run.masks]
+            if not runs:
+                continue
+            rows, columns, cells = module_maps.grid([run.masks for run in runs])
+            title = f"Masks of {c.label}: {task.name}"
+            percent = [[None if v is None else round(100 * v) for v in row] for row in cells]
+            note = f"Mean of the final masks over {len(runs)} seed(s), layer × module, in per cent."
+            svg = heat_map(rows, columns, percent, 100, title)
+            yield Figure(f"masks-{_file(c.method)}-{_file(task.name)}", title, note, svg, runs)
 
     def pictures(self, task: Task) -> Iterator[Figure]:
         """What runs with `--plots` drew: masks and the like, of the first seed that did."""

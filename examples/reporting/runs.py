@@ -13,16 +13,15 @@ from typing import Any
 from examples.data.tasks import TASKS
 from examples.data.tasks.choice import CHOICE_TASKS
 from examples.errors import RunError
-from examples.reporting import adapter_ranks
 from examples.sweeps.ledger import RUNS
 from examples.training.file_names import (
     BUDGET_CURVE,
     CONFIG,
     ENVIRONMENT,
     LOG,
+    MASK_SHARES,
     METRICS,
     NOT_PART_OF_A_RUN,
-    PLOTS,
     PROOF,
     RANK_CURVE,
     RESULTS,
@@ -51,6 +50,7 @@ class Run:
         metrics: lines of `metrics.jsonl`.
         log: lines of `log.jsonl`.
         rank_curve: `rank_curve.json`, or None.
+        masks: `mask_shares.json`, module -> mean of its mask; empty without masks.
         budget_curve: `budget_curve.json` of a folder inside it, or None.
         variant: what the sweep that did it calls its method; "" where it was no sweep.
         metric: its main metric, such as `eval_f1`; "" where it was not evaluated.
@@ -66,6 +66,7 @@ class Run:
     metrics: list[Row] = field(default_factory=list)
     log: list[Row] = field(default_factory=list)
     rank_curve: Row | None = None
+    masks: Row = field(default_factory=dict)
     budget_curve: Row | None = None
     variant: str = ""
     metric: str = ""
@@ -231,7 +232,8 @@ def _run(folder: Path, name: str, metric: str | None) -> Run:
         raise Unusable(f"unfinished: it has no {RESULTS}")
     run = Run(folder, name, config, _object(folder / RESULTS))
     run.file_bytes = _bytes_learnt(folder)
-    for part, file in (("environment", ENVIRONMENT), ("rank_curve", RANK_CURVE)):
+    parts = {"environment": ENVIRONMENT, "rank_curve": RANK_CURVE, "masks": MASK_SHARES}
+    for part, file in parts.items():
         try:
             if (folder / file).exists():
                 setattr(run, part, _object(folder / file))
@@ -239,10 +241,11 @@ def _run(folder: Path, name: str, metric: str | None) -> Run:
                 run.notes.append(f"{file} is missing")
         except Unusable as error:
             run.notes.append(str(error))
+    if any(number(share) is None for share in run.masks.values()):
+        run.notes.append(f"damaged: {MASK_SHARES} holds something else than numbers")
+        run.masks = {}
     run.metrics, run.log = (_lines(folder / file, run.notes) for file in (METRICS, LOG))
     run.metric = _main_metric(run, metric)
-    if adapter_ranks.has_masks(folder) and not any((folder / PLOTS).glob("*.png")):
-        run.notes.append("its masks were not drawn: that takes --plots")
     return run
 
 

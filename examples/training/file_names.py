@@ -9,6 +9,7 @@ ENVIRONMENT, RESULTS = "env.json", "all_results.json"
 METRICS, LOG, CURVE = "metrics.jsonl", "log.jsonl", "learning_curve.png"
 PLOTS, SUBMISSION = "plots", "submission"
 RANK_CURVE, BUDGET_CURVE = "rank_curve.json", "budget_curve.json"
+MASK_SHARES = "mask_shares.json"  # module -> mean of its final mask
 PROOF = frozenset({"output_dir", "method", "model_name_or_path"})  # a run's config.json has these
 # Options that do not change what is computed: a run may be resumed with others.
 NOT_PART_OF_A_RUN = frozenset(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,13 @@ def test_a_run_with_pictures_starts_another(setting: list[str], tmp_path: Path) 
     rows = lines(tmp_path / "one" / "metrics.jsonl")
     assert rows[0]["temperature"] > rows[-1]["temperature"] == pytest.approx(0.45)
     assert {"mask_mean", "mask_std", "mask_open"} <= set(rows[0])
+    shares = json.loads((tmp_path / "one" / "mask_shares.json").read_text())
+    # 7 × 7 blocks, of the feed-forward maps 7 × 10
+    blocks = {n: 49 if "attention" in n or "pooler" in n else 70 for n in shares}
+    mean = sum(blocks[n] * share for n, share in shares.items()) / sum(blocks.values())
+    assert any(mean == pytest.approx(row["mask_mean"], abs=1e-5) for row in rows)  # best epoch's
+    assert all(name.startswith("bert.") for name in shares)
+    assert 0 < min(shares.values())
     assert features.is_file() and results(tmp_path / "one")["trainable_parameters"] > 0
     pytest.importorskip("matplotlib")
     for name in ("block_masks", "mask_history", *(f"block_features_{k}" for k in (1, 2, 3, 4))):

@@ -120,6 +120,10 @@ def test_a_run_has_the_density_that_was_asked_for(setting: list[str], tmp_path: 
     assert found["encoder_kept"] == 2 * (per_layer // 2 + biases - 24 + norms)
     assert found["mask_bits"] == 2 * (4 * 8 + 48)
     assert (out / "plots" / "masks.png").is_file()
+    shares = json.loads((out / "mask_shares.json").read_text())
+    matrices = [v for name, v in shares.items() if ".attention." in name]
+    assert len(matrices) == 8 and sum(matrices) / 8 == pytest.approx(0.5)
+    assert len(shares) == 10  # and the units of two feed-forward layers
     again = evaluated([
         *setting, *method, "--lora_path", str(out), "--output_dir", str(tmp_path / "b")
     ])  # fmt: skip

@@ -16,7 +16,7 @@ from support.report_runs import COMMIT, comparison, write_adapter, write_run
 from support.runner_cases import pair_task, tiny_bert
 
 from examples import program, report, run_glue
-from examples.reporting import adapter_ranks
+from examples.reporting import module_maps
 from examples.reporting.figures import Figures, pareto_front
 from examples.reporting.groups import tasks_of
 from examples.reporting.runs import read
@@ -457,14 +457,26 @@ def test_ranks_are_read_from_the_file_of_an_adapter(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a")
     own = {"bert.encoder.layer.0.attention.self.query": 0, "bert.encoder.layer.1.output.dense": 3}
     write_adapter(folder, own)
-    assert adapter_ranks.ranks(folder) == own
-    rows, columns, cells = adapter_ranks.grid(
-        [own, {**own, "bert.encoder.layer.1.output.dense": 6}]
-    )
+    assert module_maps.ranks(folder) == own
+    rows, columns, cells = module_maps.grid([own, {**own, "bert.encoder.layer.1.output.dense": 6}])
     assert (rows, columns) == (["layer 1", "layer 0"], ["query", "output"])
     assert cells == [[None, 4.5], [0, None]]
     (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
-    assert adapter_ranks.ranks(folder) == {}
+    assert module_maps.ranks(folder) == {}
+
+
+def test_masks_are_drawn_by_layer_and_module(tmp_path: Path) -> None:
+    for seed, kept in ((0, 0.5), (1, 0.25)):
+        folder = write_run(tmp_path / "runs" / str(seed), method="splora", seed=seed)
+        shares = {"bert.encoder.layer.0.attention.output.dense": kept, "pooler.dense": 1.0}
+        (folder / "mask_shares.json").write_text(json.dumps(shares))
+    [task] = tasks_of(read([tmp_path / "runs"]).runs, None)
+    [figure] = Figures([task], []).mask_maps(task)
+    assert figure.title.startswith("Masks of splora") and len(figure.runs) == 2
+    assert ">38<" in figure.svg and ">attention.output<" in figure.svg
+    (folder / "mask_shares.json").write_text('{"pooler.dense": "all"}')
+    found = next(r for r in read([tmp_path / "runs"]).runs if r.seed == 1)
+    assert not found.masks and "mask_shares.json holds something else" in found.notes[0]
 
 
 # --- a run's own folder --------------------------------------------------------------------------

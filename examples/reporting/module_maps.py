@@ -1,4 +1,4 @@
-"""Ranks of a saved adapter, from the header of its file: no tensor is read."""
+"""Ranks of a saved adapter, from the header of its file; values of modules laid out by layer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 FACTOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_A(?:\.weight)?$")
-SCORES = (".mask_scores", ".block_scores")
 LARGEST_HEADER = 100 * 2**20  # bytes; the format's own limit
 
 
@@ -18,11 +17,6 @@ def ranks(run: Path) -> dict[str, int]:
     shapes = _shapes(run)
     found = {match[1]: shape[0] for key, shape in shapes.items() if (match := FACTOR.match(key))}
     return {name.removesuffix(".bim"): rank for name, rank in found.items()}
-
-
-def has_masks(run: Path) -> bool:
-    """Whether what the run has learnt is chosen block by block."""
-    return any(key.endswith(SCORES) for key in _shapes(run))
 
 
 def _shapes(run: Path) -> dict[str, list[int]]:
@@ -38,12 +32,12 @@ def _shapes(run: Path) -> dict[str, list[int]]:
 
 
 def grid(
-    seeds: Sequence[Mapping[str, int]],
+    seeds: Sequence[Mapping[str, float]],
 ) -> tuple[list[str], list[str], list[list[float | None]]]:
-    """Layers, the last one above; kinds of modules; the mean rank of each over seeds.
+    """Layers, the last one above; kinds of modules; the mean of each over seeds.
 
     Args:
-        seeds: for every run, module -> rank.
+        seeds: for every run, module -> its rank, or what its mask keeps.
     """
     from examples.plots.ranks import split_name  # numpy with it, and only a picture needs it
 

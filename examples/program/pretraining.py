@@ -64,6 +64,8 @@ def pretrain(options: Options) -> None:
             f"{train.global_batch_size * o.block_size:,} tokens"
         )
         figures = run.train(tokenizer)
+        lengths = splits["train"].lengths
+        run.add_flops(figures, lengths, int((lengths - 1).sum()))
         run.finish(trainer.evaluate(final=True), figures)
     except BaseException as raised:
         error = raised

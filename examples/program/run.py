@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -347,6 +348,16 @@ class Run:
 
     # -- reporting ------------------------------------------------------------------------------
 
+    def add_flops(
+        self, figures: dict[str, Any], lengths: np.ndarray, scored: int | None = None
+    ) -> None:
+        """Adds `train_flops` to what `train` returned; the arguments are `training_flops`' own."""
+        sampler = self.trainer.sampler
+        passes = 1 if sampler is None else sampler.mc_samples
+        figures["train_flops"] = passes * training_flops(
+            self.adapted.model, figures["train_tokens"], lengths, scored
+        )
+
     def finish(self, metrics: dict[str, float], figures: dict[str, Any]) -> None:
         """Writes `all_results.json` and the learning curve, and prints the final table.
 
@@ -488,10 +499,7 @@ def _train_and_evaluate(
         figures = run.train(tokenizer)
         counts, lengths = data.counts(splits["train"]), data.sequence_lengths(splits["train"])
         scored = None if counts is None else int(counts.sum())
-        passes = 1 if trainer.sampler is None else trainer.sampler.mc_samples
-        figures["train_flops"] = passes * training_flops(
-            run.adapted.model, figures["train_tokens"], lengths, scored
-        )
+        run.add_flops(figures, lengths, scored)
     metrics = trainer.evaluate(final=True) if sets else {}
     for split in data.tests:
         if predict_split is not None:

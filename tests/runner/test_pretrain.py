@@ -192,6 +192,16 @@ def test_held_out_loss_is_torchs(run: Path, text: Path) -> None:
     assert metrics[1]["eval_loss"] < metrics[0]["eval_loss"]
 
 
+def test_the_run_counts_its_arithmetic(run: Path) -> None:
+    """6 steps of 3 blocks of 24 tokens: layers of 12 H² weights, the head at 23 of each block."""
+    found = json.loads((run / "all_results.json").read_text())
+    blocks, length, hidden, layers = 6 * 3, 24, 16, 2
+    assert found["train_tokens"] == blocks * length
+    matrices = 6 * blocks * (length * layers * 12 * hidden**2 + (length - 1) * 290 * hidden)
+    attention = 6 * blocks * layers * hidden * length**2  # half of 12: causal
+    assert found["train_flops"] == matrices + attention
+
+
 def test_transformers_reads_model_and_tokenizer(run: Path) -> None:
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(run / "model").eval()

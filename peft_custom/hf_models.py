@@ -233,6 +233,8 @@ def _save_pretrained(
         return original(model, save_directory, push_to_hub=push_to_hub, **given, **options)
     if push_to_hub:
         raise ValueError("push_to_hub=True: call model.push_to_hub(NAME), which saves as well")
+    if options.get("variant") or not options.get("save_peft_format", True):
+        raise ValueError("variant and save_peft_format=False: adapters are saved as PEFT's files")
     names = adapted.active_adapters
     if len(names) != 1:
         raise ValueError(

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.fake_hub import TOKEN, FakeHub
+from support.paths import ROOT
 from support.peft_tiny import IDS, QV, ROWS, bert, rows
 from torch import Tensor, nn
 
@@ -208,6 +213,16 @@ def test_models_without_our_adapters_are_as_before(tmp_path: Path) -> None:
         model.load_adapter(str(tmp_path))
 
 
+def test_what_cannot_be_saved_so_is_refused(tmp_path: Path) -> None:
+    model = bert()
+    model.add_adapter(LoraConfig(**QV))
+    for option in ({"push_to_hub": True}, {"variant": "fp16"}, {"save_peft_format": False}):
+        with pytest.raises(ValueError, match=f"{next(iter(option))}"):
+            model.save_pretrained(tmp_path / "no", **option)
+    model.save_pretrained(tmp_path / "none", is_main_process=False)
+    assert not list(tmp_path.iterdir())
+
+
 def test_no_mixture_with_adapters_of_others() -> None:
     model = bert()
     model.add_adapter(LoraConfig(**QV))
@@ -329,3 +344,35 @@ def test_weights_of_other_adapters_are_refused(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-5" / "trained.safetensors").unlink()
     with pytest.raises(ValueError, match="missing or damaged"):
         trainer(tmp_path, "lora").train(resume_from_checkpoint=True)
+
+
+# --- the hub -------------------------------------------------------------------------------------
+BY_THE_HUB = """
+import sys, torch
+from transformers import AutoModelForSequenceClassification as Auto
+from peft_custom import DyLoraConfig
+from peft_custom.hf_models import patch_transformers
+patch_transformers()
+model = Auto.from_pretrained(sys.argv[1])
+model.add_adapter(DyLoraConfig(r=4, task_type="SEQ_CLS", init_lora_weights=False))
+model.push_to_hub("me/adapter")
+again = Auto.from_pretrained(sys.argv[1])
+again.load_adapter("me/adapter", "theirs", adapter_kwargs={"revision": "main"})
+ids = torch.arange(28).view(4, 7)
+assert again.active_adapters() == ["theirs"]
+assert torch.equal(model.eval()(ids).logits, again.eval()(ids).logits)
+"""
+
+
+def test_to_the_hub_and_back(tmp_path: Path) -> None:
+    """In a process of its own: the hub's client reads its address when it is imported."""
+    bert().save_pretrained(tmp_path / "base")
+    with FakeHub({}).running() as hub:
+        outside = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": TOKEN}
+        outside["HF_HUB_OFFLINE"] = "0"
+        done = subprocess.run(
+            [sys.executable, "-c", BY_THE_HUB, str(tmp_path / "base")],
+            cwd=ROOT, capture_output=True, text=True, env={**os.environ, **outside},
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {*hub.repos["models/me/adapter"]}

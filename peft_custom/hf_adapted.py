@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .files import written_aside
 from .peft_model import PeftModel
 from .save_and_load import UNREADABLE
-from .tuners.base import iter_adapters
+from .tuners.base import BaseTunerLayer, iter_adapters
 
 TRAINED_NAME = "trained.safetensors"
 
@@ -52,7 +54,8 @@ def load_trained(model: nn.Module, folder: Path) -> None:
     """Puts back what `save_trained` wrote.
 
     Raises:
-        ValueError: the file is missing, damaged, or of other adapters than the model's.
+        ValueError: the file is missing, damaged, or of other adapters than the model's, or the
+            model's have split the base weights in another way.
     """
     path = Path(folder) / TRAINED_NAME
     try:
@@ -71,12 +74,23 @@ def load_trained(model: nn.Module, folder: Path) -> None:
             f"{other[0]!r}, {there.get(other[0], 'missing')} there and "
             f"{here.get(other[0], 'missing')} here"
         )
+    moved = {f"{name}.base_layer.weight" for name, layer in _moved(model)}
+    for name in moved & tensors.keys():
+        if not torch.equal(model.get_parameter(name).cpu(), tensors[name]):
+            raise ValueError(
+                f"{path}: {name!r} was split in another way: draw the adapter's start as in the "
+                "first run, with the same set_seed before add_adapter"
+            )
     model.load_state_dict(tensors, strict=False)
+
+
+def _moved(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
+    return ((name, layer) for name, layer in iter_adapters(model) if layer.base_moved)
 
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:
     """The live state but for frozen weights; those that an adapter's start has moved count."""
-    moved = {id(layer.base_layer.weight) for _, layer in iter_adapters(model) if layer.base_moved}
+    moved = {id(layer.base_layer.weight) for _, layer in _moved(model)}
     frozen = {id(p) for p in model.parameters() if not p.requires_grad} - moved
     state = model.state_dict(keep_vars=True)
     return {name: tensor for name, tensor in state.items() if id(tensor) not in frozen}

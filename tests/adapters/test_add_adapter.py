@@ -158,7 +158,10 @@ def test_several_adapters() -> None:
     with pytest.raises(ValueError, match="activate the one to save"):
         model.save_pretrained("never")
     state = model.get_adapter_state_dict("b")
-    assert all(name.endswith(("lora_A.weight", "lora_B.weight")) for name in state)
+    layers = [
+        f"bert.encoder.layer.{i}.attention.self.{m}" for i in (0, 1) for m in QV["target_modules"]
+    ]
+    assert {*state} == {f"{layer}.lora_{side}.weight" for layer in layers for side in "AB"}
     with pytest.raises(ValueError, match="no adapter 'c'"):
         model.delete_adapter(["a", "c"])
     model.delete_adapter("a")
@@ -253,9 +256,9 @@ class Kill(transformers.TrainerCallback):
             raise Killed
 
 
-def trainer(folder: Path, kind: str, kill: bool = False, **arguments: Any) -> Any:
-    torch.manual_seed(0)
+def trainer(folder: Path, kind: str, kill: bool = False, start: int = 0, **arguments: Any) -> Any:
     model = bert()
+    torch.manual_seed(start)
     model.add_adapter(CONFIGS[kind])
     given = {
         "output_dir": str(folder), "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 5,
@@ -293,6 +296,15 @@ def test_killed_and_resumed_is_uninterrupted(kind: str, tmp_path: Path) -> None:
     for name, tensor in trained(resumed).items():
         assert torch.equal(tensor, ends[name]), name
     assert torch.equal(outputs(resumed.model), outputs(whole.model))
+
+
+@pytest.mark.filterwarnings("ignore:saving an adapter")
+def test_a_base_that_was_split_in_another_way_is_refused(tmp_path: Path) -> None:
+    """A checkpoint has the trained factors; what they were taken out of must be the same."""
+    with pytest.raises(Killed):
+        trainer(tmp_path, "pissa", kill=True).train()
+    with pytest.raises(ValueError, match="was split in another way"):
+        trainer(tmp_path, "pissa", start=1).train(resume_from_checkpoint=True)
 
 
 def test_no_call_and_no_callback_are_needed(tmp_path: Path) -> None:

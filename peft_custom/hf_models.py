@@ -96,7 +96,11 @@ def _add_adapter(
                 "carries adapters of peft_custom, and takes more of these alone"
             )
         return original(model, adapter_config, adapter_name)
-    _refuse_foreign(model, adapted)
+    if adapted is None and getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            f"this {type(model).__name__} carries adapters of PEFT's; delete them first, or load "
+            "the model anew"
+        )
     if adapted is None:
         keep_adapters(model, get_peft_model(model, adapter_config, name))
     else:
@@ -118,7 +122,8 @@ def _load_adapter(
 ) -> Any:
     name, adapted = adapter_name or "default", adapters_of(model)
     hub = _hub_options(options)
-    ours = peft_model_id is not None and _is_known(peft_model_id, hub)
+    foreign = adapted is None and getattr(model, "_hf_peft_config_loaded", False)
+    ours = not foreign and peft_model_id is not None and _is_known(peft_model_id, hub)
     if not ours or peft_config is not None or args:
         if adapted is not None:
             raise ValueError(
@@ -129,7 +134,6 @@ def _load_adapter(
         return original(
             model, peft_model_id, adapter_name, peft_config, adapter_state_dict, *args, **given
         )
-    _refuse_foreign(model, adapted)
     if hotswap is True:
         hotswap_adapter(model, peft_model_id, name, **hub)
     elif adapted is None:
@@ -163,14 +167,6 @@ def _is_known(folder_or_hub_id: str | os.PathLike[str], hub: Mapping[str, Any]) 
     if path is None:
         raise FileNotFoundError(f"{folder_or_hub_id}: no {CONFIG_NAME}, so not an adapter folder")
     return read_json(Path(path)).get("peft_type") in CONFIG_CLASSES
-
-
-def _refuse_foreign(model: nn.Module, adapted: PeftModel | None) -> None:
-    if adapted is None and getattr(model, "_hf_peft_config_loaded", False):
-        raise ValueError(
-            f"this {type(model).__name__} carries adapters of PEFT's; delete them first, or load "
-            "the model anew"
-        )
 
 
 def _set_adapter(original: Method, model: nn.Module, adapter_name: str | list[str]) -> None:

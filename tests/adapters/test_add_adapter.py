@@ -29,7 +29,7 @@ from peft_custom import (
     SploraConfig,
     get_peft_model,
 )
-from peft_custom.hf_models import MODEL_METHODS, adapters_of, patch_transformers
+from peft_custom.hf_models import MODEL_METHODS, _load_adapter, adapters_of, patch_transformers
 from peft_custom.hf_trainer import TRAINER_METHODS, _Callback
 
 transformers = pytest.importorskip("transformers")
@@ -226,7 +226,7 @@ def test_what_cannot_be_saved_so_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_no_mixture_with_adapters_of_others() -> None:
+def test_no_mixture_with_adapters_of_others(tmp_path: Path) -> None:
     model = bert()
     model.add_adapter(LoraConfig(**QV))
     with pytest.raises(TypeError, match="carries adapters of peft_custom"):
@@ -237,6 +237,10 @@ def test_no_mixture_with_adapters_of_others() -> None:
     other._hf_peft_config_loaded = True  # as after PEFT's own
     with pytest.raises(ValueError, match="carries adapters of PEFT's"):
         other.add_adapter(LoraConfig(**QV))
+    model.save_pretrained(tmp_path)
+    asked: list[Any] = []
+    _load_adapter(lambda *args, **options: asked.append(args), other, str(tmp_path), "b")
+    assert asked == [(other, str(tmp_path), "b", None, None)]  # as without the patch
 
 
 def test_a_release_without_the_methods_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

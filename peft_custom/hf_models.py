@@ -46,8 +46,7 @@ class Loaded(NamedTuple):
 
     def to_dict(self) -> dict[str, Any]:
         """As Transformers asks for it."""
-        return {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(),
-                "error_msgs": []}  # fmt: skip
+        return self._asdict()
 
 
 def patch_transformers() -> None:

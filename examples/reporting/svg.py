@@ -142,8 +142,8 @@ def heat_map(
         highest: the value of the full colour.
         title: for readers of the screen.
     """
-    left, top, high = 64, 84, 22
-    wide = (WIDTH - left - RIGHT) / max(1, len(columns))
+    left, top, high, right = 64, 84, 22, 50  # the last turned label leans over the right edge
+    wide = (WIDTH - left - right) / max(1, len(columns))
     parts = []
     for j, name in enumerate(columns):
         x = left + wide * (j + 0.5)

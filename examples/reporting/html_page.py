@@ -105,8 +105,11 @@ def _table(table: Table) -> str:
 
 
 def _cell(text: str) -> str:
-    """A value stays beside its deviation, and what is in brackets together."""
-    text = text.replace(" ± ", "\u00a0±\u00a0")
+    """A sign stays with its deviation, and what is in brackets together.
+
+    A line may break before the sign, or tables of twelve columns would be wider than a screen.
+    """
+    text = text.replace(" ± ", " ±\u00a0")
     return escape(re.sub(r"\([^)]*\)", lambda found: found[0].replace(" ", "\u00a0"), text))
 
 

@@ -79,7 +79,7 @@ def _in_front_of(original: Method, method: Method) -> Method:
     def patched(self: Any, *args: Any, **kwargs: Any) -> Any:
         return method(original, self, *args, **kwargs)
 
-    patched._before = original  # type: ignore[attr-defined]
+    patched.__dict__["_before"] = original
     return patched
 
 

@@ -83,6 +83,18 @@ def _in_front_of(original: Method, method: Method) -> Method:
     return patched
 
 
+def _where_adapted(method: Method) -> Method:
+    """`method(model, adapted, …)` for models with adapters of ours; others are called as before."""
+
+    def chosen(original: Method, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        adapted = adapters_of(model)
+        if adapted is None:
+            return original(model, *args, **kwargs)
+        return method(model, adapted, *args, **kwargs)
+
+    return chosen
+
+
 # --- the methods, each with Transformers' own in front -------------------------------------------
 def _add_adapter(
     original: Method, model: nn.Module, adapter_config: Any, adapter_name: str | None = None
@@ -112,39 +124,33 @@ def _load_adapter(
     model: nn.Module,
     peft_model_id: str | os.PathLike[str] | None = None,
     adapter_name: str | None = None,
-    peft_config: Any = None,
-    adapter_state_dict: Mapping[str, Tensor] | None = None,
     *args: Any,
-    is_trainable: bool = False,
-    hotswap: bool | str = "auto",
     **options: Any,
 ) -> Any:
     name, adapted = adapter_name or "default", adapters_of(model)
-    hub = _hub_options(options)
+    hub, trainable = _hub_options(options), bool(options.get("is_trainable"))
     foreign = adapted is None and getattr(model, "_hf_peft_config_loaded", False)
-    ours = not foreign and peft_model_id is not None and _is_known(peft_model_id, hub)
-    if not ours or peft_config is not None or args:
+    in_words = args or options.get("peft_config") or options.get("adapter_state_dict")
+    if peft_model_id is None or foreign or in_words or not _is_known(peft_model_id, hub):
         if adapted is not None:
             raise ValueError(
                 f"{peft_model_id}: the model carries adapters of peft_custom; load_adapter takes "
                 "the folder or hub id of another one"
             )
-        given = {"is_trainable": is_trainable, "hotswap": hotswap, **options}
-        return original(
-            model, peft_model_id, adapter_name, peft_config, adapter_state_dict, *args, **given
-        )
-    if hotswap is True:
+        return original(model, peft_model_id, adapter_name, *args, **options)
+    if options.get("hotswap") is True:
         hotswap_adapter(model, peft_model_id, name, **hub)
     elif adapted is None:
-        loaded = PeftModel.from_pretrained(model, peft_model_id, name, is_trainable, **hub)
-        keep_adapters(model, loaded)
+        keep_adapters(
+            model, PeftModel.from_pretrained(model, peft_model_id, name, trainable, **hub)
+        )
     elif name in adapted.peft_config:
         raise ValueError(
             f"there is an adapter {name!r} already: give adapter_name, or hotswap=True to put the "
             "new weights in its place"
         )
     else:
-        adapted.load_adapter(peft_model_id, name, is_trainable, **hub)
+        adapted.load_adapter(peft_model_id, name, trainable, **hub)
     return Loaded()
 
 
@@ -168,28 +174,28 @@ def _is_known(folder_or_hub_id: str | os.PathLike[str], hub: Mapping[str, Any]) 
     return read_json(Path(path)).get("peft_type") in CONFIG_CLASSES
 
 
-def _set_adapter(original: Method, model: nn.Module, adapter_name: str | list[str]) -> None:
-    adapted = adapters_of(model)
-    return original(model, adapter_name) if adapted is None else adapted.set_adapter(adapter_name)
+@_where_adapted
+def _set_adapter(model: nn.Module, adapted: PeftModel, adapter_name: str | list[str]) -> None:
+    adapted.set_adapter(adapter_name)
 
 
-def _switch(enabled: bool) -> Method:
-    def switch(original: Method, model: nn.Module) -> None:
-        adapted = adapters_of(model)
-        return original(model) if adapted is None else adapted.base_model.enable_adapters(enabled)
-
-    return switch
+@_where_adapted
+def _enable_adapters(model: nn.Module, adapted: PeftModel) -> None:
+    adapted.base_model.enable_adapters(True)
 
 
-def _active_adapters(original: Method, model: nn.Module) -> list[str]:
-    adapted = adapters_of(model)
-    return original(model) if adapted is None else adapted.active_adapters
+@_where_adapted
+def _disable_adapters(model: nn.Module, adapted: PeftModel) -> None:
+    adapted.base_model.enable_adapters(False)
 
 
-def _delete_adapter(original: Method, model: nn.Module, adapter_names: str | list[str]) -> None:
-    adapted = adapters_of(model)
-    if adapted is None:
-        return original(model, adapter_names)
+@_where_adapted
+def _active_adapters(model: nn.Module, adapted: PeftModel) -> list[str]:
+    return adapted.active_adapters
+
+
+@_where_adapted
+def _delete_adapter(model: nn.Module, adapted: PeftModel, adapter_names: str | list[str]) -> None:
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
     for name in names:
         adapted.base_model.adapter_config(name)  # all of them are there, or none is deleted
@@ -199,33 +205,29 @@ def _delete_adapter(original: Method, model: nn.Module, adapter_names: str | lis
         keep_adapters(model, None)
 
 
+@_where_adapted
 def _get_adapter_state_dict(
-    original: Method,
     model: nn.Module,
+    adapted: PeftModel,
     adapter_name: str | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    adapted = adapters_of(model)
-    if adapted is None:
-        return original(model, adapter_name, state_dict)
     name = adapter_name or adapted.active_adapters[0]
     state = get_peft_model_state_dict(model, state_dict, name)
     return {key.removeprefix(PREFIX): tensor for key, tensor in state.items()}
 
 
+@_where_adapted
 def _save_pretrained(
-    original: Method,
     model: nn.Module,
+    adapted: PeftModel,
     save_directory: str | os.PathLike[str],
     is_main_process: bool = True,
     state_dict: Mapping[str, Tensor] | None = None,
     push_to_hub: bool = False,
+    *sizes: Any,
     **options: Any,
 ) -> None:
-    adapted = adapters_of(model)
-    if adapted is None:
-        given = {"is_main_process": is_main_process, "state_dict": state_dict}
-        return original(model, save_directory, push_to_hub=push_to_hub, **given, **options)
     if push_to_hub:
         raise ValueError("push_to_hub=True: call model.push_to_hub(NAME), which saves as well")
     if options.get("variant") or not options.get("save_peft_format", True):
@@ -244,8 +246,8 @@ MODEL_METHODS: dict[str, Method] = {
     "add_adapter": _add_adapter,
     "load_adapter": _load_adapter,
     "set_adapter": _set_adapter,
-    "enable_adapters": _switch(True),
-    "disable_adapters": _switch(False),
+    "enable_adapters": _enable_adapters,
+    "disable_adapters": _disable_adapters,
     "active_adapters": _active_adapters,
     "delete_adapter": _delete_adapter,
     "get_adapter_state_dict": _get_adapter_state_dict,

@@ -245,17 +245,22 @@ def _init(original: Callable[..., None], trainer: Any, *args: Any, **kwargs: Any
 
 
 def _load_from_checkpoint(
-    original: Callable[..., None], trainer: Any, folder: str, model: nn.Module | None = None
+    original: Callable[..., None],
+    trainer: Any,
+    resume_from_checkpoint: str,
+    *args: Any,
+    **kwargs: Any,
 ) -> None:
-    model = trainer.model if model is None else model
-    if adapters_of(model) is None:
-        return original(trainer, folder, model)
-    load_trained(model, Path(folder))
-
-
-def _load_best_model(original: Callable[..., None], trainer: Any) -> None:
     if adapters_of(trainer.model) is None:
-        return original(trainer)
+        return original(trainer, resume_from_checkpoint, *args, **kwargs)
+    load_trained(trainer.model, Path(resume_from_checkpoint))
+
+
+def _load_best_model(
+    original: Callable[..., None], trainer: Any, *args: Any, **kwargs: Any
+) -> None:
+    if adapters_of(trainer.model) is None:
+        return original(trainer, *args, **kwargs)
     load_trained(trainer.model, Path(trainer.state.best_model_checkpoint))
 
 
